@@ -1,0 +1,109 @@
+"""Cauce: event-driven systems in Python, from one process on one file to many on a bus.
+
+A bus that remembers, producers that own their data, consumers that copy or ask for what they need.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cauce.bus import Bus, Context, Receipt
+    from cauce.clock import Clock, SystemClock
+    from cauce.errors import (
+        Busy,
+        CauceError,
+        Conflict,
+        Damaged,
+        Fenced,
+        Gone,
+        Held,
+        IdReused,
+        NoAnswer,
+        NotOwner,
+        OutcomeUnknown,
+        Overloaded,
+        Refused,
+        Rejected,
+        StorageFull,
+        Unavailable,
+        Unreadable,
+    )
+    from cauce.messages import Command, Domain, Event, Notice, Query, Record, field, replace
+    from cauce.runtime import connect, running
+    from cauce.service import Service
+else:
+    # A command line that only prints its help must not pay for asyncio and all messages: names are loaded when used.
+    import importlib
+
+    _HOMES = {
+        "bus": ("Bus", "Context", "Receipt"),
+        "clock": ("Clock", "SystemClock"),
+        "errors": (
+            "Busy",
+            "CauceError",
+            "Conflict",
+            "Damaged",
+            "Fenced",
+            "Gone",
+            "Held",
+            "IdReused",
+            "NoAnswer",
+            "NotOwner",
+            "OutcomeUnknown",
+            "Overloaded",
+            "Refused",
+            "Rejected",
+            "StorageFull",
+            "Unavailable",
+            "Unreadable",
+        ),
+        "messages": ("Command", "Domain", "Event", "Notice", "Query", "Record", "field", "replace"),
+        "runtime": ("connect", "running"),
+        "service": ("Service",),
+    }
+    _HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+    def __getattr__(name):
+        if name not in _HOME:
+            raise AttributeError(f"module 'cauce' has no attribute {name!r}")
+        found = globals()[name] = getattr(importlib.import_module(f"cauce.{_HOME[name]}"), name)
+        return found
+
+    def __dir__():
+        return sorted(__all__)
+
+
+__all__ = [
+    "Bus",
+    "Busy",
+    "CauceError",
+    "Clock",
+    "Command",
+    "Conflict",
+    "Context",
+    "Damaged",
+    "Domain",
+    "Event",
+    "Fenced",
+    "Gone",
+    "Held",
+    "IdReused",
+    "NoAnswer",
+    "NotOwner",
+    "Notice",
+    "OutcomeUnknown",
+    "Overloaded",
+    "Query",
+    "Receipt",
+    "Record",
+    "Refused",
+    "Rejected",
+    "Service",
+    "StorageFull",
+    "SystemClock",
+    "Unavailable",
+    "Unreadable",
+    "connect",
+    "field",
+    "replace",
+    "running",
+]

@@ -1,0 +1,241 @@
+"""The log seam on SQLite: appends go to the writer thread, reads are short queries on a connection of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import apsw
+
+from cauce.accept import APPEND_ENTRIES, ENTRY_BYTES, check_key, check_stream
+from cauce.backends.sqlite.file import translate
+from cauce.backends.sqlite.table import Table
+from cauce.backends.sqlite.writer import Writer
+from cauce.codec import Entry
+from cauce.errors import Damaged, Refused
+from cauce.log import EVERYTHING, Appended, Claim, Filter, Page
+
+__all__ = ["Reader", "SQLiteLog"]
+
+_POLL = 0.5
+_WINDOW = 50_000
+_LONGEST = 5_000
+
+
+class Reader:
+    """The connection that reads, and what it knows of numbers and names. Names are never changed, so they stay right.
+
+    Entered for each look, which sees one state of the file, however many questions it asks: between two states a record
+    may move beyond the head and would be found at neither place. What goes wrong in it is told in our errors.
+    """
+
+    def __init__(self, connection: apsw.Connection, path: Path) -> None:
+        self.connection, self._path, self._pid = connection, path, os.getpid()
+        self.streams = _Names(connection, "select name from streams where id = ?")
+        self.types = _Names(connection, "select name from types where id = ?")
+
+    def __enter__(self) -> None:
+        if os.getpid() != self._pid:
+            raise Refused(
+                f"{self._path} was opened before a fork: close it first, or start the process anew (spawn instead of fork)"
+            )
+        try:
+            self.connection.execute("begin")
+        except apsw.Error as error:
+            raise translate(error, self._path) from error
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.connection.in_transaction:
+            self.connection.execute("rollback")
+        if isinstance(error, apsw.Error):
+            raise translate(error, self._path) from error
+        if isinstance(error, UnicodeDecodeError):
+            raise Damaged(
+                f"{self._path}: {error}; run cauce verify, and restore from a backup if it finds damage"
+            ) from error
+
+    def stream(self, name: str) -> int | None:
+        row = self.connection.execute("select id from streams where name = ?", (name,)).fetchone()
+        return row[0] if row else None
+
+    def types_of(self, domains: frozenset[str], names: frozenset[str]) -> list[int]:
+        rows: list[tuple[Any, ...]] = self.connection.execute("select id, domain, name from types").fetchall()
+        return [id for id, domain, name in rows if (not domains or domain in domains) and (not names or name in names)]
+
+
+class _Names(dict[int, str]):
+    """Names by number, read when they are first met."""
+
+    def __init__(self, connection: apsw.Connection, query: str) -> None:
+        self._connection, self._query = connection, query
+
+    def __missing__(self, id: int) -> str:
+        row = self._connection.execute(self._query, (id,)).fetchone()
+        name: str = row[0] if row else f"?/{id}"
+        if len(self) > 500_000:
+            self.clear()
+        self[id] = name
+        return name
+
+
+class SQLiteLog:
+    """One of the three logs of a file. See `cauce.log.Log` for what each method promises."""
+
+    def __init__(self, id: str, table: Table, writer: Writer, reader: Reader) -> None:
+        self._id, self._table, self._writer, self._reader = id, table, writer, reader
+        self._waiters: list[tuple[Filter, asyncio.Future[None]]] = []
+        self._max = f"select coalesce(max(position), 0) from {table.name}"
+
+    @property
+    def id(self) -> str:
+        return self._id
+
+    def append(
+        self,
+        stream: str,
+        entries: Sequence[Entry],
+        *,
+        expect: int | None = None,
+        fence: Claim | None = None,
+        repeat: bool = False,
+    ) -> asyncio.Future[Appended]:
+        if not 0 < len(entries) <= APPEND_ENTRIES:
+            raise Refused(f"an append to {stream} of {len(entries)} entries: 1 to {APPEND_ENTRIES} are taken at once")
+        if self._table.last:
+            raise Refused(f"{self._table.name} keeps only the last of each stream: put there, do not append")
+        size = 0
+        for entry in entries:
+            size += _size(stream, entry)
+        return self._writer.submit(self._table.append, stream, entries, expect, fence, repeat, size=size)
+
+    def put(self, stream: str, version: int, entry: Entry) -> asyncio.Future[Appended]:
+        if not self._table.last:
+            raise Refused(f"{self._table.name} keeps all of each stream: append there, do not put")
+        if not 0 < version < 2**63:
+            raise Refused(
+                f"{stream} cannot be put at version {version}: versions are whole numbers from 1 that fit 64 bits"
+            )
+        return self._writer.submit(self._table.put, stream, version, entry, size=_size(stream, entry))
+
+    async def read(
+        self, filter: Filter = EVERYTHING, *, after: int = 0, limit: int = 1000, wait: float = 0.0, bodies: bool = True
+    ) -> Page:
+        page = self._look(filter, after, limit, bodies)
+        if page.entries or wait <= 0:
+            return page
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait
+        while not page.entries and (left := until - loop.time()) > 0:
+            # Where much is left to look through, others get their turn on the loop between two looks.
+            await self._woken(filter, min(left, _POLL) if page.looked >= self._head() else 0)
+            page = self._look(filter, page.looked, limit, bodies)
+        return page
+
+    async def claim(self, name: str, owner: str, *, over: Claim | None = None) -> Claim:
+        return await self._writer.submit(self._table.claim, check_key(name), check_key(owner), over)
+
+    async def beat(self, claim: Claim) -> Claim:
+        return await self._writer.submit(self._table.beat, claim)
+
+    async def release(self, claim: Claim) -> None:
+        await self._writer.submit(self._table.release, claim)
+
+    async def head(self) -> int:
+        with self._reader:
+            return self._head()
+
+    def wake(self, rows: list[tuple[Any, ...]] | None) -> None:
+        """Wake who waits for one of these rows; None: another process wrote, so whoever waits looks again."""
+        if not self._waiters:
+            return
+        wanted = [each for each in self._waiters if rows is None or self._wants(each[0], rows)]
+        for each in wanted:
+            if not each[1].done():
+                each[1].set_result(None)
+
+    async def _woken(self, filter: Filter, seconds: float) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        timer = asyncio.get_running_loop().call_later(seconds, _done, future)
+        waiter = (filter, future)
+        self._waiters.append(waiter)
+        try:
+            await future
+        finally:
+            timer.cancel()
+            self._waiters.remove(waiter)
+
+    def _wants(self, filter: Filter, rows: list[tuple[Any, ...]]) -> bool:
+        if filter == EVERYTHING:
+            return True
+        reader = self._reader
+        stream = reader.stream(filter.stream) if filter.stream is not None else None
+        types = set(reader.types_of(filter.domains, filter.types)) if filter.domains or filter.types else None
+        return any(
+            (filter.stream is None or row[1] == stream)
+            and (types is None or row[3] in types)
+            and (not filter.slots or row[1] % 16 in filter.slots)
+            for row in rows
+        )
+
+    def _head(self) -> int:
+        row = self._reader.connection.execute(self._max).fetchone()
+        return row[0] if row else 0
+
+    def _look(self, filter: Filter, after: int, limit: int, bodies: bool) -> Page:
+        with self._reader:
+            return self._scan(filter, after, limit, bodies)
+
+    def _scan(self, filter: Filter, after: int, limit: int, bodies: bool) -> Page:
+        if filter.stream is not None:
+            check_stream(filter.stream)
+        head = self._head()
+        limit = min(limit, _LONGEST)
+        if head <= after or limit < 1:
+            return Page([], after)
+        until = head
+        where = ""
+        if filter.stream is not None:
+            stream = self._reader.stream(filter.stream)
+            if stream is None:
+                return Page([], head)
+            where += f" and stream = {stream}"
+        elif filter is not EVERYTHING and filter != EVERYTHING:
+            until = min(head, after + _WINDOW)
+        if filter.domains or filter.types:
+            numbers = self._reader.types_of(filter.domains, filter.types)
+            where += f" and type in ({','.join(map(str, numbers))})"
+        if filter.slots:
+            where += f" and stream % 16 in ({','.join(map(str, sorted(filter.slots)))})"
+        columns = "wish, body" if bodies else "null, null"
+        cursor = self._reader.connection.execute(
+            f"select position, stream, version, type, id, meta, {columns}, digest from {self._table.name} "
+            f"where position > ? and position <= ?{where} order by position limit ?",
+            (after, until, limit),
+        )
+        streams, types = self._reader.streams, self._reader.types
+        entries = [
+            Entry(position, streams[stream], version, types[type], id, raw, wish, body, digest)
+            for position, stream, version, type, id, raw, wish, body, digest in cursor
+        ]
+        return Page(entries, entries[-1].position if len(entries) == limit else until)
+
+
+def _size(stream: str, entry: Entry) -> int:
+    if entry.stream != stream or entry.body is None:
+        raise Refused(
+            f"an entry for {entry.stream!r}, or one read without its body, cannot be written to {stream!r}: seal it for that stream"
+        )
+    size = len(entry.body) + len(entry.raw) + (0 if entry.wish is None else len(entry.wish))
+    if size > ENTRY_BYTES:
+        raise Refused(
+            f"an entry for {stream} of {size:,} bytes: at most {ENTRY_BYTES:,}, so keep large things elsewhere"
+        )
+    return size
+
+
+def _done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

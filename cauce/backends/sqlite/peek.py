@@ -1,0 +1,132 @@
+"""Opening a log only to look: nothing is written, no turn is taken, nobody is woken, and damage is no obstacle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, cast
+from urllib.parse import quote
+
+import apsw
+
+from cauce.backends.sqlite.file import APPLICATION_ID, FORMAT, connect, forget, guard, translate
+from cauce.backends.sqlite.log import Reader, SQLiteLog
+from cauce.backends.sqlite.table import Names, Table
+from cauce.backends.sqlite.writer import Writer
+from cauce.errors import Refused
+
+__all__ = ["Peek", "looking", "peek", "wal_of"]
+
+_READ_ONLY = apsw.SQLITE_OPEN_READONLY
+_PRAGMAS = (
+    "pragma query_only = on",
+    "pragma trusted_schema = off",
+    "pragma cell_size_check = on",
+    "pragma cache_size = -65536",
+    "pragma temp_store = memory",
+)
+
+
+def wal_of(path: Path) -> Path:
+    """Where SQLite keeps what is committed and not yet in the database file."""
+    return path.with_name(path.name + "-wal")
+
+
+@contextmanager
+def looking(path: Path) -> Iterator[Callable[[], apsw.Connection]]:
+    """Gives a function that opens connections which can only read; they are closed at the end.
+
+    Neither the database nor its WAL is changed. Beside a log that nobody has open an `-shm` file may be left, SQLite's
+    index of the WAL. Raises `Refused` where there is no log, and what `translate` makes of SQLite's errors.
+    """
+    _is_there(path)
+    with ExitStack() as opened:
+        opened.callback(forget, guard(path))
+
+        def open() -> apsw.Connection:
+            connection = _open(path)
+            opened.callback(connection.close)
+            return connection
+
+        yield open
+
+
+def _is_there(path: Path) -> None:
+    if not path.exists():
+        raise Refused(
+            f"there is no log at {path}: name another with --bus, or let a service or an import make this one"
+        )
+    if not path.is_file():
+        raise Refused(f"{path} is no file: name another one")
+    if not path.stat().st_size:
+        # SQLite would delete the WAL beside an empty database.
+        raise Refused(f"{path} is empty, no Cauce log: restore it from a backup, or name another file")
+    if not os.access(path, os.R_OK):
+        raise Refused(f"{path} may not be read: change its mode or owner")
+
+
+def _open(path: Path) -> apsw.Connection:
+    try:
+        try:
+            return _set_up(connect(path, flags=_READ_ONLY, busy=5.0))
+        except apsw.CantOpenError:
+            wal = wal_of(path)
+            if os.access(path.parent, os.W_OK) or (wal.exists() and wal.stat().st_size):
+                raise
+            # SQLite wants to make its -shm file, which it cannot here. Nor can a writer: so the file stands still.
+            address = f"file:{quote(str(path))}?immutable=1"
+            return _set_up(connect(Path(address), flags=_READ_ONLY | apsw.SQLITE_OPEN_URI))
+    except apsw.Error as error:
+        raise translate(error, path) from error
+
+
+def _set_up(connection: apsw.Connection) -> apsw.Connection:
+    try:
+        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        for pragma in _PRAGMAS:
+            connection.execute(pragma)
+        connection.execute("select count(*) from sqlite_schema").fetchall()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+class _Nobody:
+    """Who writes when one only looks."""
+
+    def submit(self, *arguments: Any, **options: Any) -> NoReturn:
+        raise Refused("this log was opened only to look: open it with open_backend to write")
+
+
+class Peek:
+    """The logs `facts`, `commands` and `records` of a file, to be read and nothing else."""
+
+    facts: SQLiteLog
+    commands: SQLiteLog
+    records: SQLiteLog
+
+    def __init__(self, path: Path, connection: apsw.Connection) -> None:
+        reader = Reader(connection, path)
+        with reader:
+            if connection.pragma("application_id") != APPLICATION_ID or connection.pragma("user_version") != FORMAT:
+                raise Refused(f"{path} is no Cauce log of format {FORMAT}: name another file")
+            row: Any = connection.execute("select id from bus").fetchone()
+        self.id: str = row[0] if row else ""
+        names = Names(connection)
+        tables = (Table(connection, names, log, last=log == "records") for log in ("facts", "commands", "records"))
+        self.facts, self.commands, self.records = (
+            SQLiteLog(f"{self.id}:{table.name}", table, cast(Writer, _Nobody()), reader) for table in tables
+        )
+
+
+@contextmanager
+def peek(path: Path) -> Iterator[Peek]:
+    """The logs of a file as they are now and become while one looks.
+
+    Raises `Refused` where there is no log, and `Damaged` where SQLite cannot make sense of the file.
+    """
+    with looking(path) as open:
+        yield Peek(path, open())

@@ -1,0 +1,272 @@
+"""Keeping a log in health: is it whole, a copy while it is written, and a copy put back in its place."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import apsw
+
+from cauce.backends.sqlite.file import APPLICATION_ID, folder_of, translate
+from cauce.backends.sqlite.peek import looking, wal_of
+from cauce.backends.sqlite.turnstile import describe
+from cauce.backends.sqlite.verify import LOGS, Finding, Report, Seen, check, verify, witnessed
+from cauce.backends.sqlite.witness import Witness
+from cauce.errors import Busy, CauceError, Damaged, Refused, StorageFull
+
+__all__ = ["Finding", "Report", "backup", "restore", "verify"]
+
+_STEP = 1000
+_LOCK_BYTES = 0x40000000, 512
+"""Where SQLite locks a database file: every connection holds a part of it, in all versions of SQLite."""
+
+Told = Callable[[int, int], None]
+"""Told how many pages of how many are copied."""
+
+
+def backup(path: Path, target: Path, *, told: Told | None = None) -> Report:
+    """Copy a log while it is written to one file, as it was when the copying began, and verify the copy.
+
+    Nobody who writes waits for it; the WAL only grows meanwhile. The copy appears under its name when it is verified.
+    Raises `Refused` where there is no log or the target exists, `Damaged` if the copy is not whole, `StorageFull`.
+    """
+    path = path.resolve()
+    _is_free(target)
+    # What was seen before the copy begins must be in it.
+    seen = witnessed(path)
+    with _part(target) as part:
+        _copy(path, part, told)
+        report = _whole(part, path, seen)
+        _move(part, target)
+    return report
+
+
+def restore(copy: Path, path: Path, id: str, *, force: bool = False, told: Told | None = None) -> Report:
+    """Put a backup in the place of a log, under a new id, so that no place in the old log is mistaken for one in it.
+
+    What was there is not deleted but kept beside it, as `<file>.before-1` and so on. Claims are released.
+
+    Parameters:
+        id: the new id, a UUID.
+        force: also replace a log that holds entries, or a file that cannot be read.
+
+    Raises `Busy` if the log is in use, with `force` or without; `Refused` if there is one with entries; `Damaged` if
+    the backup is not whole; `StorageFull`. After each of them nothing has changed.
+    """
+    copy, path = copy.resolve(), path.resolve()
+    if copy == path:
+        raise Refused(f"{copy} cannot be restored over itself: name another place with --bus")
+    _may_go(path, force)
+    _make_folders(path)
+    with _part(path) as part:
+        _copy(copy, part, told)
+        report = _whole(part, copy, witnessed(copy))
+        _rename_log(part, id)
+        with _unused(path):
+            _put_aside(path)
+            _move(part, path)
+        _witness(path, id, report)
+    return report
+
+
+# --------------------------------------------------------------------------------------------------------- the copy
+
+
+@contextmanager
+def _part(target: Path) -> Iterator[Path]:
+    """An unfinished file beside the target, gone at the end."""
+    part = target.with_name(f"{target.name}.part")
+    try:
+        os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        raise Refused(f"{part} exists: if no other backup or restore is running, remove it") from None
+    except OSError as error:
+        raise Refused(f"{part} cannot be made: {error.strerror}: name another place") from None
+    try:
+        yield part
+    finally:
+        for ending in ("", "-journal", "-wal", "-shm"):
+            part.with_name(part.name + ending).unlink(missing_ok=True)
+
+
+def _copy(path: Path, part: Path, told: Told | None) -> None:
+    with looking(path) as open:
+        source = open()
+        if source.pragma("application_id") != APPLICATION_ID:
+            raise Refused(f"{path} is no Cauce log: name another file")
+        try:
+            target = apsw.Connection(str(part), flags=apsw.SQLITE_OPEN_READWRITE)
+            try:
+                # It is flushed once, at the end, and thrown away if anything fails before.
+                target.execute("pragma journal_mode = off; pragma synchronous = off")
+                # While it reads, the source is seen as it was: otherwise each commit of others would start it anew.
+                source.execute("begin")
+                source.execute("select id from bus").fetchall()
+                with target.backup("main", source, "main") as copying:
+                    while not copying.done:
+                        copying.step(_STEP)
+                        if told is not None:
+                            told(copying.page_count - copying.remaining, copying.page_count)
+                # One file, which can be looked at and copied without leaving others beside it.
+                target.execute("pragma journal_mode = delete")
+            finally:
+                target.close()
+        except apsw.Error as error:
+            raise translate(error, part if isinstance(error, (apsw.FullError, apsw.IOError)) else path) from error
+    _flush(part)
+
+
+def _whole(part: Path, origin: Path, seen: Seen | None) -> Report:
+    report = check(part, seen)
+    if not report.ok:
+        raise Damaged(
+            f"{origin} is not whole, so its copy was thrown away: {report.findings[0].message}; run cauce verify"
+        )
+    return report
+
+
+def _flush(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise StorageFull(f"{file} could not be flushed: {error.strerror}: make room, or name another place") from error
+    finally:
+        os.close(descriptor)
+
+
+def _move(part: Path, target: Path) -> None:
+    """By a link, which fails where another has made the target meanwhile, as a renaming does not."""
+    try:
+        os.link(part, target)
+    except FileExistsError:
+        raise Refused(f"{target} was made meanwhile: name another file") from None
+    except OSError:
+        # A file system without links.
+        part.rename(target)
+    _flush(target.parent)
+
+
+def _is_free(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise Refused(f"{target} exists: name another file, a backup never overwrites")
+    if not target.parent.is_dir():
+        raise Refused(f"there is no folder {target.parent}: make it first")
+
+
+# -------------------------------------------------------------------------------------------------------- the place
+
+
+def _may_go(path: Path, force: bool) -> None:
+    if not path.exists():
+        return
+    with _unused(path):
+        pass
+    if not force and path.stat().st_size and _holds_entries(path):
+        raise Refused(
+            f"{path} exists and holds entries: pass --force to put it aside, or name another place with --bus"
+        )
+
+
+def _holds_entries(path: Path) -> bool:
+    try:
+        with looking(path) as open:
+            connection = open()
+            return any(connection.execute(f"select 1 from {log} limit 1").fetchall() for log in LOGS)
+    except (apsw.Error, CauceError):
+        # Damaged, or something else altogether: in either case somebody's data.
+        return True
+
+
+@contextmanager
+def _unused(path: Path) -> Iterator[None]:
+    """Nobody has the file open, nor can open it until the end. Raises `Busy` and names who has."""
+    if not path.exists():
+        yield
+        return
+    if _open_here(path):
+        raise Busy(f"{path} is open in this process: close it first")
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise Refused(
+            f"{path} may not be written: {error.strerror}: change its mode or owner, or name another place"
+        ) from None
+    try:
+        start, length = _LOCK_BYTES
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+        except OSError:
+            raise Busy(f"{path} is open in {describe(_users(path))}: stop that first") from None
+        yield
+    finally:
+        os.close(file)
+
+
+def _open_here(path: Path) -> bool:
+    wanted = path.stat()
+    for number in os.listdir("/dev/fd"):
+        with suppress(OSError, ValueError):
+            found = os.fstat(int(number))
+            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                return True
+    return False
+
+
+def _users(path: Path) -> set[int]:
+    """The pids that hold any lock on the file, as far as the system tells."""
+    inode = str(path.stat().st_ino)
+    try:
+        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    except OSError:
+        return set()
+    return {
+        int(words[4]) for words in lines if len(words) > 5 and words[1] != "->" and words[5].rpartition(":")[2] == inode
+    }
+
+
+def _make_folders(path: Path) -> None:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder_of(path).mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"{folder_of(path)} cannot be made: {error.strerror}: name another place") from None
+
+
+def _put_aside(path: Path) -> None:
+    """Keep what is there under another name. The WAL goes first: SQLite would read it as a part of the new file."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.before-{number}")).exists() or wal_of(aside).exists():
+        number += 1
+    # Only an index, which SQLite makes anew.
+    path.with_name(path.name + "-shm").unlink(missing_ok=True)
+    for old, new in (
+        (wal_of(path), wal_of(aside)),
+        (path, aside),
+        (folder_of(path) / "witness", folder_of(aside) / "witness"),
+    ):
+        if old.exists():
+            new.parent.mkdir(mode=0o700, exist_ok=True)
+            old.rename(new)
+
+
+def _rename_log(part: Path, id: str) -> None:
+    with apsw.Connection(str(part), flags=apsw.SQLITE_OPEN_READWRITE) as connection:
+        connection.execute("update bus set id = ?", (id,))
+        # Whoever held a name held it in another log; the fence rises, as with every change of holder.
+        connection.execute("update claims set owner = '', fence = fence + 1, beat = 0")
+    connection.close()
+    _flush(part)
+
+
+def _witness(path: Path, id: str, report: Report) -> None:
+    witness = Witness(folder_of(path) / "witness")
+    try:
+        facts, commands, records = (report.heads[log] for log in LOGS)
+        witness.write(uuid.UUID(id).bytes, (facts, commands, records))
+    finally:
+        witness.close()

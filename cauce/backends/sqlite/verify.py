@@ -1,0 +1,415 @@
+"""Whether a log still is what was written: broken pages by SQLite's own check, the rest by our digests and counts."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import apsw
+import msgspec
+
+from cauce.accept import slot_of
+from cauce.backends.sqlite.file import APPLICATION_ID, FORMAT, SCHEMA, folder_of
+from cauce.backends.sqlite.peek import looking, wal_of
+from cauce.backends.sqlite.wal import Rest, rest
+from cauce.backends.sqlite.witness import Witness
+from cauce.codec import Entry, digest
+from cauce.errors import CauceError, Refused
+
+__all__ = ["LOGS", "Finding", "Report", "Seen", "check", "verify", "witnessed"]
+
+LOGS = ("facts", "commands", "records")
+_MOST = 1000
+_FARTHEST = 2**40
+
+Seen = tuple[bytes, tuple[int, int, int]]
+"""What a witness saw: the id of the log, empty if there was no commit yet, and the heads of `LOGS`."""
+
+_NOTHING: Seen = (b"", (0, 0, 0))
+
+
+class Finding(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One thing that is not as it was written. `log` and `position` name the entry, where it is about one.
+
+    `kind` is file, schema, structure (pages and indexes), names, entry (its bytes), order (positions and versions),
+    witness, wal or claims.
+    """
+
+    kind: str
+    message: str
+    log: str = ""
+    position: int = 0
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What `verify` saw. `ok`: nothing was found. `more` counts findings beyond those that are listed."""
+
+    path: str
+    ok: bool
+    id: str
+    entries: dict[str, int]
+    heads: dict[str, int]
+    streams: int
+    findings: list[Finding]
+    more: int = 0
+
+
+def verify(path: Path) -> Report:
+    """Read all of a log and say what is not as it was written. Never changes it, and does not stop those who write.
+
+    It takes about three seconds a million entries, and 300 bytes of memory a stream. While it runs, SQLite's WAL only
+    grows. Raises `Refused` where there is no file; damage of any kind is a finding.
+    """
+    path = path.resolve()
+    if not path.exists():
+        raise Refused(f"there is no log at {path}: name another with --bus")
+    search = _Search(path)
+    seen = None
+    with search.step("witness"):
+        # Before anything else is read: whatever it saw must be there afterwards.
+        seen = witnessed(path)
+    return search.run(seen)
+
+
+def check(path: Path, seen: Seen | None) -> Report:
+    """As `verify`, for a copy: the witness is the one of the log that it was copied from."""
+    return _Search(path).run(seen)
+
+
+def witnessed(path: Path) -> Seen | None:
+    """What the witness beside a log saw, None where there is no witness. Raises `Damaged`."""
+    file = folder_of(path) / "witness"
+    if not file.exists():
+        return None
+    if not os.access(file, os.R_OK | os.W_OK):
+        raise Refused(f"{file} may not be opened: run this as the owner of the log")
+    witness = Witness(file)
+    try:
+        return witness.read() or _NOTHING
+    finally:
+        witness.close()
+
+
+class _Thing:
+    """A stream as it is met: its name, its domain, and the version last seen in the log that is being read."""
+
+    __slots__ = ("domain", "name", "version")
+
+    def __init__(self, name: str, domain: str) -> None:
+        self.name, self.domain, self.version = name, domain, 0
+
+
+class _Walk:
+    """How far the reading of one log has come. `lossy`: something before could not be read, so versions may jump."""
+
+    def __init__(self, log: str) -> None:
+        self.log, self.first, self.last, self.count, self.lossy = log, 0, 0, 0, False
+
+
+class _Search:
+    """One run over one file, and what it finds."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._id = ""
+        self._findings: list[Finding] = []
+        self._more = 0
+        self._things: dict[int, _Thing] = {}
+        self._types: dict[int, tuple[str, str]] = {}
+        self._walks = [_Walk(log) for log in LOGS]
+
+    def run(self, seen: Seen | None) -> Report:
+        with self.step("file"), looking(self._path) as open:
+            pages, rows, tail = open(), open(), open()
+            with ThreadPoolExecutor(1) as thread:
+                structure = thread.submit(_structure, pages)
+                try:
+                    self._read(rows, structure)
+                except BaseException:
+                    pages.interrupt()
+                    raise
+            with self.step("wal"):
+                self._look_behind(tail, seen)
+        self._compare(seen)
+        return Report(
+            str(self._path), not self._findings, self._id, {walk.log: walk.count for walk in self._walks},
+            {walk.log: walk.last for walk in self._walks}, len(self._things), self._findings, self._more,
+        )  # fmt: skip
+
+    def _read(self, connection: apsw.Connection, structure: Future[list[str]]) -> None:
+        connection.execute("begin")
+        for part in (self._head, self._schema, self._bus, self._name_streams, self._name_types, self._claims):
+            with self.step("schema" if part == self._schema else "names"):
+                part(connection)
+        for walk in self._walks:
+            with self.step("structure"):
+                self._walk(connection, walk)
+        with self.step("structure"):
+            for line in structure.result():
+                self.find("structure", line)
+
+    def find(self, kind: str, message: str, log: str = "", position: int = 0) -> None:
+        if len(self._findings) < _MOST:
+            self._findings.append(Finding(kind, message, log, position))
+        else:
+            self._more += 1
+
+    @contextmanager
+    def step(self, kind: str) -> Iterator[None]:
+        """Whatever fails in it is a finding: a damaged file may fail in any way."""
+        try:
+            yield
+        except CauceError as error:
+            self.find(kind, str(error))
+        except Exception as error:
+            self.find(kind, f"{type(error).__name__}: {error}")
+
+    # ------------------------------------------------------------------------------------------ what holds the entries
+
+    def _head(self, connection: apsw.Connection) -> None:
+        for pragma, wanted in (("application_id", APPLICATION_ID), ("user_version", FORMAT)):
+            found = connection.pragma(pragma)
+            if found != wanted:
+                self.find("file", f"{pragma} is {found}, not {wanted}: this is no Cauce log of format {FORMAT}")
+
+    def _schema(self, connection: apsw.Connection) -> None:
+        query = "select type, name, tbl_name, sql from sqlite_schema"
+        with apsw.Connection(":memory:") as model:
+            for statement in SCHEMA:
+                model.execute(statement)
+            wanted = set(model.execute(query))
+        for row in wanted.symmetric_difference(connection.execute(query)):
+            self.find(
+                "schema", f"{row[0]} {row[1]} is {'missing or changed' if row in wanted else 'not ours'}: {row[3]}"
+            )
+
+    def _bus(self, connection: apsw.Connection) -> None:
+        ids = [row[0] for row in connection.execute("select id from bus")]
+        if len(ids) != 1 or str(uuid.UUID(ids[0])) != ids[0]:
+            self.find("names", f"the log has the ids {ids}, not one UUID")
+        self._id = str(ids[0])
+
+    def _name_streams(self, connection: apsw.Connection) -> None:
+        domains: dict[str, str] = {}
+        for id, kind, raw in connection.execute("select id, typeof(name), cast(name as blob) from streams"):
+            name = _text(kind, raw)
+            domain, slash, key = name.partition("/")
+            if not slash or slot_of(key) != id % 16:
+                self.find("names", f"stream {id} is named {name!r}, which does not belong to its number")
+            self._things[id] = _Thing(name, domains.setdefault(domain, domain))
+
+    def _name_types(self, connection: apsw.Connection) -> None:
+        query = "select id, typeof(domain), cast(domain as blob), typeof(name), cast(name as blob) from types"
+        for id, *parts in connection.execute(query):
+            self._types[id] = (_text(*parts[:2]), _text(*parts[2:]))
+
+    def _claims(self, connection: apsw.Connection) -> None:
+        for row in connection.execute("select log, name, owner, fence, beat from claims"):
+            log, *_, fence, beat = row
+            if [*map(type, row)] != [str, str, str, int, int] or log not in LOGS or fence < 1 or beat < 0:
+                self.find("claims", f"the claim {row} is none")
+
+    # --------------------------------------------------------------------------------------------------- the entries
+
+    def _walk(self, connection: apsw.Connection, walk: _Walk) -> None:
+        for thing in self._things.values():
+            thing.version = 0
+        on = True
+        while on:
+            try:
+                self._scan(connection, walk)
+                on = False
+            except UnicodeDecodeError:
+                on = self._step_over(connection, walk)
+            except apsw.Error as error:
+                self.find("structure", f"{walk.log} cannot be read behind position {walk.last}: {error}", walk.log)
+                on = self._leap(connection, walk)
+
+    def _scan(self, connection: apsw.Connection, walk: _Walk) -> None:
+        """The hot loop: every entry of a log passes here once."""
+        things, types, log, last, records = self._things, self._types, walk.log, walk.last, walk.log == "records"
+        query = f"select position, stream, version, type, id, meta, wish, body, digest from {log} where position > ? order by position"
+        for position, stream, version, type_, id, raw, wish, body, stored in connection.execute(query, (last,)):
+            if position != last + 1 and not self._may_leap(walk, position):
+                return
+            walk.last = last = position
+            walk.count += 1
+            thing, kind = things.get(stream), types.get(type_)
+            if thing is None or kind is None:
+                self.find(
+                    "names",
+                    f"{log} position {position} names a stream or type that is not there ({stream}, {type_})",
+                    log,
+                    position,
+                )
+                continue
+            try:
+                whole = (
+                    digest(Entry(position, thing.name, version, kind[1], id, raw, wish, body, stored), version)
+                    == stored
+                )
+            except (TypeError, ValueError):
+                whole = False
+            # What the digest cannot tell apart: nothing, and an empty text or a zero in its place.
+            if not whole or type(body) is not bytes or wish == b"" or type(stored) is not int:
+                self.find(
+                    "entry",
+                    f"{log} position {position} ({thing.name} version {version}) is not what was written",
+                    log,
+                    position,
+                )
+            if thing.domain != kind[0]:
+                self.find(
+                    "names", f"{log} position {position} ({thing.name}) has a type of domain {kind[0]!r}", log, position
+                )
+            if version != thing.version + 1 or records:
+                self._leaps_version(walk, thing, position, version)
+            thing.version = version
+
+    def _may_leap(self, walk: _Walk, position: Any) -> bool:
+        """Positions of facts count from 1; of commands, the beginning may be gone; of records, some are."""
+        log, last = walk.log, walk.last
+        if type(position) is not int or position <= last:
+            self.find("order", f"{log} position {position} comes after {last}: the rest of it was not read", log, last)
+            return False
+        if log == "facts" or (log == "commands" and last):
+            self.find("order", f"{log} positions {last + 1} to {position - 1} are missing", log, last + 1)
+        if not last:
+            walk.first = position
+        return True
+
+    def _leaps_version(self, walk: _Walk, thing: _Thing, position: int, version: Any) -> None:
+        if type(version) is not int or version < 1:
+            self.find(
+                "order", f"{walk.log} position {position} ({thing.name}) has version {version!r}", walk.log, position
+            )
+            return
+        if walk.log == "records":
+            wrong = thing.version > 0
+        elif walk.lossy or (walk.log == "commands" and walk.first > 1 and not thing.version):
+            wrong = version <= thing.version
+        else:
+            wrong = True
+        if wrong:
+            self.find(
+                "order",
+                f"{walk.log} position {position} is {thing.name} version {version}, after version {thing.version}",
+                walk.log,
+                position,
+            )
+
+    def _step_over(self, connection: apsw.Connection, walk: _Walk) -> bool:
+        """Past the one entry whose id is no text, so that SQLite's binding cannot give it."""
+        row: Any = connection.execute(
+            f"select position, stream, version from {walk.log} where position > ? order by position limit 1",
+            (walk.last,),
+        ).fetchone()
+        if row is None or row[0] <= walk.last:
+            return False
+        self.find("entry", f"{walk.log} position {row[0]} is not what was written: its id is no text", walk.log, row[0])
+        walk.last, walk.count = row[0], walk.count + 1
+        if row[1] in self._things:
+            self._things[row[1]].version = row[2]
+        return True
+
+    def _leap(self, connection: apsw.Connection, walk: _Walk) -> bool:
+        """Past what cannot be read, in growing steps."""
+        walk.lossy = True
+        far = 1
+        while far < _FARTHEST:
+            try:
+                row: Any = connection.execute(
+                    f"select position from {walk.log} where position > ? order by position limit 1", (walk.last + far,)
+                ).fetchone()
+            except apsw.Error:
+                far *= 2
+                continue
+            if row is None:
+                return False
+            # In a tree out of order the next one may lie before the one that was asked for.
+            if row[0] > walk.last + far:
+                walk.last = row[0] - 1
+                return True
+            far *= 2
+        return False
+
+    # ---------------------------------------------------------------------------------------------- what may be gone
+
+    def _compare(self, seen: Seen | None) -> None:
+        if seen is None:
+            return
+        id, heads = seen
+        if self._id and id and str(uuid.UUID(bytes=id)) != self._id:
+            self.find(
+                "witness", f"the log is {self._id}, its witness saw {uuid.UUID(bytes=id)}: one of them was replaced"
+            )
+        for walk, head in zip(self._walks, heads, strict=True):
+            if walk.last < head:
+                self.find(
+                    "witness",
+                    f"{walk.log} ends at position {walk.last}, but its witness saw {head}: what is between is lost",
+                    walk.log,
+                    walk.last,
+                )
+
+    def _look_behind(self, connection: apsw.Connection, seen: Seen | None) -> None:
+        """Commits that SQLite silently ignores."""
+        wal = wal_of(self._path)
+        left = _behind(connection, wal)
+        if left == Rest():
+            return
+        with _quiet(folder_of(self._path)) as quiet:
+            # Else it is what somebody is writing just now.
+            left = _behind(connection, wal) if quiet else Rest()
+        if not left.header:
+            self.find("wal", f"the head of {wal} is damaged, so that nothing in it is read")
+        elif left.frames and seen is None:
+            # A killed writer leaves such pages, too; only the witness can tell.
+            self.find(
+                "wal",
+                f"{wal} holds {left.frames} pages that are not read, and there is no witness to say whether "
+                f"they should be: put {folder_of(self._path)} beside the log, too",
+            )
+
+
+def _structure(connection: apsw.Connection) -> list[str]:
+    found = [str(row[0]) for row in connection.execute("pragma integrity_check(100)")]
+    return [] if found == ["ok"] else found
+
+
+def _text(kind: str, raw: bytes) -> str:
+    """The name in these bytes, or something that no entry was ever written under."""
+    try:
+        return raw.decode() if kind == "text" else f"\0{raw!r}"
+    except UnicodeDecodeError:
+        return f"\0{raw!r}"
+
+
+def _behind(connection: apsw.Connection, wal: Path) -> Rest:
+    frames, _ = connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+    return rest(wal, max(0, frames))
+
+
+@contextmanager
+def _quiet(folder: Path) -> Iterator[bool]:
+    """Whether nobody is inside a write transaction; if so, nobody enters one until the end."""
+    try:
+        turn = os.open(folder / "turn.main", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield True
+        return
+    try:
+        try:
+            fcntl.flock(turn, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(turn)

@@ -1,0 +1,372 @@
+"""What a program talks to: asks and wishes go out by it, records and facts are read from it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Any, TypeVar
+
+import msgspec
+
+from cauce import errors
+from cauce.accept import check_key
+from cauce.clock import Clock
+from cauce.codec import Entry, Meta, derive_id, micros, sealed
+from cauce.errors import CauceError, Conflict, Gone, NoAnswer, NotOwner, OutcomeUnknown, Refused, Unreadable
+from cauce.log import Filter, Log
+from cauce.messages import Command, Declared, Event, Message, Query, Record, declared
+from cauce.schema import Schema, encode, key_of
+from cauce.wire import Wire
+
+__all__ = ["NOTHING", "Ask", "Bus", "Cause", "Context", "Receipt", "Reply", "error_name", "own", "owned"]
+
+R = TypeVar("R", bound=Record)
+Answer = TypeVar("Answer")
+
+TIMEOUT = 30.0
+"""Seconds a `call`, `ask` or `fetch` waits when nothing else is said."""
+
+_LINE = 256
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """What `call` returns: the command's id, the thing, its version, the position of its last fact, and whether the
+    command made any."""
+
+    id: str
+    key: str
+    version: int
+    position: int
+    changed: bool
+
+
+class Cause(msgspec.Struct, frozen=True):
+    """Because of what something is said: the id of the message, and the correlation, trace and person it carries on."""
+
+    id: str = ""
+    correlation: str = ""
+    by: str = ""
+    trace: str = ""
+    tracestate: str = ""
+
+
+NOTHING = Cause()
+
+
+class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What goes over the wire to an owner: a command (`call`), a query (`ask`), a record to fold (`fetch`, `state`)."""
+
+    kind: str
+    type: str
+    id: str
+    key: str = ""
+    schema: int = 1
+    body: msgspec.Raw = msgspec.Raw(b"{}")
+    again: bool = False
+    by: str = ""
+    correlation: str = ""
+    causation: str = ""
+    trace: str = ""
+    tracestate: str = ""
+    at_version: int | None = None
+    at_time: int | None = None
+
+
+class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What comes back: an error by its name, or a verdict, or a body."""
+
+    error: str = ""
+    message: str = ""
+    version: int = 0
+    position: int = 0
+    changed: bool = False
+    body: msgspec.Raw = msgspec.Raw(b"")
+
+
+_encode = msgspec.json.Encoder().encode
+_decode_reply = msgspec.json.Decoder(Reply).decode
+_ERRORS: dict[str, type[CauceError]] = {
+    name: cls
+    for name, cls in vars(errors).items()
+    if isinstance(cls, type) and issubclass(cls, CauceError) and cls not in (Conflict, OutcomeUnknown, errors.Held)
+}
+
+
+def error_name(error: CauceError) -> str:
+    """By what name an error travels: its own, or that of the nearest kind that the asker can be given."""
+    return next((cls.__name__ for cls in type(error).__mro__ if _ERRORS.get(cls.__name__) is cls), "CauceError")
+
+
+class Bus:
+    """Three logs and a wire.
+
+    Made by `running` and `connect`. All times are in seconds. `failed` is done when a service has stopped by itself.
+    """
+
+    def __init__(self, id: str, facts: Log, commands: Log, records: Log, wire: Wire, clock: Clock) -> None:
+        self.id, self.facts, self.commands, self.records, self.wire, self.clock = (
+            id,
+            facts,
+            commands,
+            records,
+            wire,
+            clock,
+        )
+        self._settled: list[Callable[[], Awaitable[None]]] = []
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def call(
+        self, command: Command, *, by: str = "", timeout: float = TIMEOUT, id: str | None = None, cause: Cause = NOTHING
+    ) -> Receipt:
+        """Ask the owner to fulfil a command, and wait for the verdict.
+
+        Parameters:
+            by: who wishes, kept with the facts.
+            timeout: seconds.
+            id: that of an earlier call whose outcome is unknown: if it was accepted, its receipt is given again.
+
+        Raises `Rejected` if the owner says no, `NoAnswer` if nobody serves it (nothing is stored), `OutcomeUnknown`
+        with the id if the time is over first.
+        """
+        kind = _declared(command, "command")
+        key = key_of(command)
+        asked = self.clock.id() if id is None else _line(id, "id")
+        ask = Ask(
+            "call", kind.name, asked, key, kind.version, msgspec.Raw(encode(command)), id is not None,
+            _line(by or cause.by, "by"), cause.correlation, cause.id, cause.trace, cause.tracestate,
+        )  # fmt: skip
+        try:
+            reply = await self._ask(kind, ask, timeout)
+        except TimeoutError:
+            raise OutcomeUnknown(
+                asked, f"{kind.name} for {kind.domain.name}/{key} had no verdict within {timeout:g} s"
+            ) from None
+        return Receipt(asked, key, reply.version, reply.position, reply.changed)
+
+    async def send(
+        self,
+        command: Command,
+        *,
+        by: str = "",
+        id: str | None = None,
+        expires: datetime | None = None,
+        cause: Cause = NOTHING,
+    ) -> str:
+        """Leave a command for its owner, durably, to be decided in order per thing, now or when the owner is back.
+
+        Parameters:
+            by: who wishes, kept with the facts.
+            id: to send again what may have been sent: the same id is kept once.
+            expires: after this moment the owner no longer fulfils it.
+
+        Returns the command's id.
+        """
+        kind = _declared(command, "command")
+        asked = self.clock.id() if id is None else _line(id, "id")
+        meta = Meta(
+            self.clock.now(), kind.version, cause.correlation, cause.id, _line(by or cause.by, "by"), cause.trace, cause.tracestate,
+            micros(expires) if expires is not None else 0, again=id is not None and not cause.id,
+        )  # fmt: skip
+        stream = f"{kind.domain.name}/{key_of(command)}"
+        await self.commands.append(
+            stream, [sealed(stream, kind.name, asked, meta, encode(command))], repeat=id is not None
+        )
+        return asked
+
+    async def ask(self, query: Query[Answer], *, timeout: float = TIMEOUT, cause: Cause = NOTHING) -> Answer:
+        """The answer of the service that owns the query's domain, within so many seconds.
+
+        Raises `NoAnswer` if nobody serves it or the time is over.
+        """
+        kind = _declared(query, "query")
+        ask = Ask(
+            "ask", kind.name, self.clock.id(), "", kind.version, msgspec.Raw(encode(query)), False,
+            cause.by, cause.correlation, cause.id, cause.trace, cause.tracestate,
+        )  # fmt: skip
+        try:
+            reply = await self._ask(kind, ask, timeout)
+        except TimeoutError:
+            raise NoAnswer(
+                f"{kind.domain.name} did not answer {kind.name} within {timeout:g} s: look whether it is blocked"
+            ) from None
+        try:
+            answer: Answer = msgspec.json.decode(reply.body, type=reply_type(type(query)))
+        except msgspec.MsgspecError as error:
+            raise Unreadable(f"the answer to {kind.name} of {kind.domain.name} is not what it says: {error}") from None
+        return answer
+
+    async def fetch(self, record: type[R], key: str, *, timeout: float = TIMEOUT, cause: Cause = NOTHING) -> R:
+        """How a thing stands now, by its owner: at least as new as anything seen before. Raises `Gone`, `NoAnswer`."""
+        found = await self._state("fetch", record, key, timeout, cause, None)
+        if found is None:
+            raise Gone(f"{declared(record).domain.name}/{key} does not stand: it was deleted, or never was")
+        return found
+
+    async def record(self, record: type[R], key: str) -> R | None:
+        """The last written record of a thing; None if it does not stand. Needs no owner, may lag a moment behind."""
+        kind = _declared(record, "record")
+        page = await self.records.read(Filter(f"{kind.domain.name}/{check_key(key)}"), limit=1)
+        if not page.entries:
+            return None
+        entry = page.entries[-1].checked()
+        if not entry.body:
+            return None
+        found = Schema([record]).decode(entry.domain, entry.type, entry.meta.schema, entry.body)
+        assert isinstance(found, record)
+        return found
+
+    async def state(
+        self, record: type[R], key: str, *, at: int | datetime | None = None, timeout: float = TIMEOUT
+    ) -> R | None:
+        """How a thing stands, or stood at a version or moment, folded from its facts by its owner.
+
+        At a moment: after the longest beginning of its stream before the first fact later than it.
+        """
+        return await self._state("state", record, key, timeout, NOTHING, at)
+
+    async def settled(self, timeout: float = TIMEOUT) -> None:
+        """Wait until every consumer of this process has passed the heads as they are now, and records are written.
+
+        Raises `TimeoutError` after so many seconds, and at once what stopped a consumer.
+        """
+        waiting: asyncio.Future[Any] = asyncio.gather(*(each() for each in self._settled))
+        await asyncio.wait({waiting, self.failed}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            if self.failed.done():
+                self.failed.result()
+            raise TimeoutError(
+                f"consumers did not settle within {timeout:g} s: a handler hangs or fails; look at the log"
+            )
+        await waiting
+
+    def settles(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """Let `settled` wait for this, too."""
+        self._settled.append(wait)
+
+    async def _state(
+        self, how: str, record: type[R], key: str, timeout: float, cause: Cause, at: int | datetime | None
+    ) -> R | None:
+        kind = _declared(record, "record")
+        ask = Ask(
+            how, kind.name, self.clock.id(), check_key(key), kind.version, correlation=cause.correlation, causation=cause.id,
+            at_version=at if isinstance(at, int) else None, at_time=micros(at) if isinstance(at, datetime) else None,
+        )  # fmt: skip
+        try:
+            reply = await self._ask(kind, ask, timeout)
+        except TimeoutError:
+            raise NoAnswer(
+                f"{kind.domain.name} did not answer within {timeout:g} s: look whether it is blocked"
+            ) from None
+        if not reply.changed:
+            return None
+        found = Schema([record]).decode(kind.domain.name, kind.name, kind.version, bytes(reply.body))
+        assert isinstance(found, record)
+        return found
+
+    async def _ask(self, kind: Declared, ask: Ask, timeout: float) -> Reply:
+        payload = await self.wire.ask(kind.domain.name, _encode(ask), self.clock.monotonic() + timeout)
+        reply = _decode_reply(payload)
+        if reply.error:
+            raise _ERRORS.get(reply.error, CauceError)(reply.message)
+        return reply
+
+
+class Context:
+    """What a handler is told beside its message, and the bus from there: all that it says is because of the message."""
+
+    def __init__(self, bus: Bus, service: str, handler: str, entry: Entry | None, cause: Cause) -> None:
+        self.bus, self.service, self.cause = bus, service, cause
+        self._handler, self._entry = handler, entry
+        self._said: dict[tuple[str, str, str], int] = {}
+
+    @property
+    def idempotency_key(self) -> str:
+        """The same text each time this handler is given this message: let the outside world see a repetition by it."""
+        return derive_id(self.cause.id, self.service, self._handler)
+
+    @property
+    def correlation(self) -> str:
+        """The id of the message with which it all began."""
+        return self.cause.correlation
+
+    @property
+    def position(self) -> int:
+        """Where the message stands in its log; 0 for a question, which stands nowhere."""
+        return 0 if self._entry is None else self._entry.position
+
+    @property
+    def version(self) -> int:
+        """The version of its stream that the message made."""
+        return 0 if self._entry is None else self._entry.version
+
+    async def call(self, command: Command, *, timeout: float = TIMEOUT) -> Receipt:
+        """As `Bus.call`; made again for the same message, it is the same call."""
+        return await self.bus.call(command, timeout=timeout, id=self.id_of(command), cause=self.cause)
+
+    async def send(self, command: Command, *, expires: datetime | None = None) -> str:
+        """As `Bus.send`; made again for the same message, it is the same command."""
+        return await self.bus.send(command, id=self.id_of(command), expires=expires, cause=self.cause)
+
+    async def ask(self, query: Query[Answer], *, timeout: float = TIMEOUT) -> Answer:
+        """As `Bus.ask`."""
+        return await self.bus.ask(query, timeout=timeout, cause=self.cause)
+
+    async def fetch(self, record: type[R], key: str, *, timeout: float = TIMEOUT) -> R:
+        """As `Bus.fetch`."""
+        return await self.bus.fetch(record, key, timeout=timeout, cause=self.cause)
+
+    def id_of(self, message: Message) -> str:
+        """The id this handler's next such message always has: the same when the handler runs again."""
+        kind = declared(message)
+        what = (kind.domain.name, kind.name, key_of(message))
+        count = self._said[what] = self._said.get(what, 0) + 1
+        return derive_id(self.cause.id, self.service, self._handler, *what, str(count))
+
+
+async def owned(facts: Log, domain: str, service: str) -> bool:
+    """Whether the catalogue says that a service owns a domain. Raises `NotOwner` if it says that another does."""
+    page = await facts.read(Filter(f"_catalogue/{domain}"), limit=1)
+    if not page.entries:
+        return False
+    owner = msgspec.json.decode(page.entries[0].checked().body or b"{}").get("service")
+    if owner != service:
+        raise NotOwner(f"domain {domain!r} is owned by service {owner!r}, not by {service!r}: ask it, or use its name")
+    return True
+
+
+async def own(facts: Log, domain: str, service: str, clock: Clock) -> None:
+    """Enter in the catalogue that a service owns a domain. Raises `NotOwner` if another does."""
+    stream = f"_catalogue/{domain}"
+    while not await owned(facts, domain, service):
+        entry = sealed(stream, "Owned", clock.id(), Meta(clock.now()), _encode({"service": service}))
+        try:
+            await facts.append(stream, [entry], expect=0)
+        except Conflict:
+            continue
+
+
+def reply_type(query: type[Query[Any]]) -> Any:
+    """The type of the answer: what stands in the brackets of `Query[…]`."""
+    for base in getattr(query, "__orig_bases__", ()):
+        if getattr(base, "__origin__", None) is Query:
+            return base.__args__[0]
+    raise Refused(f"{query.__name__} does not say what answers it: derive it from Query[Reply]")
+
+
+def _line(text: str, what: str) -> str:
+    """A short text in the envelope, which every backend and log viewer can take."""
+    if not isinstance(text, str) or not text.isprintable() or len(text) > _LINE or (what == "id" and not text):
+        raise Refused(f"{what}={text!r}: pass printable text of at most {_LINE} characters")
+    return text
+
+
+def _declared(message: Any, wanted: str) -> Declared:
+    kind = declared(message)
+    if kind.kind != wanted:
+        name = message.__name__ if isinstance(message, type) else type(message).__name__
+        cure = "facts are recorded by their owner only" if isinstance(message, Event) else f"pass a {wanted}"
+        raise Refused(f"{name} is a {kind.kind}, not a {wanted}: {cure}")
+    return kind

@@ -1,0 +1,73 @@
+"""The command line. Commands are loaded when they are named, so that `cauce --help` answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from cauce.cli.endings import INTERRUPTED, ending, quietly
+
+__all__ = ["main"]
+
+# Name: (module and command, what `cauce --help` says of it).
+COMMANDS = {
+    "run": ("run:run", "Run services until SIGTERM or Ctrl-C."),
+    "demo": ("demo:demo", "See it at work: a user registers on a form, and a mail arrives."),
+    "tail": ("tail:tail", "The last entries of a log, and with --follow the next ones."),
+    "show": ("show:show", "All entries of one stream, with bodies."),
+    "import": ("import_:import_", "Bring events from a file of JSON lines."),
+    "export": ("export:export", "Write a log as JSON lines of CloudEvents."),
+    "verify": ("verify:verify", "Read all of a log and say what is not as it was written."),
+    "backup": ("backup:backup", "Copy a log while it is written, and verify the copy."),
+    "restore": ("restore:restore", "Put a backup in the place of a log, under a new id."),
+}
+
+
+class _Lazy(click.Group):
+    """A group that loads a command when it is asked for it, and ends as `cauce.cli.endings` says."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(f"cauce.cli.{module}"), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with ending(ctx):
+            return super().invoke(ctx)
+
+    def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
+        if not standalone_mode:
+            return super().main(args, standalone_mode=False, **extra)
+        try:
+            code = super().main(args, standalone_mode=False, **extra)
+        except click.ClickException as error:
+            error.show()
+            code = error.exit_code
+        except (KeyboardInterrupt, click.Abort):
+            code = INTERRUPTED
+        with quietly():
+            sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cauce", message="%(version)s")
+def main() -> None:
+    """Cauce: a bus that remembers, owners of data, and consumers that copy or ask.
+
+    Ends with 0 if all went well, 1 if it was refused, 2 for wrong usage, 3 if a command was rejected, 4 if something
+    is busy or absent for the moment, 5 if stored data is damaged.
+    """

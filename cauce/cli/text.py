@@ -1,0 +1,38 @@
+"""What is printed: text without characters that command a terminal, JSON that is one object a line."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+__all__ = ["count", "one_line", "print_json", "write"]
+
+# C0 and C1 controls, DEL, line separators, lone surrogates, and the marks that turn the direction of writing around.
+_COMMANDS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
+
+def one_line(text: str) -> str:
+    """The text with every character that a terminal would obey written out, as \\x1b."""
+    return _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def count(number: int, what: str) -> str:
+    """A number with its noun: 1 event, 2 events."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on one line of standard output."""
+    import msgspec
+
+    write(msgspec.json.encode(value))
+    sys.stdout.flush()
+
+
+def write(line: bytes) -> None:
+    """A line of JSON to standard output: as it is to files and programs, harmless to terminals."""
+    if sys.stdout.isatty():
+        line = _IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", line.decode(errors="replace")).encode()
+    sys.stdout.buffer.write(line + b"\n")

@@ -1,0 +1,396 @@
+"""The commander: for each wish it knows what stands, decides, and records; one append is the whole commitment.
+
+It decides ahead of the disk: the next wish for a thing is decided on what the last one will have made of it, so that
+one flush serves many. Nothing is shown before the commit; if that fails, what was decided ahead is forgotten and
+decided again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from cauce.accept import SLOTS, slot_of
+from cauce.bus import Ask, Bus, Cause, Context, Receipt
+from cauce.codec import Entry, Meta, Wish, derive_id, seal, sealed
+from cauce.errors import Conflict, IdReused, NoAnswer, NotOwner, Overloaded, Refused, Rejected, Unavailable
+from cauce.fold import EMPTY, Folded, Folder, messages_of
+from cauce.lease import Leases
+from cauce.log import Appended, Filter
+from cauce.messages import Event, Message, declared
+from cauce.records import Records, written
+from cauce.schema import Schema, encode, key_of
+
+__all__ = ["Commander", "Decider"]
+
+_log = logging.getLogger("cauce")
+_encode = msgspec.json.Encoder().encode
+_MOST_CONFLICTS = 10
+_CACHED = 100_000
+_PAUSE = 0.25
+_LONGEST_PAUSE = 5.0
+
+
+class Decider(msgspec.Struct, frozen=True):
+    """A `decide` function and the name of its context parameter, if it has one."""
+
+    function: Callable[..., Any]
+    context: str | None = None
+
+
+class _Standing:
+    """How a thing stands, as far as decided; `tail` is the last append that may still fail."""
+
+    __slots__ = ("folded", "tail")
+
+    def __init__(self, folded: Folded) -> None:
+        self.folded = folded
+        self.tail: asyncio.Future[Appended] | None = None
+
+
+class Commander:
+    """The owner of one domain, in one process."""
+
+    def __init__(
+        self,
+        service: str,
+        domain: str,
+        deciders: Mapping[type[Message], Decider],
+        folder: Folder,
+        schema: Schema,
+        bus: Bus,
+        leases: Leases,
+    ) -> None:
+        self._service, self.domain, self._deciders = service, domain, dict(deciders)
+        self._folder, self._schema, self._bus, self._leases = folder, schema, bus, leases
+        self._facts, self._clock = bus.facts, bus.clock
+        self._things: dict[str, _Standing] = {}
+        self._deciding: dict[str, asyncio.Future[None]] = {}
+        self._backlog = 0
+        self._doubts: set[int] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.records = Records(bus.records, domain, bus.clock)
+        self._unsure = self.records.unsure
+
+    async def take_over(self) -> None:
+        """Claim the slots, then give each stream that was left behind its record."""
+        await self._leases.take(*(f"{self.domain}/{slot}" for slot in range(SLOTS)))
+        self._backlog = await self._bus.commands.head()
+        head = await self._facts.head()
+        marks = [await written(self._bus.records, self.domain, slot) for slot in range(SLOTS)]
+        looked, touched = min(marks), dict[str, None]()
+        wanted = Filter(domains=frozenset({self.domain}))
+        while looked < head:
+            page = await self._facts.read(wanted, after=looked, bodies=False)
+            touched.update((entry.key, None) for entry in page.entries if entry.position > marks[slot_of(entry.key)])
+            looked = page.looked
+        for key in touched:
+            await self._remember(key)
+        if touched:
+            await self.records.flush()
+
+    async def call(self, ask: Ask) -> Receipt:
+        """Decide a wish that came over the wire. Raises `Rejected`, and what stopped it."""
+        command = self._schema.decode(self.domain, ask.type, ask.schema, bytes(ask.body))
+        cause = Cause(ask.id, ask.correlation or ask.id, ask.by, ask.trace, ask.tracestate)
+        await self._alone(ask.id)
+        try:
+            if ask.again:
+                # It may also have been sent: all that was sent up to now is looked for before it is decided.
+                self._backlog = await self._bus.commands.head()
+                before = await self._accepted(ask.key, Wish(ask.type, ask.body, ask.schema), ask.id)
+                if before is not None:
+                    return before
+            return await self._decide(command, cause, ask.body, ask.schema)
+        finally:
+            self._deciding.pop(ask.id).set_result(None)
+
+    async def handle(self, entry: Entry) -> None:
+        """Decide a wish that was sent. A rejection is audited and done with; anything else that is raised is not."""
+        meta = entry.checked().meta
+        if meta.verdict:
+            return
+        body = entry.body or b""
+        cause = Cause(entry.id, entry.correlation, meta.by, meta.trace, meta.tracestate)
+        await self._alone(entry.id)
+        try:
+            # Who took over, failed half-way or heard of an earlier try cannot know if it was decided: the log does.
+            doubtful = entry.position <= self._backlog or entry.position in self._doubts or meta.again
+            wish = Wish(entry.type, msgspec.Raw(body), meta.schema)
+            if doubtful and await self._accepted(entry.key, wish, entry.id):
+                pass
+            elif meta.expires and self._clock.now() > meta.expires:
+                self._audit(entry.stream, entry.type, meta.schema, body, cause, "expired")
+            else:
+                command = self._schema.decode(self.domain, entry.type, meta.schema, body)
+                self._doubts.add(entry.position)
+                await self._decide(command, cause, msgspec.Raw(body), meta.schema)
+        except Rejected:
+            pass  # audited where it was decided
+        except IdReused as error:
+            self._audit(entry.stream, entry.type, meta.schema, body, cause, f"refused: {error}")
+        finally:
+            self._deciding.pop(entry.id).set_result(None)
+        self._doubts.discard(entry.position)
+
+    async def publish(self, events: Sequence[Event], ids: Sequence[str], cause: Cause) -> None:
+        """Record facts that no command asked for; recorded once, however often it is said with the same ids."""
+        key = _one_key(self._service, events)
+        entries = self._sealed(events, ids, cause, None)
+        for _ in range(_MOST_CONFLICTS):
+            thing = self._things.get(key) or await self._load(key)
+            if await self._record(key, thing, events, entries, repeat=True) is not None:
+                return
+        raise _contended(entries[0].stream)
+
+    async def settled(self) -> None:
+        """Wait until all that is decided has its record."""
+        while self._tasks:
+            # Not gather: who gives up waiting here must not cancel them.
+            await asyncio.wait(self._tasks)
+        await self.records.settled()
+
+    async def _decide(self, command: Message, cause: Cause, body: msgspec.Raw, schema: int) -> Receipt:
+        key = key_of(command)
+        kind = declared(command)
+        decider = self._deciders.get(type(command))
+        if decider is None:
+            raise NoAnswer(f"service {self._service!r} decides no {kind.name}: add a decide function for it")
+        stream = f"{self.domain}/{key}"
+        for _ in range(_MOST_CONFLICTS):
+            thing = self._things.get(key) or await self._load(key)
+            before = thing.folded
+            try:
+                events = await self._wished(decider, before, command, cause)
+            except Rejected as rejected:
+                if await self._shown(key, thing):
+                    self._audit(stream, kind.name, schema, bytes(body), cause, f"rejected: {rejected}")
+                    raise
+                continue
+            if thing.folded is not before or self._things.get(key) is not thing:
+                continue
+            if not events:
+                tail = thing.tail
+                if await self._shown(key, thing):
+                    self._audit(stream, kind.name, schema, bytes(body), cause, "unchanged")
+                    position = before.position or (0 if tail is None else tail.result().position)
+                    return Receipt(cause.id, key, before.version, position, False)
+                continue
+            ids = [derive_id(cause.id, self._service, stream, str(n)) for n in range(len(events))]
+            wish = _encode(Wish(kind.name, body, schema, self._clock.now()))
+            appended = await self._record(key, thing, events, self._sealed(events, ids, cause, wish))
+            if appended is not None:
+                return Receipt(cause.id, key, appended.version, appended.position, True)
+        raise _contended(stream)
+
+    async def _record(
+        self, key: str, thing: _Standing, events: Sequence[Event], entries: Sequence[Entry], *, repeat: bool = False
+    ) -> Appended | None:
+        """Append upon what stands as far as decided. None: the stream is elsewhere, so that must be decided again."""
+        before = thing.folded
+        after = self._stepped(key, before, events, entries)
+        thing.tail = future = self._facts.append(
+            entries[0].stream, entries, expect=before.version, fence=self._claim(key), repeat=repeat
+        )
+        thing.folded = after
+        try:
+            appended = await future
+        except Conflict:
+            self._drop(key, thing)
+            return None
+        except BaseException:
+            self._forget(key)
+            raise
+        if appended.repeated:
+            self._drop(key, thing)
+        else:
+            self.records.changed(key, after._replace(position=appended.position))
+            if thing.folded is after:
+                thing.folded = after._replace(position=appended.position)
+        return appended
+
+    async def _wished(self, decider: Decider, before: Folded, command: Message, cause: Cause) -> list[Event]:
+        function = decider.function
+        if decider.context is None:
+            result = function(before.state, command)
+        else:
+            context = Context(self._bus, self._service, function.__name__, None, cause)
+            result = function(before.state, command, **{decider.context: context})
+        if inspect.isawaitable(result):
+            result = await result
+        where = f"{self._service}.{function.__name__}"
+        events = messages_of(result, where, "events, or None")
+        for event in events:
+            if not isinstance(event, Event):
+                raise Refused(f"{where} returned {event!r}: return events, or None")
+            if declared(event).domain.name != self.domain:
+                raise NotOwner(
+                    f"{where} returned {type(event).__name__} of {declared(event).domain.name!r}: only its owner records it; send it a command"
+                )
+            if key_of(event) != key_of(command):
+                raise Refused(
+                    f"{where} returned {type(event).__name__} for {key_of(event)!r}, the command is for {key_of(command)!r}: one command, one thing"
+                )
+        return events
+
+    def _sealed(self, events: Sequence[Event], ids: Sequence[str], cause: Cause, wish: bytes | None) -> list[Entry]:
+        now = self._clock.now()
+        return [
+            seal(
+                event, id,
+                Meta(now, declared(event).version, cause.correlation, cause.id, cause.by, cause.trace, cause.tracestate),
+                wish if n == 0 else None,
+            )
+            for n, (event, id) in enumerate(zip(events, ids, strict=True))
+        ]  # fmt: skip
+
+    def _stepped(self, key: str, before: Folded, events: Sequence[Event], entries: Sequence[Entry]) -> Folded:
+        state = before.state
+        for event in events:
+            state = self._folder.step(state, event)
+        if state is not None:
+            # Whatever could not be written behind must be refused before the fact.
+            encode(state)
+            if key_of(state) != key:
+                raise Refused(
+                    f"evolve made a record of {key_of(state)!r} from facts of {self.domain}/{key}: keep the key"
+                )
+        return Folded(state, before.version + len(events), 0, entries[-1].id)
+
+    async def _shown(self, key: str, thing: _Standing) -> bool:
+        """Whether what was decided upon is on disk by now. What was decided ahead and failed must be decided again."""
+        tail = thing.tail
+        if tail is not None and not tail.done():
+            # Waits without owning the future: giving up here must not cancel another caller's append.
+            await asyncio.wait({tail})
+        return self._things.get(key) is thing
+
+    async def _alone(self, id: str) -> None:
+        """Wait until nobody else decides the wish with this id, which may come by call and by send at once."""
+        while (other := self._deciding.get(id)) is not None:
+            await asyncio.wait({other})
+        self._deciding[id] = asyncio.get_running_loop().create_future()
+
+    async def _accepted(self, key: str, wish: Wish, id: str) -> Receipt | None:
+        """The receipt of a command that was accepted before: a fact with its causation is in the stream.
+
+        Raises `IdReused` if that was another wish.
+        """
+        thing = self._things.get(key)
+        if key in self._unsure or (thing is not None and thing.tail is not None and not thing.tail.done()):
+            await self._sure(key)
+        stream = Filter(f"{self.domain}/{key}")
+        looked, head = 0, await self._facts.head()
+        found: list[Entry] = []
+        while looked < head:
+            page = await self._facts.read(stream, after=looked, bodies=False)
+            found += (entry for entry in page.entries if entry.meta.causation == id)
+            looked = page.looked
+        if not found:
+            return None
+        page = await self._facts.read(stream, after=found[0].position - 1, limit=1)
+        before = page.entries[0].checked().wished
+        if before is not None and (before.type, before.schema, before.body) != (wish.type, wish.schema, wish.body):
+            raise IdReused(f"{stream.stream} holds another wish with id {id}: use a fresh id for another wish")
+        return Receipt(id, key, found[-1].version, found[-1].position, True)
+
+    async def _sure(self, key: str) -> None:
+        """Wait for what was appended: the log keeps the order of what it is told, and a beat comes after all of it."""
+        await self._facts.beat(self._claim(key))
+
+    def _claim(self, key: str) -> Any:
+        name = f"{self.domain}/{slot_of(key)}"
+        claim = self._leases.claims.get(name)
+        if claim is None:
+            raise NoAnswer(f"{name} is not held here any more: try again")
+        return claim
+
+    async def _load(self, key: str) -> _Standing:
+        if key in self._unsure:
+            # What is still under way for it would come between: it stands in the cache no more, and not in the log yet.
+            await self._sure(key)
+        folded = await self._folder.fold(self._facts, key)
+        if len(self._things) >= _CACHED:
+            self._evict()
+        # Another call may have loaded it meanwhile; then that one counts.
+        return self._things.setdefault(key, _Standing(folded))
+
+    def _evict(self) -> None:
+        for key in [key for key, thing in self._things.items() if thing.tail is None or thing.tail.done()][
+            : _CACHED // 2
+        ]:
+            del self._things[key]
+
+    def _drop(self, key: str, thing: _Standing) -> None:
+        if self._things.get(key) is thing:
+            del self._things[key]
+
+    def _forget(self, key: str) -> None:
+        """What became of an append is not known here: look again, when all that was queued has its verdict."""
+        self._things.pop(key, None)
+        self._unsure[key] = self._unsure.get(key, 0) + 1
+        if self._unsure[key] == 1:
+            task = asyncio.get_running_loop().create_task(self._look_again(key))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _look_again(self, key: str) -> None:
+        """Until it is known, the marks of the records stand still: so the next start would look, too."""
+        seen, pause = 0, 0.0
+        while seen != self._unsure[key]:
+            try:
+                forgotten = self._unsure[key]
+                await self._sure(key)
+                await self._remember(key)
+                seen = forgotten
+            except Unavailable as error:
+                pause = min(_LONGEST_PAUSE, pause * 2 or _PAUSE)
+                _log.warning("%s/%s: its record waits: %s", self.domain, key, error)
+                await self._clock.sleep(pause)
+            except Exception as error:
+                _log.error("%s/%s: its record waits for the next start: %r", self.domain, key, error)
+                return
+        del self._unsure[key]
+
+    async def _remember(self, key: str) -> None:
+        folded = await self._folder.fold(self._facts, key)
+        if folded is not EMPTY and folded.version:
+            self.records.changed(key, folded)
+
+    def _audit(self, stream: str, type: str, schema: int, body: bytes, cause: Cause, verdict: str) -> None:
+        """Keep what was wished in vain. Nobody waits for it: it binds nobody."""
+        now = self._clock.now()
+        meta = Meta(
+            now, schema, cause.correlation, cause.id, cause.by, cause.trace, cause.tracestate, verdict=verdict[:500]
+        )
+        try:
+            future = self._bus.commands.append(stream, [sealed(stream, type, self._clock.id(), meta, body)])
+        except Exception as error:
+            _log.warning("no audit of %s for %s: %s", type, stream, error)
+            return
+        future.add_done_callback(_told)
+
+
+def _told(future: asyncio.Future[Any]) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        _log.warning("an audit entry was not kept: %s", error)
+
+
+def _contended(stream: str) -> Overloaded:
+    return Overloaded(
+        f"{stream} changed {_MOST_CONFLICTS} times while it was decided: another writer is at it; try again"
+    )
+
+
+def _one_key(service: str, events: Sequence[Event]) -> str:
+    keys = {key_of(event) for event in events}
+    if len(keys) != 1:
+        raise Refused(
+            f"{service} records facts of several things at once ({', '.join(sorted(keys))}): one append, one thing"
+        )
+    return keys.pop()

@@ -1,0 +1,138 @@
+"""Who holds a name, without trusting clocks: the dead are proved dead, the others are watched."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+
+from cauce.clock import Clock
+from cauce.errors import Held, Unavailable
+from cauce.log import Claim, Log
+
+__all__ = ["BEAT", "TTL", "Leases", "identity", "is_dead", "take"]
+
+_log = logging.getLogger("cauce")
+
+TTL = 10.0
+"""Seconds for which a rival watches an unchanged beat before it takes over."""
+
+BEAT = TTL / 5
+
+
+def identity(service: str, clock: Clock) -> str:
+    """The owner's name in a claim: service, then boot, pid namespace, pid and start time of this process, and chance.
+
+    With these another process of the same machine can prove that this one is dead.
+    """
+    pid = os.getpid()
+    return f"{service} {_boot()}:{_namespace()}:{pid}:{_started(pid)}:{clock.id()[-12:]}"
+
+
+def is_dead(owner: str) -> bool | None:
+    """True: proved dead. False: proved alive. None: cannot be told from here, so watch its beat."""
+    parts = owner.rpartition(" ")[2].split(":")
+    if len(parts) != 5 or parts[0] != _boot() or parts[1] != _namespace() or not parts[2].isdigit():
+        return None
+    return _started(int(parts[2])) != parts[3]
+
+
+async def take(log: Log, name: str, owner: str, clock: Clock) -> Claim:
+    """Claim a name, over a holder that is dead: at once if that can be proved, else after `TTL` seconds without a beat.
+
+    Raises `Held` if the holder lives.
+    """
+    try:
+        return await log.claim(name, owner)
+    except Held as held:
+        stands = held.claim
+    assert isinstance(stands, Claim)
+    dead = is_dead(stands.owner)
+    if dead is False:
+        raise Held(_held(stands), stands)
+    if dead is None:
+        await clock.sleep(TTL)
+    try:
+        return await log.claim(name, owner, over=stands if dead else await _unchanged(log, stands, owner))
+    except Held as held:
+        raise Held(_held(stands), held.claim) from None
+
+
+async def _unchanged(log: Log, before: Claim, owner: str) -> Claim | None:
+    """The claim, if it has not beaten since."""
+    try:
+        free = await log.claim(before.name, owner)
+    except Held as held:
+        return before if held.claim == before else None
+    await log.release(free)
+    return None
+
+
+def _held(claim: Claim) -> str:
+    service, _, where = claim.owner.partition(" ")
+    pid = where.split(":")[2] if where.count(":") == 4 else "?"
+    return f"{claim.name} is held by {service} (process {pid}): stop it first"
+
+
+class Leases:
+    """The claims of this process, and the beat that keeps them."""
+
+    def __init__(self, log: Log, owner: str, clock: Clock) -> None:
+        self._log, self.owner, self._clock = log, owner, clock
+        self.claims: dict[str, Claim] = {}
+
+    async def take(self, *names: str) -> None:
+        """Take all of the names, or raise `Held` for one of them and keep none of these."""
+        results = await asyncio.gather(
+            *(take(self._log, name, self.owner, self._clock) for name in names), return_exceptions=True
+        )
+        taken = [each for each in results if isinstance(each, Claim)]
+        self.claims.update((claim.name, claim) for claim in taken)
+        failed = next((each for each in results if isinstance(each, BaseException)), None)
+        if failed is not None:
+            await self.release(*(claim.name for claim in taken))
+            raise failed
+
+    async def beat(self) -> None:
+        """Beat for ever. Raises `Fenced` when a claim was taken over. A beat that cannot be written now is missed."""
+        while True:
+            await self._clock.sleep(BEAT)
+            await asyncio.gather(*(self._beat(claim) for claim in list(self.claims.values())))
+
+    async def _beat(self, claim: Claim) -> None:
+        try:
+            later = await self._log.beat(claim)
+        except Unavailable as error:
+            _log.warning("%s was not beaten: %s", claim.name, error)
+            return
+        if claim.name in self.claims:
+            self.claims[claim.name] = later
+
+    async def release(self, *names: str) -> None:
+        """Let go of these names, or of all."""
+        gone = [self.claims.pop(name) for name in names or tuple(self.claims)]
+        await asyncio.gather(*(self._log.release(claim) for claim in gone))
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "?"
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    except OSError:
+        return "?"
+
+
+def _started(pid: int) -> str:
+    """When a process began, in ticks since boot; empty if it is gone or only a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]

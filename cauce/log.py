@@ -1,0 +1,142 @@
+"""The first of the two seams: what a backend must do to hold facts, commands and records.
+
+The words here are the contract; `cauce.conformance` is the same contract as code that runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from cauce.codec import Entry
+
+__all__ = ["EVERYTHING", "Appended", "Claim", "Filter", "Log", "Page"]
+
+
+class Appended(msgspec.Struct, frozen=True, gc=False):
+    """Where the last entry of an append stands. `repeated`: it stood there before, nothing was written."""
+
+    version: int
+    position: int
+    repeated: bool = False
+
+
+class Filter(msgspec.Struct, frozen=True):
+    """Which entries a reader wants; what is empty or None does not narrow."""
+
+    stream: str | None = None
+    domains: frozenset[str] = frozenset()
+    types: frozenset[str] = frozenset()
+    slots: frozenset[int] = frozenset()
+
+
+EVERYTHING = Filter()
+
+
+class Page(msgspec.Struct, frozen=True):
+    """Entries in the order of their positions.
+
+    All that the filter wants at or below `looked` is in this page or before it.
+    """
+
+    entries: list[Entry]
+    looked: int
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """Who holds a name. `fence` rises with every change of holder, `beat` with every sign of life. No owner: free."""
+
+    name: str
+    owner: str
+    fence: int
+    beat: int = 0
+
+
+class Log(Protocol):
+    """An ordered sequence of entries, the same for every reader, for ever.
+
+    Positions are whole numbers from 1 that fit 64 bits; they rise, and may have holes. The versions of a stream count
+    1, 2, 3 without holes. What may raise: `Refused`, `Conflict`, `Fenced`, `IdReused`, `Busy`, `Overloaded`,
+    `StorageFull`, `Damaged`, be it the call or the future that it returns; after each of them nothing was written, and
+    the next append works. What is acknowledged is read at once, through every handle.
+
+    A log keeps all, and is appended to, or the last of each stream, and is put to: the other is `Refused`.
+    """
+
+    @property
+    def id(self) -> str:
+        """Names this log. A restored copy gets a new one, so that places in the old one cannot be mistaken."""
+        ...
+
+    def append(
+        self,
+        stream: str,
+        entries: Sequence[Entry],
+        *,
+        expect: int | None = None,
+        fence: Claim | None = None,
+        repeat: bool = False,
+    ) -> asyncio.Future[Appended]:
+        """Add entries at the end of one stream, all or none. When the future is done they survive power loss.
+
+        Appends take place in the order of the calls, and so do puts, claims, beats and releases among them. To stop
+        waiting for the future does not take the append back.
+
+        Parameters:
+            expect: the version the stream must be at (0: it must not be yet), else `Conflict`.
+            fence: the claim under which is written; if another holds the name by now, `Fenced`.
+            repeat: look first whether the stream holds the first id already. If so, and type, schema and body of all
+                are the same, the first result is given again, whatever `expect` says; if they differ, `IdReused`.
+        """
+        ...
+
+    def put(self, stream: str, version: int, entry: Entry) -> asyncio.Future[Appended]:
+        """Set the one entry of a stream, in a log that keeps only the last of each.
+
+        A version newer than the stored one moves the stream to a new position at the end; any other is a no-op that
+        says `repeated`. An empty body is a tombstone: it is kept and read like any other entry.
+        """
+        ...
+
+    async def read(
+        self, filter: Filter = EVERYTHING, *, after: int = 0, limit: int = 1000, wait: float = 0.0, bodies: bool = True
+    ) -> Page:
+        """The next entries after a position, in one order that never changes.
+
+        Never shows an entry while a smaller position may still appear. An empty page may come before the end of a long
+        log: go on from `looked`. Where only the last is kept, a reader that has looked to P holds, for each stream,
+        something at least as new as anything at or below P: it may skip versions and see repeats, never miss. What
+        moves ahead of it is met at the end: it holds something of every stream once `looked` has reached the head as
+        that is after the look.
+
+        Parameters:
+            after: a position, 0 for the beginning.
+            limit: the most entries to give.
+            wait: so many seconds to wait for the first entry that the filter wants.
+            bodies: False leaves `body` and `wish` None, and does not read them.
+        """
+        ...
+
+    async def claim(self, name: str, owner: str, *, over: Claim | None = None) -> Claim:
+        """Become the holder of a name: the fence rises, what the former holder appends under it is refused from now on.
+
+        Raises `Held`, with the claim that stands, unless the name is free or released, or `over` has the standing
+        fence: only who watched the holder die, by that very fence, takes over. A claim that fences the streams of a
+        slot is named `domain/slot`: where storage checks one condition a write, that makes two into one.
+        """
+        ...
+
+    async def beat(self, claim: Claim) -> Claim:
+        """A sign of life. Raises `Fenced` if another holds the name by now."""
+        ...
+
+    async def release(self, claim: Claim) -> None:
+        """Let the name go; nothing happens if another holds it by now."""
+        ...
+
+    async def head(self) -> int:
+        """The last position, 0 in an empty log."""
+        ...

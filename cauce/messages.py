@@ -1,0 +1,159 @@
+"""What a team declares: domains, and the events, commands, queries and records that belong to them.
+
+Messages are frozen `msgspec` structs. Their type names and versions are data, never Python paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, dataclass_transform
+
+import msgspec
+
+from cauce.accept import check_domain, check_name
+from cauce.errors import Refused
+
+__all__ = [
+    "Command",
+    "Declared",
+    "Domain",
+    "Event",
+    "Message",
+    "Notice",
+    "Query",
+    "Record",
+    "declared",
+    "field",
+    "replace",
+]
+
+field = msgspec.field
+"""A field with a default made anew each time: `tags: list[str] = field(default_factory=list)`."""
+
+Reply = TypeVar("Reply")
+E = TypeVar("E", bound="Event")
+M = TypeVar("M", bound="Message")
+
+
+class Domain:
+    """One kind of thing with one owner.
+
+    Parameters:
+        name: lower-case ASCII, at most 63 characters.
+        key: the field that names a thing, in every event, command and record of the domain. Without it the domain
+            has no facts and may only be asked.
+    """
+
+    def __init__(self, name: str, *, key: str | None = None) -> None:
+        self.name = check_domain(name)
+        self.key = key
+        self.messages: dict[str, type[Message]] = {}
+
+    def __repr__(self) -> str:
+        return f"Domain({self.name!r}, key={self.key!r})"
+
+
+class Declared(msgspec.Struct, frozen=True):
+    """What a message class was declared as: `kind` is event, command, query or record."""
+
+    kind: str
+    domain: Domain
+    name: str
+    version: int
+
+
+if TYPE_CHECKING:
+
+    @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
+    class Message:
+        """What events, commands, queries and records have in common."""
+
+        def __init_subclass__(
+            cls, *, domain: Domain | None = None, version: int = 1, name: str | None = None
+        ) -> None: ...
+
+else:
+
+    class _MessageType(msgspec.StructMeta):
+        def __new__(mcls, cls_name, bases, namespace, *, domain=None, version=1, name=None, **options):
+            frame = sys._getframe(1)
+            if frame.f_locals is not frame.f_globals and "__annotations__" in namespace:
+                namespace["__annotations__"] = _resolved(namespace["__annotations__"], frame)
+            cls = super().__new__(mcls, cls_name, bases, namespace, **options)
+            cls.__declared__ = None if domain is None else _declare(cls, domain, version, name or cls_name)
+            return cls
+
+    class Message(msgspec.Struct, frozen=True, metaclass=_MessageType):
+        """What events, commands, queries and records have in common."""
+
+
+class Event(Message):
+    """A fact, in the past tense, recorded for ever. Only the owner of its domain may record it."""
+
+
+class Record(Message):
+    """How one thing of a domain stands now: the full copy that others may carry."""
+
+
+class Command(Message):
+    """A wish, in the imperative, addressed to the one owner that may fulfil or reject it."""
+
+
+class Query(Message, Generic[Reply]):
+    """A question, answered by the owner over the bus, then forgotten. `Query[list[str]]` tells the reply's type."""
+
+
+class Notice(msgspec.Struct, Generic[E], frozen=True):
+    """The thin form of an event: type, key, version; no body. Ask the owner for the rest."""
+
+    type: str
+    key: str
+    version: int
+
+
+_KINDS = {Event: "event", Record: "record", Command: "command", Query: "query"}
+
+
+def _resolved(annotations: dict[str, Any], frame: FrameType) -> dict[str, Any]:
+    """Annotations kept as text, while the names local to a function are still in sight; what is not stays text."""
+    found = dict(annotations)
+    for name, hint in annotations.items():
+        if isinstance(hint, str):
+            with contextlib.suppress(NameError, AttributeError, TypeError):
+                # It is the text of this very program.
+                found[name] = eval(hint, frame.f_globals, frame.f_locals)  # noqa: S307
+    return found
+
+
+def _declare(cls: Any, domain: Domain, version: int, name: str) -> Declared:
+    kind = next((word for base, word in _KINDS.items() if issubclass(cls, base)), None)
+    if kind is None:
+        raise Refused(f"{cls.__name__}: derive it from Event, Command, Query or Record")
+    if type(version) is not int or version < 1:
+        raise Refused(f"{cls.__name__}: version={version!r}; versions count 1, 2, 3 …")
+    if kind != "query" and domain.key is None:
+        raise Refused(f"{cls.__name__}: domain {domain.name!r} has no key, so it takes queries only; give it key=…")
+    if kind != "query" and domain.key not in cls.__struct_fields__:
+        raise Refused(f"{cls.__name__} lacks the field {domain.key!r}, the key of domain {domain.name!r}")
+    check_name(name)
+    before = domain.messages.get(name)
+    if before is not None and (before.__module__, before.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise Refused(f"domain {domain.name!r} has two messages named {name!r}: {before!r} and {cls!r}; rename one")
+    domain.messages[name] = cls
+    return Declared(kind, domain, name, version)
+
+
+def declared(message: Message | type[Message]) -> Declared:
+    """What a message, or its class, was declared as. Raises `Refused` for a class without a domain."""
+    found: Declared | None = getattr(message, "__declared__", None)
+    if found is None:
+        cls = message if isinstance(message, type) else type(message)
+        raise Refused(f"{cls.__name__} belongs to no domain: declare it with class {cls.__name__}(…, domain=…)")
+    return found
+
+
+def replace(message: M, /, **changes: Any) -> M:
+    """A copy of the message with some fields changed."""
+    return msgspec.structs.replace(message, **changes)  # type: ignore[type-var]

@@ -1,0 +1,244 @@
+"""What a team writes against: a service is a table of functions, and binding it finds out what each of them takes."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from cauce.bus import Context, reply_type
+from cauce.errors import Refused
+from cauce.messages import Command, Declared, Domain, Event, Message, Notice, Query, Record, declared
+
+__all__ = ["Bound", "Part", "Service", "bind"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+Kind = Literal["decide", "evolve", "on", "answer"]
+Start = Literal["first", "now"]
+
+
+class Part(msgspec.Struct, frozen=True):
+    """One function of a service, as the decorator found it."""
+
+    kind: Kind
+    function: Callable[..., Any]
+    names: dict[str, Any]
+    start: Start = "first"
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+
+class Service:
+    """A table of functions and the domains they own. It holds no connection and starts nothing.
+
+    Parameters:
+        name: names it on the bus; its places and claims hang on it.
+        owns: the domain, or the domains, whose commands it decides and whose facts only it records.
+    """
+
+    def __init__(self, name: str, *, owns: Domain | Iterable[Domain] = ()) -> None:
+        # A service's name goes where a domain's goes: into files, subjects and addresses.
+        self.name = Domain(name).name
+        self.owns = (owns,) if isinstance(owns, Domain) else tuple(owns)
+        self.parts: list[Part] = []
+
+    def __repr__(self) -> str:
+        return f"Service({self.name!r}, owns={[domain.name for domain in self.owns]}, parts={[part.name for part in self.parts]})"
+
+    def decide(self, function: F) -> F:
+        """The commander: (what stands, what is wished) -> facts: one, several, or None. Pure.
+
+        It says no by raising `Rejected`.
+        """
+        return self._add("decide", function)
+
+    def evolve(self, function: F) -> F:
+        """(what stands, what happened) -> what stands; None: it is gone. Pure, and all that a replay runs."""
+        return self._add("evolve", function)
+
+    def answer(self, function: F) -> F:
+        """Answers a query of an own domain."""
+        return self._add("answer", function)
+
+    @typing.overload
+    def on(self, function: F) -> F: ...
+    @typing.overload
+    def on(self, function: None = None, *, start: Start = "first") -> Callable[[F], F]: ...
+    def on(self, function: F | None = None, *, start: Start = "first") -> Any:
+        """Reacts to events, told by the type of the parameter: `UserRegistered`, or the thin `Notice[UserRegistered]`.
+
+        Runs at least once for each; what it returns is sent (commands) or recorded (events of an own domain).
+
+        Parameters:
+            start: where a reaction that never ran before begins: at the `first` event ever recorded, or with what
+                comes from `now` on.
+        """
+        if function is None:
+            return lambda each: self._add("on", each, start)
+        return self._add("on", function, start)
+
+    def _add(self, kind: Kind, function: F, start: Start = "first") -> F:
+        if not (inspect.isfunction(function) or inspect.ismethod(function)):
+            raise Refused(
+                f"{self.name}: {function!r} is no function: write it with def or async def, and decorate that"
+            )
+        frame = sys._getframe(2)
+        names = {} if frame.f_locals is frame.f_globals else dict(frame.f_locals)
+        self.parts.append(Part(kind, function, names, start))
+        return function
+
+
+class Bound(msgspec.Struct, frozen=True):
+    """A part, and what its annotations say: the messages it takes, whether by notice, and where the context goes."""
+
+    part: Part
+    messages: tuple[type[Message], ...]
+    notice: bool
+    context: str | None
+
+    @property
+    def name(self) -> str:
+        return self.part.name
+
+    @property
+    def is_async(self) -> bool:
+        return inspect.iscoroutinefunction(self.part.function)
+
+
+_WANTED: dict[str, tuple[type, str]] = {
+    "decide": (Command, "a command"),
+    "evolve": (Event, "an event"),
+    "answer": (Query, "a query"),
+    "on": (Event, "an event or Notice[event]"),
+}
+
+
+def bind(service: Service) -> list[Bound]:
+    """Find out what each function takes. Raises `Refused`, naming function and parameter, for what cannot be right."""
+    bounds = [_bind(service, part) for part in service.parts]
+    for kind in ("decide", "evolve", "answer"):
+        seen: dict[type[Message], Bound] = {}
+        for bound in bounds:
+            for message in bound.messages if bound.part.kind == kind else ():
+                if message in seen:
+                    raise Refused(
+                        f"{service.name}: both {seen[message].name} and {bound.name} {kind} {message.__name__}: keep one"
+                    )
+                seen[message] = bound
+                if declared(message).domain not in service.owns:
+                    raise Refused(
+                        f"{service.name}.{bound.name} would {kind} {message.__name__} of domain {declared(message).domain.name!r}, which it does not own: "
+                        f"add it to owns=, or let the owner do it"
+                    )
+    names = [bound.name for bound in bounds if bound.part.kind == "on"]
+    for name in names:
+        if names.count(name) > 1:
+            raise Refused(f"{service.name} has two `on` functions named {name}: rename one, places are kept by name")
+    return bounds
+
+
+def _bind(service: Service, part: Part) -> Bound:
+    where = f"{service.name}.{part.name}"
+    try:
+        hints = typing.get_type_hints(part.function, localns=part.names)
+    except (NameError, TypeError) as error:
+        raise Refused(f"{where}: an annotation cannot be resolved: {error}") from None
+    parameters = list(inspect.signature(part.function).parameters.values())
+    context = next((each.name for each in parameters if hints.get(each.name) is Context), None)
+    told = [each for each in parameters if each.name != context]
+    takes = 2 if part.kind in ("decide", "evolve") else 1
+    if len(told) != takes:
+        shape = "(what stands, message)" if takes == 2 else "(message)"
+        raise Refused(
+            f"{where} has parameters ({', '.join(each.name for each in parameters)}): {part.kind} takes {shape}, and a Context if wanted"
+        )
+    for each in told:
+        if each.name not in hints:
+            raise Refused(
+                f"{where}: parameter {each.name} has no annotation, and its type tells what is wanted: add it"
+            )
+    for each in parameters:
+        by = (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY if each.name == context else each.POSITIONAL_ONLY)
+        if each.kind not in by:
+            raise Refused(f"{where}: parameter {each.name} is {each.kind.description}: make it a plain parameter")
+    if inspect.isasyncgenfunction(part.function):
+        raise Refused(f"{where} is an async generator, and what it yields would be lost: return a list")
+    messages, notice = _messages(where, part.kind, told[-1].name, hints[told[-1].name])
+    if takes == 2:
+        for message in messages:
+            _check_record(where, told[0].name, hints[told[0].name], declared(message))
+    if part.kind == "evolve" and (inspect.iscoroutinefunction(part.function) or context):
+        raise Refused(
+            f"{where}: evolve is a plain function of state and event, without await and context: a replay runs nothing else"
+        )
+    if part.kind == "answer":
+        for message in messages:
+            _check_reply(where, typing.cast("type[Query[Any]]", message))
+    return Bound(part, messages, notice, context)
+
+
+def _check_reply(where: str, query: type[Query[Any]]) -> None:
+    try:
+        reply = reply_type(query)
+    except Refused as error:
+        raise Refused(f"{where}: {error}") from None
+    try:
+        msgspec.json.Decoder(reply)
+    except (TypeError, NameError) as error:
+        raise Refused(
+            f"{where}: the answer to {query.__name__} has a type that cannot travel as JSON: {error}"
+        ) from None
+
+
+def _messages(where: str, kind: str, name: str, hint: Any) -> tuple[tuple[type[Message], ...], bool]:
+    wanted, words = _WANTED[kind]
+    alternatives = typing.get_args(hint) if _is_union(hint) else (hint,)
+    notices = [typing.get_args(each)[0] for each in alternatives if typing.get_origin(each) is Notice]
+    if notices and kind == "on":
+        if len(notices) != len(alternatives):
+            raise Refused(f"{where}: parameter {name} mixes notices and events: write two functions")
+        flat = tuple(
+            each for notice in notices for each in (typing.get_args(notice) if _is_union(notice) else (notice,))
+        )
+        return _checked(where, name, flat, wanted, words), True
+    return _checked(where, name, alternatives, wanted, words), False
+
+
+def _checked(where: str, name: str, classes: tuple[Any, ...], wanted: type, words: str) -> tuple[type[Message], ...]:
+    for cls in classes:
+        if not (isinstance(cls, type) and issubclass(cls, wanted)):
+            raise Refused(f"{where}: parameter {name} is {getattr(cls, '__name__', cls)}: annotate it with {words}")
+        _declared(where, name, cls)
+    return classes
+
+
+def _declared(where: str, name: str, cls: type) -> Declared:
+    try:
+        return declared(typing.cast("type[Message]", cls))
+    except Refused as error:
+        raise Refused(f"{where}: parameter {name}: {error}") from None
+
+
+def _check_record(where: str, name: str, hint: Any, message: Declared) -> None:
+    classes = [each for each in (typing.get_args(hint) if _is_union(hint) else (hint,)) if each is not type(None)]
+    for cls in classes:
+        if not (isinstance(cls, type) and issubclass(cls, Record)):
+            raise Refused(
+                f"{where}: parameter {name} is {getattr(cls, '__name__', cls)}: annotate it with the record of {message.domain.name!r}, or None"
+            )
+        domain = _declared(where, name, cls).domain
+        if domain is not message.domain:
+            raise Refused(
+                f"{where}: parameter {name} is a record of {domain.name!r}, {message.name} is of {message.domain.name!r}"
+            )
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)

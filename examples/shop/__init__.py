@@ -1,0 +1,1 @@
+"""The shop: small services that show each pattern in the way a team would write it."""
