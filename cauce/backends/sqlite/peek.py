@@ -71,15 +71,20 @@ def _open(path: Path) -> apsw.Connection:
     try:
         try:
             return _set_up(connect(path, flags=_READ_ONLY, busy=5.0))
-        except apsw.CantOpenError:
-            wal = wal_of(path)
-            if os.access(path.parent, os.W_OK) or (wal.exists() and wal.stat().st_size):
+        except (apsw.CantOpenError, apsw.ReadOnlyError):
+            if os.access(path.parent, os.W_OK) or any(
+                beside.exists() and beside.stat().st_size for beside in _beside(path)
+            ):
                 raise
             # SQLite wants to make its -shm file, which it cannot here. Nor can a writer: so the file stands still.
             address = f"file:{quote(str(path))}?immutable=1"
             return _set_up(connect(Path(address), flags=_READ_ONLY | apsw.SQLITE_OPEN_URI))
     except apsw.Error as error:
         raise translate(error, path) from error
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    return wal_of(path), path.with_name(path.name + "-journal")
 
 
 def _set_up(connection: apsw.Connection) -> apsw.Connection:
