@@ -84,14 +84,15 @@ def _done(ready: asyncio.Future[None]) -> None:
 def opened(file: str, bound: int) -> Iterator[Lines]:
     """The lines of a file, `-` for standard input. `bound`: how many bytes of a line are kept together."""
     if file == "-":
-        lines = Lines("standard input", sys.stdin.buffer, bound, None)
+        # Not its own buffer, which waits until it is full.
+        lines = Lines("standard input", getattr(sys.stdin.buffer, "raw", sys.stdin.buffer), bound, None)
         try:
             yield lines
         finally:
             lines.close()
         return
     try:
-        source = Path(file).open("rb")  # noqa: SIM115 - what is done with it must not raise the error of opening it
+        source = Path(file).open("rb", buffering=0)  # noqa: SIM115 - what is done with it must not raise the error of opening it
         size = os.fstat(source.fileno()).st_size
     except OSError as error:
         raise Refused(f"{file} cannot be read: {error.strerror}") from None

@@ -9,6 +9,9 @@ from typing import Any, Protocol, TypeVar
 
 import click
 
+from cauce.backends import open_backend
+from cauce.backends.sqlite.peek import peek
+from cauce.clock import SystemClock
 from cauce.errors import Refused
 from cauce.log import Log
 
@@ -82,22 +85,12 @@ async def reading(url: str, *, follow: bool = False) -> AsyncIterator[Logs]:
     Without `follow` the file is opened only to look, so it works beside any writer, on a file of somebody else, on a
     backup and on a damaged log. With it the bus is opened like any other, because only then others wake us.
     """
-    path = path_of(url)
-    if not path.exists():
-        raise Refused(
-            f"there is no log at {path}: name another with --bus, or let a service or an import make this one"
-        )
-    if follow:
-        from cauce.backends import open_backend
-        from cauce.clock import SystemClock
-
-        backend = await open_backend(url, SystemClock())
-        try:
-            yield backend
-        finally:
-            await backend.close()
-    else:
-        from cauce.backends.sqlite.peek import peek
-
-        with peek(path) as logs:
+    with peek(path_of(url)) as logs:
+        if not follow:
             yield logs
+            return
+    backend = await open_backend(url, SystemClock())
+    try:
+        yield backend
+    finally:
+        await backend.close()

@@ -64,6 +64,7 @@ def _tell_json(entry: Entry) -> None:
 
 
 def _tell(entry: Entry) -> None:
+    entry.checked()
     stream, type = one_line(entry.stream), one_line(entry.type)
     before = f"{entry.position:>9}  {local_time(entry)}  {stream:<24} {entry.version:>4}  {type:<24}  "
     left = shutil.get_terminal_size().columns - len(before) if sys.stdout.isatty() else _UNCUT

@@ -41,6 +41,8 @@ def looking(path: Path) -> Iterator[Callable[[], apsw.Connection]]:
     Neither the database nor its WAL is changed. Beside a log that nobody has open an `-shm` file may be left, SQLite's
     index of the WAL. Raises `Refused` where there is no log, and what `translate` makes of SQLite's errors.
     """
+    # By its own name, not a link's, because what lies beside it is named after that.
+    path = path.resolve()
     _is_there(path)
     with ExitStack() as opened:
         opened.callback(forget, guard(path))
