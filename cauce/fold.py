@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from cauce.errors import CauceError, Refused
+import msgspec
+
+from cauce.errors import CauceError, Damaged, Refused
 from cauce.log import Filter, Log
 from cauce.messages import Event, Message, Record, declared
 from cauce.schema import Schema
@@ -15,7 +17,7 @@ __all__ = ["EMPTY", "Evolve", "Folded", "Folder", "messages_of"]
 Evolve = Callable[[Any, Any], Record | None]
 
 
-class Folded(NamedTuple):
+class Folded(msgspec.Struct, frozen=True, gc=False):
     """How a thing stands: its record (None: it does not stand), version, and the position and id of its last fact."""
 
     state: Record | None
@@ -67,7 +69,8 @@ class Folder:
 
         At a moment: after the longest beginning of the stream before the first fact later than it.
         """
-        state, version, position, id = EMPTY
+        state: Record | None = None
+        version, position, id = 0, 0, ""
         stream = Filter(f"{self.domain}/{key}")
         looked, head = 0, await facts.head()
         while looked < head:
@@ -78,6 +81,10 @@ class Folder:
                     at_time is not None and meta.time > at_time
                 ):
                     return Folded(state, version, position, id)
+                if entry.version != version + 1:
+                    raise Damaged(
+                        f"{entry.stream} goes from version {version} to {entry.version} at position {entry.position}: run cauce verify"
+                    )
                 event = self._schema.decode(entry.domain, entry.type, meta.schema, entry.body or b"")
                 try:
                     state = self.step(state, event)  # type: ignore[arg-type]

@@ -43,15 +43,19 @@ class _Journal:
 
     def begin(self) -> None:
         (version,) = self._connection.execute("pragma data_version").fetchone() or (0,)
-        if version != self._seen:
-            self._forget()
+        others = version != self._seen
+        if others:
+            self.names.doubt()
             self._seen = version
         for table in self.tables:
-            table.begin()
+            table.begin(others=others)
 
     def flush(self) -> None:
         for table in self.tables:
             table.flush()
+
+    def is_due(self) -> bool:
+        return any(table.is_due() for table in self.tables)
 
     def committed(self) -> Callable[[], None]:
         facts, commands, records = self.tables

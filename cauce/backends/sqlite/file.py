@@ -28,11 +28,14 @@ __all__ = [
 ]
 
 APPLICATION_ID = 0x43617563
-FORMAT = 1
+FORMAT = 2
 
 _ENTRIES = """create table {0} (
-    position integer primary key, stream integer not null, version integer not null, type integer not null,
-    id text not null, meta blob not null, wish blob, body blob not null, digest integer not null)"""
+    position integer primary key, stream integer not null, version integer not null, previous integer not null,
+    type integer not null, id text not null, meta blob not null, wish blob, body blob not null, digest integer not null)"""
+
+_CHAPTERS = """create table {0}_chapters (
+    stream integer, chapter integer, position integer not null, primary key (stream, chapter)) without rowid"""
 
 SCHEMA = (
     "create table bus (id text not null)",
@@ -41,13 +44,16 @@ SCHEMA = (
     "create table types (id integer primary key, domain text not null, name text not null)",
     "create table claims (log text, name text, owner text not null, fence integer not null, beat integer not null, primary key (log, name)) without rowid",
     *(_ENTRIES.format(log) for log in ("facts", "commands", "records")),
-    "create index facts_stream on facts (stream)",
-    "create index commands_stream on commands (stream)",
+    _CHAPTERS.format("facts"),
+    _CHAPTERS.format("commands"),
     "create unique index records_stream on records (stream)",
     "create index facts_id on facts (id)",
     "create index commands_id on commands (id)",
 )
-"""The whole schema, statement by statement. `stream % 16` is the slot; rowid is the position, so a scan is in order."""
+"""The whole schema, statement by statement. `stream % 16` is the slot; rowid is the position, so a scan is in order.
+
+How a stream is found in a log that keeps all is told in `chain`.
+"""
 
 _PRAGMAS = (
     "pragma journal_mode = wal",

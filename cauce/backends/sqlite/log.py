@@ -10,7 +10,8 @@ from typing import Any
 
 import apsw
 
-from cauce.accept import APPEND_ENTRIES, ENTRY_BYTES, check_key, check_stream
+from cauce.accept import APPEND_ENTRIES, ENTRY_BYTES, check_key, check_stream, slot_of
+from cauce.backends.sqlite.chain import Chain
 from cauce.backends.sqlite.file import translate
 from cauce.backends.sqlite.table import Table
 from cauce.backends.sqlite.writer import Writer
@@ -87,6 +88,7 @@ class SQLiteLog:
     def __init__(self, id: str, table: Table, writer: Writer, reader: Reader) -> None:
         self._id, self._table, self._writer, self._reader = id, table, writer, reader
         self._waiters: list[tuple[Filter, asyncio.Future[None]]] = []
+        self._chain = Chain(reader.connection, table.name)
         self._max = f"select coalesce(max(position), 0) from {table.name}"
 
     @property
@@ -175,7 +177,7 @@ class SQLiteLog:
         types = set(reader.types_of(filter.domains, filter.types)) if filter.domains or filter.types else None
         return any(
             (filter.stream is None or row[1] == stream)
-            and (types is None or row[3] in types)
+            and (types is None or row[4] in types)
             and (not filter.slots or row[1] % 16 in filter.slots)
             for row in rows
         )
@@ -195,8 +197,9 @@ class SQLiteLog:
         limit = min(limit, _LONGEST)
         if head <= after or limit < 1:
             return Page([], after)
-        until = head
-        where = ""
+        if filter.stream is not None and not self._table.last:
+            return self._stream(filter, after, limit, bodies, head)
+        until, where = head, ""
         if filter.stream is not None:
             stream = self._reader.stream(filter.stream)
             if stream is None:
@@ -209,18 +212,47 @@ class SQLiteLog:
             where += f" and type in ({','.join(map(str, numbers))})"
         if filter.slots:
             where += f" and stream % 16 in ({','.join(map(str, sorted(filter.slots)))})"
-        columns = "wish, body" if bodies else "null, null"
-        cursor = self._reader.connection.execute(
-            f"select position, stream, version, type, id, meta, {columns}, digest from {self._table.name} "
+        entries = self._entries(
+            f"select {self._columns(bodies)} from {self._table.name} "
             f"where position > ? and position <= ?{where} order by position limit ?",
             (after, until, limit),
         )
-        streams, types = self._reader.streams, self._reader.types
-        entries = [
-            Entry(position, streams[stream], version, types[type], id, raw, wish, body, digest)
-            for position, stream, version, type, id, raw, wish, body, digest in cursor
-        ]
         return Page(entries, entries[-1].position if len(entries) == limit else until)
+
+    def _stream(self, filter: Filter, after: int, limit: int, bodies: bool, head: int) -> Page:
+        """The entries of one stream, found by their chain."""
+        assert filter.stream is not None
+        stream = self._reader.stream(filter.stream)
+        end = 0 if stream is None else self._chain.end(stream, after, limit)
+        if end <= after:
+            return Page([], head)
+        entries = self._entries(self._chain.walk(self._columns(bodies)), (end, after, limit))
+        # A pointer is in no digest, so what it leads to is looked at.
+        first = entries[0].version if entries and (after or self._table.name != "facts") else 1
+        if not entries or any(
+            entry.stream != filter.stream or entry.version != version for version, entry in enumerate(entries, first)
+        ):
+            raise Damaged(f"{filter.stream} breaks off behind position {after} of {self._table.name}: run cauce verify")
+        looked = entries[-1].position if len(entries) == limit else head
+        one = entries[0]
+        if (filter.domains and one.domain not in filter.domains) or (
+            filter.slots and slot_of(one.key) not in filter.slots
+        ):
+            return Page([], looked)
+        return Page([entry for entry in entries if not filter.types or entry.type in filter.types], looked)
+
+    @staticmethod
+    def _columns(bodies: bool) -> str:
+        return f"position, stream, version, type, id, meta, {'wish, body' if bodies else 'null, null'}, digest"
+
+    def _entries(self, query: str, values: tuple[int, ...]) -> list[Entry]:
+        streams, types = self._reader.streams, self._reader.types
+        return [
+            Entry(position, streams[stream], version, types[type], id, raw, wish, body, digest)
+            for position, stream, version, type, id, raw, wish, body, digest in self._reader.connection.execute(
+                query, values
+            )
+        ]
 
 
 def _size(stream: str, entry: Entry) -> int:

@@ -9,6 +9,7 @@ import apsw
 import msgspec
 
 from cauce.accept import check_name, check_stream, slot_of
+from cauce.backends.sqlite.chain import TAIL, write_chapters, written_upto
 from cauce.codec import Entry, digest
 from cauce.errors import Conflict, Damaged, Fenced, Held, IdReused, Refused
 from cauce.log import Appended, Claim
@@ -19,15 +20,10 @@ _CACHED = 200_000
 
 
 class _Head(msgspec.Struct, gc=False):
-    """Where a stream stands in one table, and the type numbers of its domain. `id` 0: it has no number yet.
+    """Where a stream stands in one table."""
 
-    `position` is kept where only the last is.
-    """
-
-    id: int
-    version: int
-    position: int
-    types: dict[str, int]
+    version: int = 0
+    position: int = 0
 
 
 class Names:
@@ -35,35 +31,42 @@ class Names:
 
     def __init__(self, connection: apsw.Connection) -> None:
         self._connection = connection
-        self.streams: dict[str, int] = {}
+        self.streams: dict[str, tuple[int, dict[str, int]]] = {}
         self.types: dict[str, dict[str, int]] = {}
         self.fences: dict[tuple[str, str], int] = {}
         self._next_stream = 0
 
-    def forget(self) -> None:
-        """Another process has written, or a transaction was rolled back: nothing remembered may be relied on."""
-        self.streams.clear()
-        self.types.clear()
+    def doubt(self) -> None:
+        """Another process has written. Numbers once given stay, but there may be more of them, and other holders."""
         self.fences.clear()
         self._next_stream = 0
 
-    def stream(self, name: str) -> int:
-        """The number of a stream, 0 if it has none yet. Raises `Refused` for a name that no log takes."""
+    def forget(self) -> None:
+        """A transaction was rolled back: nothing remembered may be relied on."""
+        self.doubt()
+        self.streams.clear()
+        self.types.clear()
+
+    def stream(self, name: str) -> tuple[int, dict[str, int]]:
+        """The number of a stream, 0 if it has none yet, and the numbers of its domain's types.
+
+        Raises `Refused` for a name that no log takes.
+        """
         found = self.streams.get(name)
         if found is None:
             row = self._connection.execute("select id from streams where name = ?", (check_stream(name),)).fetchone()
             if row is None:
-                return 0
+                return 0, {}
             found = self._remember(name, row[0])
         return found
 
-    def _remember(self, name: str, id: int) -> int:
+    def _remember(self, name: str, id: int) -> tuple[int, dict[str, int]]:
         if len(self.streams) >= _CACHED:
             self.streams.clear()
-        self.streams[name] = id
-        return id
+        found = self.streams[name] = id, self.types.setdefault(name.partition("/")[0], {})
+        return found
 
-    def new_stream(self, name: str) -> int:
+    def new_stream(self, name: str) -> tuple[int, dict[str, int]]:
         """A number for a stream that has none. Its last four bits are the slot, so that filters need no join."""
         if not self._next_stream:
             (last,) = self._connection.execute("select coalesce(max(id), 0) from streams").fetchone() or (0,)
@@ -98,34 +101,50 @@ class Names:
 
 
 class Table:
-    """One log. Every method but `flush` either returns a verdict or raises, and then has changed nothing."""
+    """One log. Every job (append, put, claim …) returns a verdict, or raises and has then changed nothing."""
 
     def __init__(self, connection: apsw.Connection, names: Names, name: str, *, last: bool) -> None:
         self._connection, self._names, self.name, self.last = connection, names, name, last
-        self._insert = (
-            f"insert or replace into {name} values (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-            if last
-            else f"insert into {name} values (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-        )
-        self._heads: dict[str, _Head] = {}
+        self._insert = f"insert {'or replace ' if last else ''}into {name} values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        self._heads: dict[int, _Head] = {}
         self._rows: list[tuple[Any, ...]] = []
         self._flushed: list[tuple[Any, ...]] = []
         self._ids: dict[str, int] = {}
+        self._chapters = 0
         self.position = -1
 
     def forget(self) -> None:
+        """A transaction was rolled back."""
         self._heads.clear()
         self._rows.clear()
         self._flushed.clear()
         self._ids.clear()
         self.position = -1
 
-    def begin(self) -> None:
-        """At the start of a transaction: know where the log ends."""
-        if self.position < 0:
-            (self.position,) = self._connection.execute(
-                f"select coalesce(max(position), 0) from {self.name}"
-            ).fetchone() or (0,)
+    def begin(self, *, others: bool = False) -> None:
+        """At the start of a transaction: know where the log ends, and the streams that are not in the chapters yet.
+
+        Parameters:
+            others: whether another process may have written since the last transaction.
+        """
+        if self.position >= 0 and not others:
+            return
+        position = self._connection.execute(f"select coalesce(max(position), 0) from {self.name}").get
+        self._chapters = position if self.last else written_upto(self._connection, self.name)
+        if self.position < self._chapters:
+            # The rows between say too little: a stream may have moved on before them, and its row be gone since.
+            self._heads.clear()
+            self._know(self._chapters)
+        else:
+            self._know(self.position)
+        self.position = position
+
+    def _know(self, after: int) -> None:
+        """Where the streams stand that have rows behind a position."""
+        for position, stream, version in self._connection.execute(
+            f"select position, stream, version from {self.name} where position > ? order by position", (after,)
+        ):
+            self._heads[stream] = _Head(version, position)
 
     def flush(self) -> None:
         """Write what was queued since the last flush."""
@@ -134,6 +153,13 @@ class Table:
             self._flushed += self._rows
             self._rows = []
             self._ids.clear()
+            if self.is_due():
+                write_chapters(self._connection, self.name, self.position)
+                self._chapters = self.position
+
+    def is_due(self) -> bool:
+        """Whether it is time to write the chapters."""
+        return not self.last and self.position - self._chapters >= TAIL
 
     def committed(self) -> list[tuple[Any, ...]]:
         """What the transaction that just ended has written."""
@@ -147,79 +173,84 @@ class Table:
             raise Fenced(
                 f"{fence.name} has another holder by now (fence {self._names.fence(self.name, fence.name)}, ours {fence.fence}): stop writing"
             )
-        head = self._heads.get(stream) or self._head(stream)
+        id, types = self._names.streams.get(stream) or self._names.stream(stream)
+        head = self._heads.get(id) or self._head(id)
         if repeat and head.version:
-            before = self._repeated(stream, head, entries)
+            before = self._repeated(stream, id, entries)
             if before is not None:
                 return before
-        version, position, types = head.version, self.position, head.types
+        version, previous, position = head.version, head.position, self.position
         if expect is not None and expect != version:
             raise Conflict(stream, expect, version)
-        id = head.id or self._number(stream, head)
+        if not id:
+            # Given with the first entry only, so that what was refused leaves no name behind.
+            id, types = self._names.new_stream(stream)
+            self._heads[id] = head
         rows = []
         for entry in entries:
             version += 1
             position += 1
             type = types.get(entry.type) or self._names.type(entry.domain, entry.type)
             rows.append(
-                (position, id, version, type, entry.id, entry.raw, entry.wish, entry.body, _digest(entry, version))
-            )
+                (
+                    position, id, version, previous, type, entry.id, entry.raw, entry.wish, entry.body,
+                    _digest(entry, version),
+                )
+            )  # fmt: skip
+            previous = position
         self._rows += rows
-        head.version, self.position = version, position
-        return Appended(version, position)
-
-    def put(self, stream: str, version: int, entry: Entry) -> Appended:
-        head = self._heads.get(stream) or self._head(stream)
-        if version <= head.version:
-            return Appended(head.version, head.position, True)
-        type = head.types.get(entry.type) or self._names.type(entry.domain, entry.type)
-        id = head.id or self._number(stream, head)
-        position = self.position + 1
-        self._rows.append(
-            (position, id, version, type, entry.id, entry.raw, entry.wish, entry.body, _digest(entry, version))
-        )
         head.version, head.position, self.position = version, position, position
         return Appended(version, position)
 
-    def _number(self, stream: str, head: _Head) -> int:
-        """Given with the first entry only, so that what was refused leaves no name behind."""
-        head.id = self._names.new_stream(stream)
-        self._keep(stream, head)
-        return head.id
+    def put(self, stream: str, version: int, entry: Entry) -> Appended:
+        id, types = self._names.stream(stream)
+        head = self._heads.get(id) or self._head(id)
+        if version <= head.version:
+            return Appended(head.version, head.position, True)
+        if not id:
+            id, types = self._names.new_stream(stream)
+            self._heads[id] = head
+        type = types.get(entry.type) or self._names.type(entry.domain, entry.type)
+        position = self.position + 1
+        digest = _digest(entry, version)
+        self._rows.append((position, id, version, 0, type, entry.id, entry.raw, entry.wish, entry.body, digest))
+        head.version, head.position, self.position = version, position, position
+        return Appended(version, position)
 
-    def _head(self, stream: str) -> _Head:
-        id, version, position = self._names.stream(stream), 0, 0
-        if id:
-            version, position = self._connection.execute(
-                f"select version, position from {self.name} where stream = ? order by position desc limit 1", (id,)
-            ).fetchone() or (0, 0)
-        head = _Head(id, version, position, self._names.types.setdefault(stream.partition("/")[0], {}))
-        if id:
-            self._keep(stream, head)
-        return head
-
-    def _keep(self, stream: str, head: _Head) -> None:
+    def _head(self, id: int) -> _Head:
+        if not id:
+            return _Head()
+        where = (
+            "stream = ?"
+            if self.last
+            else f"position = (select position from {self.name}_chapters where stream = ? order by chapter desc limit 1)"
+        )
+        row = self._connection.execute(f"select version, position from {self.name} where {where}", (id,)).fetchone()
         if len(self._heads) >= _CACHED:
-            # Rows that wait to be flushed are known to the caches only.
+            # What waits to be written is known to this cache only, and so is the tail of the chapters.
             self.flush()
             self._heads.clear()
-        self._heads[stream] = head
+            if not self.last:
+                self._know(self._chapters)
+        head = self._heads[id] = _Head(*row) if row else _Head()
+        return head
 
-    def _repeated(self, stream: str, head: _Head, entries: Sequence[Entry]) -> Appended | None:
+    def _repeated(self, stream: str, id: int, entries: Sequence[Entry]) -> Appended | None:
         first = entries[0].id
         for row in self._rows[len(self._ids) :]:
-            self._ids[row[4]] = row[0]
+            self._ids[row[5]] = row[0]
         if first in self._ids:
             self.flush()
         found = self._connection.execute(
-            f"select position from {self.name} where id = ? and stream = ? order by position limit 1", (first, head.id)
+            f"select position from {self.name} where id = ? and stream = ? order by position limit 1", (first, id)
         ).fetchone()
         if found is None:
             return None
         rows: list[tuple[Any, ...]] = self._connection.execute(
+            # The entries of one append lie side by side.
             f"select f.position, f.version, t.name, f.meta, f.body from {self.name} f join types t on t.id = f.type "
-            "where f.stream = ? and f.position >= ? order by f.position limit ?",
-            (head.id, found[0], len(entries)),
+            "where f.position >= ?1 and f.position < ?1 + ?2 and f.stream = ?3 order by f.position",
+            (found[0], len(entries), id),
         ).fetchall()
         same = len(rows) == len(entries) and all(
             (entry.type, entry.meta.schema, entry.body) == (row[2], _schema(row[3]), row[4])

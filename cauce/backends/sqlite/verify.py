@@ -15,6 +15,7 @@ import apsw
 import msgspec
 
 from cauce.accept import slot_of
+from cauce.backends.sqlite.chain import written_upto, wrong_chapters
 from cauce.backends.sqlite.file import APPLICATION_ID, FORMAT, SCHEMA, folder_of
 from cauce.backends.sqlite.peek import looking, wal_of
 from cauce.backends.sqlite.wal import Rest, rest
@@ -97,12 +98,12 @@ def witnessed(path: Path) -> Seen | None:
 
 
 class _Thing:
-    """A stream as it is met: its name, its domain, and the version last seen in the log that is being read."""
+    """A stream as it is met: its name, its domain, and what was last seen of it in the log that is being read."""
 
-    __slots__ = ("domain", "name", "version")
+    __slots__ = ("domain", "name", "position", "version")
 
     def __init__(self, name: str, domain: str) -> None:
-        self.name, self.domain, self.version = name, domain, 0
+        self.name, self.domain, self.version, self.position = name, domain, 0, 0
 
 
 class _Walk:
@@ -219,7 +220,7 @@ class _Search:
 
     def _walk(self, connection: apsw.Connection, walk: _Walk) -> None:
         for thing in self._things.values():
-            thing.version = 0
+            thing.version = thing.position = 0
         on = True
         while on:
             try:
@@ -230,12 +231,25 @@ class _Search:
             except apsw.Error as error:
                 self.find("structure", f"{walk.log} cannot be read behind position {walk.last}: {error}", walk.log)
                 on = self._leap(connection, walk)
+        if walk.log != "records" and not walk.lossy:
+            self._compare_chapters(connection, walk)
+
+    def _compare_chapters(self, connection: apsw.Connection, walk: _Walk) -> None:
+        """Each chapter ends where it says, and none is missing: else a stream would look shorter than it is."""
+        log, upto = walk.log, written_upto(connection, walk.log)
+        if type(upto) is not int or not 0 <= upto <= walk.last:
+            self.find("names", f"the chapters of {log} are written up to {upto!r}, it ends at {walk.last}", log)
+            return
+        for stream, chapter, position, said in wrong_chapters(connection, log, upto):
+            self.find("names", f"chapter {chapter} of stream {stream} ends at {position} of {log}, not at {said}", log)
 
     def _scan(self, connection: apsw.Connection, walk: _Walk) -> None:
         """The hot loop: every entry of a log passes here once."""
         things, types, log, last, records = self._things, self._types, walk.log, walk.last, walk.log == "records"
-        query = f"select position, stream, version, type, id, meta, wish, body, digest from {log} where position > ? order by position"
-        for position, stream, version, type_, id, raw, wish, body, stored in connection.execute(query, (last,)):
+        query = f"select position, stream, version, previous, type, id, meta, wish, body, digest from {log} where position > ? order by position"
+        for position, stream, version, previous, type_, id, raw, wish, body, stored in connection.execute(
+            query, (last,)
+        ):
             if position != last + 1 and not self._may_leap(walk, position):
                 return
             walk.last = last = position
@@ -270,7 +284,11 @@ class _Search:
                 )
             if version != thing.version + 1 or records:
                 self._leaps_version(walk, thing, position, version)
+            if previous != thing.position and not walk.lossy:
+                self._points_elsewhere(walk, thing, position, previous)
             thing.version = version
+            if not records:
+                thing.position = position
 
     def _may_leap(self, walk: _Walk, position: Any) -> bool:
         """Positions of facts count from 1; of commands, the beginning may be gone; of records, some are."""
@@ -304,6 +322,16 @@ class _Search:
                 position,
             )
 
+    def _points_elsewhere(self, walk: _Walk, thing: _Thing, position: int, previous: Any) -> None:
+        if walk.log == "commands" and not thing.position and type(previous) is int and 0 < previous < walk.first:
+            return
+        self.find(
+            "order",
+            f"{walk.log} position {position} ({thing.name}) points back at {previous!r}, not at {thing.position}",
+            walk.log,
+            position,
+        )
+
     def _step_over(self, connection: apsw.Connection, walk: _Walk) -> bool:
         """Past the one entry whose id is no text, so that SQLite's binding cannot give it."""
         row: Any = connection.execute(
@@ -315,7 +343,7 @@ class _Search:
         self.find("entry", f"{walk.log} position {row[0]} is not what was written: its id is no text", walk.log, row[0])
         walk.last, walk.count = row[0], walk.count + 1
         if row[1] in self._things:
-            self._things[row[1]].version = row[2]
+            self._things[row[1]].version, self._things[row[1]].position = row[2], row[0]
         return True
 
     def _leap(self, connection: apsw.Connection, walk: _Walk) -> bool:

@@ -1,0 +1,90 @@
+"""Where the entries of a stream lie: each row points at the one before it, a sparse table at the end of each chapter.
+
+An index on the stream would cost a random page for each append, the most expensive thing in a large log. So a row keeps
+the position of its stream's previous entry, and a chapter (256 entries of a stream) its last position, written in bulk
+once in a while. A stream is read by walking back from the end of a chapter; what is not in the chapters yet, the tail,
+each connection knows from having looked at these rows once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import apsw
+
+__all__ = ["CHAPTER_BITS", "TAIL", "Chain", "write_chapters", "written_upto", "wrong_chapters"]
+
+CHAPTER_BITS = 8
+
+TAIL = 16_384
+"""Rows of a log that may be missing in its chapters. Fewer: a chapter's page is written again and again."""
+
+
+def written_upto(connection: apsw.Connection, log: str) -> int:
+    """The position up to which the chapters of a log are written."""
+    row = connection.execute(f"select position from {log}_chapters where stream = 0").fetchone()
+    return row[0] if row else 0
+
+
+def write_chapters(connection: apsw.Connection, log: str, position: int) -> None:
+    """Bring the chapters up to a position, the last of the log."""
+    connection.execute(
+        f"insert or replace into {log}_chapters select stream, version >> {CHAPTER_BITS}, max(position) from {log} "
+        "where position > ? group by 1, 2",
+        (written_upto(connection, log),),
+    )
+    connection.execute(f"insert or replace into {log}_chapters values (0, 0, ?)", (position,))
+
+
+def wrong_chapters(connection: apsw.Connection, log: str, upto: int) -> Iterator[Any]:
+    """Each chapter that does not end where it is said: stream, chapter, where it ends, what is said."""
+    return connection.execute(
+        "select coalesce(f.stream, c.stream), coalesce(f.chapter, c.chapter), f.position, c.position from "
+        f"(select stream, version >> {CHAPTER_BITS} as chapter, max(position) as position from {log} "
+        f"where position <= ? group by 1, 2) f full join (select * from {log}_chapters where stream > 0) c "
+        "on f.stream = c.stream and f.chapter = c.chapter where f.position is not c.position",
+        (upto,),
+    )
+
+
+class Chain:
+    """The streams of one log as a connection that reads sees them. Used within one state of the file at a time."""
+
+    def __init__(self, connection: apsw.Connection, log: str) -> None:
+        self._connection, self._log = connection, log
+        self._tail: dict[int, int] = {}
+        self._upto = self._seen = 0
+
+    def walk(self, columns: str) -> str:
+        """A query for entries of a stream in order; its values are `end`, a position, and how many behind that."""
+        return (
+            f"with recursive chain(at) as (values (?1) union all select previous from chain join {self._log} on position = at "
+            f"where previous > ?2 and previous < at) select {columns} from (select at from chain where at > ?2 order by at limit ?3) "
+            f"join {self._log} on position = at order by at"
+        )
+
+    def end(self, stream: int, after: int, limit: int) -> int:
+        """The position from which a walk back to `after` meets so many entries, or all (0: there is none)."""
+        chapters = (limit >> CHAPTER_BITS) + 3
+        ends: list[Any] = self._connection.execute(
+            f"select position from {self._log}_chapters where stream = ? and position > ? order by chapter limit ?",
+            (stream, after, chapters),
+        ).fetchall()
+        if len(ends) == chapters:
+            found: int = ends[-2][0]
+            return found
+        self._catch_up()
+        # The last chapter may have grown since it was written.
+        return self._tail.get(stream, ends[-1][0] if ends else 0)
+
+    def _catch_up(self) -> None:
+        upto = written_upto(self._connection, self._log)
+        if upto != self._upto:
+            self._tail.clear()
+            self._upto = self._seen = upto
+        rows: Any = self._connection.execute(
+            f"select position, stream from {self._log} where position > ? order by position", (self._seen,)
+        )
+        for position, stream in rows:
+            self._tail[stream] = self._seen = position
