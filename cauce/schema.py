@@ -11,7 +11,7 @@ from cauce.accept import ENTRY_BYTES, check_body, check_key, check_value
 from cauce.errors import Refused, Unreadable
 from cauce.messages import Declared, Message, declared
 
-__all__ = ["Schema", "encode", "key_of"]
+__all__ = ["Schema", "encode", "is_about", "key_of"]
 
 
 class _Type:
@@ -71,6 +71,12 @@ def key_of(message: Message) -> str:
     return check_key(getattr(message, field))
 
 
+def is_about(message: Message, key: str) -> bool:
+    """Whether a message is about the thing with this key, which was looked at before: cheaper than `key_of`."""
+    field = declared(message).domain.key
+    return field is not None and getattr(message, field) == key
+
+
 def encode(message: Message) -> bytes:
     """The body of a message as JSON. Raises `Refused` by the one acceptance rule."""
     cls = type(message)
@@ -88,7 +94,7 @@ def encode(message: Message) -> bytes:
     except (TypeError, ValueError, OverflowError) as error:
         raise Refused(f"{cls.__name__} cannot be written as JSON: {error}") from None
     # What a tight type makes is as flat as the type; only NUL and size are left to look for.
-    if kind.loose or len(body) > ENTRY_BYTES or b"\\u0000" in body:
+    if kind.loose or len(body) > ENTRY_BYTES or (b"\\" in body and b"\\u0000" in body):
         return check_body(body, cls.__name__)
     return body
 

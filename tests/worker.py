@@ -230,8 +230,15 @@ def make_room(ballast: str) -> None:
         limit_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
 
 
-async def unflushed(report: Report, path: str) -> None:
-    """Append while the disk fails to flush."""
+class Still(SystemClock):
+    """A clock by which every flush is short."""
+
+    def monotonic(self) -> float:
+        return 0.0
+
+
+async def unflushed(report: Report, path: str, written: int) -> None:
+    """Append while the disk fails to flush, after so many appends, of which the last may be made on the loop."""
     failing = [False]
 
     class File(apsw.VFSFile):
@@ -250,8 +257,10 @@ async def unflushed(report: Report, path: str) -> None:
             return File("unix", name, flags)
 
     disk = Disk()
-    bus = await sqlite.open(path)
-    before = await verdict(lambda: bus.facts.append("things/1", [fact("things/1")]))
+    bus = await sqlite.open(path, clock=Still())
+    before = {}
+    for _ in range(written):
+        before = await verdict(lambda: bus.facts.append("things/1", [fact("things/1")]))
     failing[0] = True
     said = [await verdict(lambda: bus.facts.append("things/1", [fact("things/1")])) for _ in range(2)]
     failing[0] = False

@@ -62,7 +62,7 @@ class Wake:
                 continue
 
     def _list(self) -> None:
-        changed = os.stat(self._folder).st_mtime_ns
+        changed = os.fstat(self._directory).st_mtime_ns
         if changed == self._listed:
             return
         self._others = [name for name in os.listdir(self._folder) if name != self._name]

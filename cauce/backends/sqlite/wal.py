@@ -38,7 +38,8 @@ def rest(wal: Path, read: int) -> Rest:
             if len(head) < _HEADER.size:
                 return Rest()
             if not _is_whole(head):
-                return Rest(header=False)
+                # Nothing but zeros was never a head: they were put there ahead of the first frame.
+                return Rest(header=not any(head) and not any(file.read(_FRAME.size)))
             return _rest(file, _HEADER.unpack(head), read)
     except FileNotFoundError:
         return Rest()

@@ -1,4 +1,8 @@
-"""Group commit: one thread per file takes what waits into one transaction, one flush for all, each with its verdict."""
+"""Group commit: one thread per file takes what waits into one transaction, one flush for all, each with its verdict.
+
+A write that is alone when the loop has gone round needs no thread, whose waking twice costs as much as the flush: the
+loop writes it itself, as long as flushes are short here and nobody else is in turn.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 import apsw
 
 from cauce.backends.sqlite.file import connect, extended, translate
+from cauce.backends.sqlite.runway import Runway
 from cauce.backends.sqlite.turnstile import Turnstile, describe, who_locks
 from cauce.clock import Clock
 from cauce.errors import Busy, CauceError, Damaged, Overloaded, Refused
@@ -24,7 +29,13 @@ T = TypeVar("T")
 
 _MOST_WAITING = 20_000
 _MOST_BYTES = 64 * 1024 * 1024
-_CHECKPOINT_PAGES = 16_000
+_CHECKPOINT_PAGES = 4_000
+_SHORT = 0.001
+"""Seconds for which the loop may stand still for a flush."""
+
+_CALM = 16
+"""So many transactions must have been short, one after the other, before the loop writes itself."""
+
 _Job = tuple["asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...], int]
 
 
@@ -41,6 +52,10 @@ class Journal(Protocol):
 
     def flush(self) -> None:
         """Inside each transaction, after its jobs."""
+        ...
+
+    def is_due(self) -> bool:
+        """Whether the next flush has more to write than the jobs."""
         ...
 
     def committed(self) -> Callable[[], None]:
@@ -80,6 +95,9 @@ class Writer:
         self._taken: list[_Job] = []
         self._bell: SimpleQueue[None] = SimpleQueue()
         self._idle = False
+        self._called = False
+        self._lock = threading.Lock()
+        self._calm = 0
         self._closing = False
         self._bytes = 0
         self._since: float | None = None
@@ -124,12 +142,47 @@ class Writer:
         future: asyncio.Future[T] = self._loop.create_future()
         self._bytes += size
         self._queue.append((future, job, arguments, size))
+        if not self._called:
+            self._called = True
+            self._loop.call_soon(self._go)
+        return future
+
+    def _go(self) -> None:
+        """All who had something to write in this round of the loop have said it by now."""
+        self._called = False
+        if not self._queue or (len(self._queue) == 1 and self._alone()):
+            return
         if self._idle:
             self._idle = False
             self._bell.put(None)
         if self._watch is None:
             self._watch = self._loop.call_later(self._patience / 4, self._look)
-        return future
+
+    def _alone(self) -> bool:
+        """Write here, on the loop, if that is sure to be short."""
+        if (
+            self._calm < _CALM
+            or self._wal_pages > _CHECKPOINT_PAGES
+            or self._runway.is_short(self._wal_pages)
+            or self._journal.is_due()
+            or not self._lock.acquire(blocking=False)
+        ):
+            return False
+        try:
+            # A thread that ends closes its connection under the lock.
+            if self._closing or self._broken is not None or not self._turnstile.try_enter():
+                return False
+            try:
+                self._connection.set_busy_timeout(0)
+                return self._transaction(self._connection, self._hear, wait=False)
+            finally:
+                self._connection.set_busy_timeout(round(self._patience * 1000))
+                self._turnstile.leave()
+        finally:
+            self._lock.release()
+
+    def _hear(self, function: Callable[..., object], *arguments: Any) -> None:
+        function(*arguments)
 
     async def close(self) -> None:
         """Write what waits, then stop. Does not wait for a turn that nothing needs any more."""
@@ -165,8 +218,10 @@ class Writer:
 
     def _run(self) -> None:
         try:
-            connection = connect(self._path, busy=self._patience)
+            self._connection = connection = connect(self._path, busy=self._patience)
             connection.set_wal_hook(self._wal_grew)
+            wal = self._path.with_name(self._path.name + "-wal")
+            self._runway = runway = Runway(wal, connection.pragma("page_size"))
             self._journal.open(connection)
         except BaseException as error:
             self._ended()
@@ -181,16 +236,20 @@ class Writer:
                         break
                     self._bell.get()
                 self._idle = False
-                if self._broken is not None:
-                    self._fail(list(self._take()), self._broken)
-                elif self._queue:
-                    self._turn(connection)
+                with self._lock:
+                    if self._broken is not None:
+                        self._fail(list(self._take()), self._broken)
+                    elif self._queue:
+                        self._turn(connection)
+                        runway.keep(self._wal_pages)
         except BaseException as error:
             # A dead thread must not leave its callers waiting.
             self._broken = Damaged(f"the writer of {self._path} stopped: {error!r}; open the log again")
             self._fail([*self._taken, *self._take()], self._broken)
         finally:
-            connection.close()
+            with self._lock:
+                runway.close()
+                connection.close()
             self._ended()
 
     def _turn(self, connection: apsw.Connection) -> None:
@@ -198,18 +257,25 @@ class Writer:
         self._turnstile.enter()
         try:
             if self._queue:
-                self._transaction(connection)
+                self._transaction(connection, self._tell)
             if self._wal_pages > _CHECKPOINT_PAGES:
                 self._checkpoint(connection)
         finally:
             self._turnstile.leave()
             self._since = None
 
-    def _transaction(self, connection: apsw.Connection) -> None:
+    def _transaction(self, connection: apsw.Connection, tell: Callable[..., None], *, wait: bool = True) -> bool:
+        """All that waits, in one transaction. False: others are in the way, and it was not to wait for them."""
         jobs = self._taken
         verdicts: list[tuple[asyncio.Future[Any], bool, Any]] = []
         try:
-            connection.execute("begin immediate")
+            began = self._clock.monotonic()
+            try:
+                connection.execute("begin immediate")
+            except apsw.BusyError:
+                if wait:
+                    raise
+                return False
             self._since = None
             self._journal.begin()
             for each in self._take():
@@ -230,9 +296,11 @@ class Writer:
                 jobs.extend(self._take())
             self._fail(jobs, self._translated(error))
         else:
+            self._calm = self._calm + 1 if self._clock.monotonic() - began < _SHORT else 0
             after = self._journal.committed()
-            self._tell(self._deliver, verdicts, sum(job[3] for job in jobs), after)
+            tell(self._deliver, verdicts, sum(job[3] for job in jobs), after)
         self._taken = []
+        return True
 
     def _translated(self, error: BaseException) -> BaseException:
         if isinstance(error, apsw.IOError) and extended(error) == apsw.SQLITE_IOERR_FSYNC:
