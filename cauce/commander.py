@@ -17,14 +17,14 @@ import msgspec
 
 from cauce.accept import SLOTS, slot_of
 from cauce.bus import Ask, Bus, Cause, Context, Receipt
-from cauce.codec import Entry, Meta, Wish, derive_id, seal, sealed
+from cauce.codec import Entry, Meta, Wish, derive_id, sealed
 from cauce.errors import Conflict, IdReused, NoAnswer, NotOwner, Overloaded, Refused, Rejected, Unavailable
 from cauce.fold import EMPTY, Folded, Folder, messages_of
 from cauce.lease import Leases
 from cauce.log import Appended, Filter
 from cauce.messages import Event, Message, declared
 from cauce.records import Records, written
-from cauce.schema import Schema, encode, key_of
+from cauce.schema import Schema, encode, is_about, key_of
 
 __all__ = ["Commander", "Decider"]
 
@@ -70,16 +70,17 @@ class Commander:
         self._folder, self._schema, self._bus, self._leases = folder, schema, bus, leases
         self._facts, self._clock = bus.facts, bus.clock
         self._things: dict[str, _Standing] = {}
-        self._deciding: dict[str, asyncio.Future[None]] = {}
+        self._deciding: dict[str, asyncio.Future[None] | None] = {}
         self._backlog = 0
         self._doubts: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.records = Records(bus.records, domain, bus.clock)
         self._unsure = self.records.unsure
+        self._slots = [f"{domain}/{slot}" for slot in range(SLOTS)]
 
     async def take_over(self) -> None:
         """Claim the slots, then give each stream that was left behind its record."""
-        await self._leases.take(*(f"{self.domain}/{slot}" for slot in range(SLOTS)))
+        await self._leases.take(*self._slots)
         self._backlog = await self._bus.commands.head()
         head = await self._facts.head()
         marks = [await written(self._bus.records, self.domain, slot) for slot in range(SLOTS)]
@@ -108,7 +109,7 @@ class Commander:
                     return before
             return await self._decide(command, cause, ask.body, ask.schema)
         finally:
-            self._deciding.pop(ask.id).set_result(None)
+            self._done(ask.id)
 
     async def handle(self, entry: Entry) -> None:
         """Decide a wish that was sent. A rejection is audited and done with; anything else that is raised is not."""
@@ -135,13 +136,13 @@ class Commander:
         except IdReused as error:
             self._audit(entry.stream, entry.type, meta.schema, body, cause, f"refused: {error}")
         finally:
-            self._deciding.pop(entry.id).set_result(None)
+            self._done(entry.id)
         self._doubts.discard(entry.position)
 
     async def publish(self, events: Sequence[Event], ids: Sequence[str], cause: Cause) -> None:
         """Record facts that no command asked for; recorded once, however often it is said with the same ids."""
         key = _one_key(self._service, events)
-        entries = self._sealed(events, ids, cause, None)
+        entries = self._sealed(f"{self.domain}/{key}", events, ids, cause, self._clock.now())
         for _ in range(_MOST_CONFLICTS):
             thing = self._things.get(key) or await self._load(key)
             if await self._record(key, thing, events, entries, repeat=True) is not None:
@@ -166,7 +167,7 @@ class Commander:
             thing = self._things.get(key) or await self._load(key)
             before = thing.folded
             try:
-                events = await self._wished(decider, before, command, cause)
+                events = await self._wished(decider, before, command, key, cause)
             except Rejected as rejected:
                 if await self._shown(key, thing):
                     self._audit(stream, kind.name, schema, bytes(body), cause, f"rejected: {rejected}")
@@ -182,8 +183,9 @@ class Commander:
                     return Receipt(cause.id, key, before.version, position, False)
                 continue
             ids = [derive_id(cause.id, self._service, stream, str(n)) for n in range(len(events))]
-            wish = _encode(Wish(kind.name, body, schema, self._clock.now()))
-            appended = await self._record(key, thing, events, self._sealed(events, ids, cause, wish))
+            now = self._clock.now()
+            wish = _encode(Wish(kind.name, body, schema, now))
+            appended = await self._record(key, thing, events, self._sealed(stream, events, ids, cause, now, wish))
             if appended is not None:
                 return Receipt(cause.id, key, appended.version, appended.position, True)
         raise _contended(stream)
@@ -193,7 +195,7 @@ class Commander:
     ) -> Appended | None:
         """Append upon what stands as far as decided. None: the stream is elsewhere, so that must be decided again."""
         before = thing.folded
-        after = self._stepped(key, before, events, entries)
+        after, body = self._stepped(key, before, events, entries)
         thing.tail = future = self._facts.append(
             entries[0].stream, entries, expect=before.version, fence=self._claim(key), repeat=repeat
         )
@@ -209,19 +211,20 @@ class Commander:
         if appended.repeated:
             self._drop(key, thing)
         else:
-            self.records.changed(key, after._replace(position=appended.position))
+            placed = Folded(after.state, after.version, appended.position, after.id)
+            self.records.changed(key, placed, body)
             if thing.folded is after:
-                thing.folded = after._replace(position=appended.position)
+                thing.folded, thing.tail = placed, None
         return appended
 
-    async def _wished(self, decider: Decider, before: Folded, command: Message, cause: Cause) -> list[Event]:
+    async def _wished(self, decider: Decider, before: Folded, command: Message, key: str, cause: Cause) -> list[Event]:
         function = decider.function
         if decider.context is None:
             result = function(before.state, command)
         else:
             context = Context(self._bus, self._service, function.__name__, None, cause)
             result = function(before.state, command, **{decider.context: context})
-        if inspect.isawaitable(result):
+        if not isinstance(result, Event) and inspect.isawaitable(result):
             result = await result
         where = f"{self._service}.{function.__name__}"
         events = messages_of(result, where, "events, or None")
@@ -232,35 +235,38 @@ class Commander:
                 raise NotOwner(
                     f"{where} returned {type(event).__name__} of {declared(event).domain.name!r}: only its owner records it; send it a command"
                 )
-            if key_of(event) != key_of(command):
+            if not is_about(event, key):
                 raise Refused(
-                    f"{where} returned {type(event).__name__} for {key_of(event)!r}, the command is for {key_of(command)!r}: one command, one thing"
+                    f"{where} returned {type(event).__name__} for {key_of(event)!r}, the command is for {key!r}: one command, one thing"
                 )
         return events
 
-    def _sealed(self, events: Sequence[Event], ids: Sequence[str], cause: Cause, wish: bytes | None) -> list[Entry]:
-        now = self._clock.now()
-        return [
-            seal(
-                event, id,
-                Meta(now, declared(event).version, cause.correlation, cause.id, cause.by, cause.trace, cause.tracestate),
-                wish if n == 0 else None,
-            )
-            for n, (event, id) in enumerate(zip(events, ids, strict=True))
-        ]  # fmt: skip
+    @staticmethod
+    def _sealed(
+        stream: str, events: Sequence[Event], ids: Sequence[str], cause: Cause, now: int, wish: bytes | None = None
+    ) -> list[Entry]:
+        entries = []
+        for event, id in zip(events, ids, strict=True):
+            kind = declared(event)
+            meta = Meta(now, kind.version, cause.correlation, cause.id, cause.by, cause.trace, cause.tracestate)
+            entries.append(sealed(stream, kind.name, id, meta, encode(event), wish))
+            wish = None
+        return entries
 
-    def _stepped(self, key: str, before: Folded, events: Sequence[Event], entries: Sequence[Entry]) -> Folded:
-        state = before.state
+    def _stepped(
+        self, key: str, before: Folded, events: Sequence[Event], entries: Sequence[Entry]
+    ) -> tuple[Folded, bytes]:
+        """What will stand, and its record as it will be written behind: what could not be must be refused now."""
+        state, body = before.state, b""
         for event in events:
             state = self._folder.step(state, event)
         if state is not None:
-            # Whatever could not be written behind must be refused before the fact.
-            encode(state)
-            if key_of(state) != key:
+            body = encode(state)
+            if not is_about(state, key):
                 raise Refused(
                     f"evolve made a record of {key_of(state)!r} from facts of {self.domain}/{key}: keep the key"
                 )
-        return Folded(state, before.version + len(events), 0, entries[-1].id)
+        return Folded(state, before.version + len(events), 0, entries[-1].id), body
 
     async def _shown(self, key: str, thing: _Standing) -> bool:
         """Whether what was decided upon is on disk by now. What was decided ahead and failed must be decided again."""
@@ -272,9 +278,17 @@ class Commander:
 
     async def _alone(self, id: str) -> None:
         """Wait until nobody else decides the wish with this id, which may come by call and by send at once."""
-        while (other := self._deciding.get(id)) is not None:
+        while id in self._deciding:
+            other = self._deciding[id]
+            if other is None:
+                other = self._deciding[id] = asyncio.get_running_loop().create_future()
             await asyncio.wait({other})
-        self._deciding[id] = asyncio.get_running_loop().create_future()
+        self._deciding[id] = None
+
+    def _done(self, id: str) -> None:
+        waiting = self._deciding.pop(id)
+        if waiting is not None:
+            waiting.set_result(None)
 
     async def _accepted(self, key: str, wish: Wish, id: str) -> Receipt | None:
         """The receipt of a command that was accepted before: a fact with its causation is in the stream.
@@ -304,7 +318,7 @@ class Commander:
         await self._facts.beat(self._claim(key))
 
     def _claim(self, key: str) -> Any:
-        name = f"{self.domain}/{slot_of(key)}"
+        name = self._slots[slot_of(key)]
         claim = self._leases.claims.get(name)
         if claim is None:
             raise NoAnswer(f"{name} is not held here any more: try again")

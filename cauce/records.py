@@ -33,7 +33,7 @@ class Records:
     def __init__(self, log: Log, domain: str, clock: Clock) -> None:
         self._log, self._domain, self._clock = log, domain, clock
         self.unsure: dict[str, int] = {}
-        self._dirty: dict[str, Folded] = {}
+        self._dirty: dict[str, tuple[Folded, bytes | None]] = {}
         self._marks: dict[int, int] = {}
         self._written: dict[int, int] = {}
         self._bell = asyncio.Event()
@@ -41,11 +41,15 @@ class Records:
         self._clean.set()
         self._hurry = asyncio.Event()
 
-    def changed(self, key: str, folded: Folded) -> None:
-        """A fact of this thing was committed. Calls come in the order of positions."""
+    def changed(self, key: str, folded: Folded, body: bytes | None = None) -> None:
+        """A fact of this thing was committed. Calls come in the order of positions.
+
+        Parameters:
+            body: the record, where it is encoded already.
+        """
         before = self._dirty.get(key)
-        if before is None or folded.version > before.version:
-            self._dirty[key] = folded
+        if before is None or folded.version > before[0].version:
+            self._dirty[key] = folded, body
         slot = slot_of(key)
         if folded.position > self._marks.get(slot, 0):
             self._marks[slot] = folded.position
@@ -92,7 +96,7 @@ class Records:
         waiting = list(dirty.items())
         try:
             for first in range(0, len(waiting), _AT_ONCE):
-                puts = [self._put(key, folded) for key, folded in waiting[first : first + _AT_ONCE]]
+                puts = [self._put(key, *what) for key, what in waiting[first : first + _AT_ONCE]]
                 await all_of([put for put in puts if put is not None])
         except BaseException:
             self._dirty = dirty | self._dirty
@@ -104,21 +108,25 @@ class Records:
             self._hurry.clear()
             self._clean.set()
 
-    def _put(self, key: str, folded: Folded) -> asyncio.Future[Appended] | None:
+    def _put(self, key: str, folded: Folded, body: bytes | None) -> asyncio.Future[Appended] | None:
         stream = f"{self._domain}/{key}"
         try:
-            return self._log.put(stream, folded.version, self._sealed(stream, folded))
+            return self._log.put(stream, folded.version, self._sealed(stream, folded, body))
         except Refused as error:
             # Only an evolve function that was changed since the facts makes such a record: the next start tries again.
             _log.error("%s has no record of version %d: %s", stream, folded.version, error)
             self.unsure[key] = 1
             return None
 
-    def _sealed(self, stream: str, folded: Folded) -> Entry:
-        type, schema, body = "Gone", 1, b""
-        if folded.state is not None:
+    def _sealed(self, stream: str, folded: Folded, body: bytes | None) -> Entry:
+        type, schema = "Gone", 1
+        if folded.state is None:
+            body = b""
+        else:
             kind = declared(folded.state)
-            type, schema, body = kind.name, kind.version, encode(folded.state)
+            type, schema = kind.name, kind.version
+            if body is None:
+                body = encode(folded.state)
         # A record bears the id of the fact that made it.
         meta = Meta(self._clock.now(), schema, upto=folded.position)
         return sealed(stream, type, folded.id, meta, body)

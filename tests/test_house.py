@@ -284,3 +284,23 @@ def trees() -> dict[str, ast.Module]:
     found = {name: ast.parse(path.read_bytes()) for name, path in sources().items()}
     assert found, f"no module in {PACKAGE}"
     return found
+
+
+def test_every_name_of_the_front_door_is_where_the_table_says() -> None:
+    """Type checkers read one list of the names, programs the other."""
+    front = ast.parse((PACKAGE / "__init__.py").read_text())
+    typed = next(node for node in front.body if isinstance(node, ast.If))
+    homes = {
+        alias.name: str(node.module)
+        for node in typed.body if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }  # fmt: skip
+    script = "import sys, cauce; print(*(f'{n} {getattr(cauce, n) is getattr(sys.modules[sys.argv[1 + i]], n)}' for i, n in enumerate(dir(cauce))))"
+    names = sorted(homes)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *(homes[name] for name in names)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [word for name in names for word in (name, "True")]
+    import cauce
+
+    assert sorted(cauce.__all__) == names
