@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 import msgspec
 
 from cauce import errors
-from cauce.accept import check_key
+from cauce.accept import check_key, slot_of
 from cauce.clock import Clock
 from cauce.codec import Entry, Meta, derive_id, micros, sealed
 from cauce.errors import CauceError, Conflict, Gone, NoAnswer, NotOwner, OutcomeUnknown, Refused, Unreadable
 from cauce.log import Filter, Log
 from cauce.messages import Command, Declared, Event, Message, Query, Record, declared
 from cauce.schema import Schema, encode, key_of
+from cauce.sql import Store
 from cauce.wire import Wire
 
 __all__ = ["NOTHING", "Ask", "Bus", "Cause", "Context", "Receipt", "Reply", "error_name", "own", "owned"]
@@ -242,6 +243,13 @@ class Bus:
             )
         await waiting
 
+    async def publish(self, domain: str, ask: Ask) -> None:
+        """Let the instance of the owner that holds the slot record an event that another instance's handler made."""
+        payload = await self.wire.ask(f"{domain}/{slot_of(ask.key)}", _encode(ask), self.clock.monotonic() + TIMEOUT)
+        reply = _decode_reply(payload)
+        if reply.error:
+            raise _ERRORS.get(reply.error, CauceError)(reply.message)
+
     def settles(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Let `settled` wait for this, too."""
         self._settled.append(wait)
@@ -277,15 +285,24 @@ class Bus:
 class Context:
     """What a handler is told beside its message, and the bus from there: all that it says is because of the message."""
 
-    def __init__(self, bus: Bus, service: str, handler: str, entry: Entry | None, cause: Cause) -> None:
+    def __init__(
+        self, bus: Bus, service: str, handler: str, entry: Entry | None, cause: Cause, store: Store | None = None
+    ) -> None:
         self.bus, self.service, self.cause = bus, service, cause
-        self._handler, self._entry = handler, entry
+        self._handler, self._entry, self._store = handler, entry, store
         self._said: dict[tuple[str, str, str], int] = {}
 
     @property
     def idempotency_key(self) -> str:
         """The same text each time this handler is given this message: let the outside world see a repetition by it."""
         return derive_id(self.cause.id, self.service, self._handler)
+
+    @property
+    def store(self) -> Store:
+        """The service's own tables. What is executed is committed with the message, or not at all."""
+        if self._store is None:
+            raise Refused(f"{self.service}.{self._handler} may not touch the store: reactions and intervals may")
+        return self._store
 
     @property
     def correlation(self) -> str:

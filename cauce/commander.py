@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -54,7 +56,7 @@ class _Standing:
 
 
 class Commander:
-    """The owner of one domain, in one process."""
+    """The owner of one domain, in one process: it decides for the things in the slots it holds."""
 
     def __init__(
         self,
@@ -71,21 +73,30 @@ class Commander:
         self._facts, self._clock = bus.facts, bus.clock
         self._things: dict[str, _Standing] = {}
         self._deciding: dict[str, asyncio.Future[None] | None] = {}
-        self._backlog = 0
+        self.slots: set[int] = set()
+        self._backlog: dict[int, int] = {}
+        self._busy: Counter[int] = Counter()
+        self._idle = asyncio.Event()
         self._doubts: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.records = Records(bus.records, domain, bus.clock)
         self._unsure = self.records.unsure
         self._slots = [f"{domain}/{slot}" for slot in range(SLOTS)]
 
-    async def take_over(self) -> None:
-        """Claim the slots, then give each stream that was left behind its record."""
-        await self._leases.take(*self._slots)
-        self._backlog = await self._bus.commands.head()
-        head = await self._facts.head()
-        marks = [await written(self._bus.records, self.domain, slot) for slot in range(SLOTS)]
-        looked, touched = min(marks), dict[str, None]()
-        wanted = Filter(domains=frozenset({self.domain}))
+    async def take_over(self, slots: Iterable[int], superseded: frozenset[str] = frozenset()) -> None:
+        """Claim slots, then give each stream that was left behind there its record.
+
+        Parameters:
+            superseded: owners that have lost these slots already.
+
+        Raises `Held` if somebody else writes there.
+        """
+        mine = sorted(slots)
+        await self._leases.take(*(self._slots[slot] for slot in mine), superseded=superseded)
+        backlog, head = await self._bus.commands.head(), await self._facts.head()
+        marks = {slot: await written(self._bus.records, self.domain, slot) for slot in mine}
+        looked, touched = min(marks.values(), default=head), dict[str, None]()
+        wanted = Filter(domains=frozenset({self.domain}), slots=frozenset(mine) if len(mine) < SLOTS else frozenset())
         while looked < head:
             page = await self._facts.read(wanted, after=looked, bodies=False)
             touched.update((entry.key, None) for entry in page.entries if entry.position > marks[slot_of(entry.key)])
@@ -94,16 +105,50 @@ class Commander:
             await self._remember(key)
         if touched:
             await self.records.flush()
+        self._backlog |= dict.fromkeys(mine, backlog)
+        self.slots.update(mine)
+
+    async def let_go(self, slots: Iterable[int]) -> None:
+        """Decide nothing more there, finish what is in hand with its records, and release the claims."""
+        gone = self.slots.intersection(slots)
+        self.slots -= gone
+        while any(self._busy[slot] for slot in gone):
+            self._idle.clear()
+            await self._idle.wait()
+        await self.settled()
+        for key in [key for key in self._things if slot_of(key) in gone]:
+            del self._things[key]
+        await self._leases.release(*(self._slots[slot] for slot in gone))
+
+    @contextmanager
+    def _working(self, key: str) -> Iterator[int]:
+        """While a thing is decided here, its slot is not given away. Raises `NoAnswer` where it is not held."""
+        slot = slot_of(key)
+        if slot not in self.slots:
+            raise NoAnswer(f"{self._slots[slot]} is not held here any more: try again")
+        self._busy[slot] += 1
+        try:
+            yield slot
+        finally:
+            self._busy[slot] -= 1
+            if not self._busy[slot]:
+                self._idle.set()
 
     async def call(self, ask: Ask) -> Receipt:
         """Decide a wish that came over the wire. Raises `Rejected`, and what stopped it."""
         command = self._schema.decode(self.domain, ask.type, ask.schema, bytes(ask.body))
         cause = Cause(ask.id, ask.correlation or ask.id, ask.by, ask.trace, ask.tracestate)
+        if not is_about(command, ask.key):
+            raise Refused(f"a {ask.type} for {key_of(command)!r} came as one for {ask.key!r}: ask with its own key")
+        with self._working(ask.key) as slot:
+            return await self._called(ask, command, cause, slot)
+
+    async def _called(self, ask: Ask, command: Message, cause: Cause, slot: int) -> Receipt:
         await self._alone(ask.id)
         try:
             if ask.again:
                 # It may also have been sent: all that was sent up to now is looked for before it is decided.
-                self._backlog = await self._bus.commands.head()
+                self._backlog[slot] = await self._bus.commands.head()
                 before = await self._accepted(ask.key, Wish(ask.type, ask.body, ask.schema), ask.id)
                 if before is not None:
                     return before
@@ -116,12 +161,16 @@ class Commander:
         meta = entry.checked().meta
         if meta.verdict:
             return
+        with self._working(entry.key) as slot:
+            await self._handled(entry, meta, slot)
+
+    async def _handled(self, entry: Entry, meta: Meta, slot: int) -> None:
         body = entry.body or b""
         cause = Cause(entry.id, entry.correlation, meta.by, meta.trace, meta.tracestate)
         await self._alone(entry.id)
         try:
             # Who took over, failed half-way or heard of an earlier try cannot know if it was decided: the log does.
-            doubtful = entry.position <= self._backlog or entry.position in self._doubts or meta.again
+            doubtful = entry.position <= self._backlog[slot] or entry.position in self._doubts or meta.again
             wish = Wish(entry.type, msgspec.Raw(body), meta.schema)
             if doubtful and await self._accepted(entry.key, wish, entry.id):
                 pass
@@ -143,10 +192,11 @@ class Commander:
         """Record facts that no command asked for; recorded once, however often it is said with the same ids."""
         key = _one_key(self._service, events)
         entries = self._sealed(f"{self.domain}/{key}", events, ids, cause, self._clock.now())
-        for _ in range(_MOST_CONFLICTS):
-            thing = self._things.get(key) or await self._load(key)
-            if await self._record(key, thing, events, entries, repeat=True) is not None:
-                return
+        with self._working(key):
+            for _ in range(_MOST_CONFLICTS):
+                thing = self._things.get(key) or await self._load(key)
+                if await self._record(key, thing, events, entries, repeat=True) is not None:
+                    return
         raise _contended(entries[0].stream)
 
     async def settled(self) -> None:
@@ -274,6 +324,9 @@ class Commander:
         if tail is not None and not tail.done():
             # Waits without owning the future: giving up here must not cancel another caller's append.
             await asyncio.wait({tail})
+        if tail is not None and (tail.cancelled() or tail.exception() is not None or tail.result().repeated):
+            # Who appended may not have been woken yet to forget it.
+            self._drop(key, thing)
         return self._things.get(key) is thing
 
     async def _alone(self, id: str) -> None:
@@ -361,6 +414,8 @@ class Commander:
                 forgotten = self._unsure[key]
                 await self._sure(key)
                 await self._remember(key)
+                # What was met may be ahead of what others of its slot are told of; the mark must not pass them.
+                await self._sure(key)
                 seen = forgotten
             except Unavailable as error:
                 pause = min(_LONGEST_PAUSE, pause * 2 or _PAUSE)

@@ -1,26 +1,31 @@
 """Delivery: each entry to each consumer that wants it, in order per thing, at least once, until it is handled.
 
-An entry whose handler fails is set aside with the later ones of its thing, and tried again with growing, jittered
-delay; all other things go on.
+A consumer works on the slots that its instance holds, one lane for each, side by side. An entry whose handler fails is
+set aside with the later ones of its thing, and tried again with growing, jittered delay; all other things go on. What
+has failed too often is a dead letter: a person decides.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from cauce.accept import SLOTS, slot_of
+import msgspec
+
+from cauce.accept import slot_of
 from cauce.clock import Clock
-from cauce.codec import Entry
+from cauce.codec import Entry, to_cloudevent
 from cauce.errors import Damaged, Unavailable
 from cauce.log import Filter, Log
-from cauce.store import Store, Waiting
+from cauce.store import BadStatement, Share, Store, Unit, Waiting
 
-__all__ = ["Consumer", "Tail"]
+__all__ = ["Consumer", "Handle", "Tail"]
 
 _log = logging.getLogger("cauce")
+
 _PAGE = 500
 _LANE = 500
 _MOST_WAITING = 10_000
@@ -28,29 +33,58 @@ _RETRIES_AT_ONCE = 16
 _FIRST_DELAY = 0.1
 _LONGEST_DELAY = 60.0
 _DOUBLINGS = 10
+_OFTEN = 10_000
+_CAUTION = 10.0
+"""Seconds for which a message that may have killed the process keeps others of its kind from beginning."""
 
-Handle = Callable[[Entry], Awaitable[None]]
+_DIED = "the process died while this was handled"
+
+Handle = Callable[[Entry, Unit], Awaitable[None]]
 Slot = tuple[str, int]
 
 
 class _Lane:
-    """What waits to be handled of one slot, one after the other."""
+    """One slot of one domain: what waits to be handled, one after the other.
 
-    __slots__ = ("queue", "room", "task")
+    `handed` is the position up to which it was given all that it wants, `place` that of the last one handled. While it
+    is not `joined` it reads alone. `careful`: its first message may be the one that killed the process.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = (
+        "careful",
+        "catching_up",
+        "handed",
+        "joined",
+        "place",
+        "queue",
+        "room",
+        "share",
+        "slot",
+        "task",
+        "written",
+    )
+
+    def __init__(self, slot: Slot, share: Share | None, place: int) -> None:
+        self.slot, self.share = slot, share
+        self.handed = self.place = self.written = place
+        self.joined = False
+        self.careful = share is not None and not share.clean
         self.queue: deque[Entry] = deque()
         self.room = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
+        self.catching_up: asyncio.Task[None] | None = None
 
 
 class Consumer:
-    """A named reader of a log: one handler, its places, and what waits for it.
+    """A named reader of a log: one handler, its lanes, and what waits for it.
 
     Parameters:
         wants: the types it handles, by domain; none means all.
-        begin: where it begins in slots it has no place in.
+        now: whether it begins, in slots it has no place in, with what comes from now on, not with the first.
         bodies: whether it needs more than envelopes.
+        attempts: how often a message is tried before it is a dead letter; 0: without end.
+        may_begin: whether the instance is sure enough of its slots to begin something new.
+        caution: shared by all consumers of a service: held while what may have killed the process is tried.
     """
 
     def __init__(
@@ -62,70 +96,197 @@ class Consumer:
         store: Store,
         clock: Clock,
         *,
-        begin: int,
-        head: int,
+        now: bool = False,
         bodies: bool = True,
+        attempts: int = 0,
+        may_begin: Callable[[], bool] = lambda: True,
+        caution: asyncio.Lock | None = None,
     ) -> None:
         self.name, self.wants, self.bodies = name, wants, bodies
         self._handle, self._log, self._store, self._clock = handle, log, store, clock
-        self._begin = begin
-        self._places = store.places(name, log.id, head)
+        self._now, self._begin = now, 0
+        self._attempts, self._may_begin = attempts, may_begin
+        self._caution = caution or asyncio.Lock()
         self._lanes: dict[Slot, _Lane] = {}
         self._looked = 0
+        self._tail: Tail | None = None
         self._waiting: dict[str, deque[Waiting]] = {}
         self._many = 0
         self._retries: dict[str, asyncio.Task[None]] = {}
         self._in_hand: set[str] = set()
-        self._draining = False
+        self._leaving: set[int] = set()
         self._slots = asyncio.Semaphore(_RETRIES_AT_ONCE)
         self._moved = asyncio.Event()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        for domain in wants.keys() - {domain for domain, _ in self._places}:
-            # Written down at once: what "now" meant must not change with a restart.
-            for slot in range(SLOTS):
-                self._place((domain, slot), begin)
 
-    @property
-    def after(self) -> int:
-        """The position after which it has something to read."""
-        places = [self._places.get((domain, slot), self._begin) for domain in self.wants for slot in range(SLOTS)]
-        return min(places, default=self._begin)
+    # ------------------------------------------------------------------------------------------ what it works on
 
-    def start(self) -> None:
-        """Take up again what waited at the last stop."""
+    def begin_now(self, head: int) -> None:
+        """Where "now" is, for who begins there."""
+        if self._now:
+            self._begin = head
+
+    async def hold(self, tail: Tail, shares: dict[int, Share | None]) -> None:
+        """Work on these slots from now on. Raises `Damaged` for places that are not of this log."""
+        self._tail = tail
+        self._looked = max(self._looked, tail.looked)
+        self._leaving -= shares.keys()
+        places = self._store.places(self.name, self._log.id, await self._log.head())
+        lanes = []
+        for domain in self.wants:
+            for slot, share in shares.items():
+                place = places.get((domain, slot))
+                lane = _Lane((domain, slot), share, self._begin if place is None else place)
+                self._lanes[domain, slot] = lane
+                lanes.append(lane)
+                if place is None:
+                    # Written down at once: what "now" meant must not change with a restart.
+                    self._store.move(share, self.name, domain, slot, self._log.id, lane.place)
         for waiting in self._store.waiting(self.name):
-            self._set_aside(waiting)
+            if waiting.slot in shares:
+                self._set_aside(waiting)
+        self._catch_up(lanes)
 
-    async def take(self, entry: Entry) -> None:
-        """Queue an entry for its slot; waits while too much is queued there."""
-        slot = (entry.domain, slot_of(entry.key))
-        if entry.position <= self._places.get(slot, self._begin):
-            return
-        lane = self._lanes.get(slot)
-        if lane is None:
-            lane = self._lanes[slot] = _Lane()
-        while len(lane.queue) >= _LANE:
-            lane.room.clear()
-            await lane.room.wait()
-        while self._many >= _MOST_WAITING:
-            self._moved.clear()
-            await self._moved.wait()
-        lane.queue.append(entry)
-        if lane.task is None:
-            lane.task = asyncio.get_running_loop().create_task(self._run(slot, lane))
-
-    def looked(self, position: int) -> None:
-        """All that it wants up to a position was given to it."""
-        self._looked = max(self._looked, position)
+    async def drop(self, slots: Iterable[int]) -> None:
+        """Finish what is in hand in these slots, begin nothing more there, and note the places."""
+        gone = set(slots)
+        self._leaving |= gone
+        lanes = [lane for lane in self._lanes.values() if lane.slot[1] in gone]
+        for lane in lanes:
+            lane.joined = False
+            lane.room.set()
+            if lane.catching_up is not None:
+                lane.catching_up.cancel()
+        retries = [task for stream, task in self._retries.items() if slot_of(stream.partition("/")[2]) in gone]
+        for stream, task in self._retries.items():
+            if task in retries and stream not in self._in_hand:
+                task.cancel()
+        running = [lane.task for lane in lanes if lane.task is not None]
+        await asyncio.gather(*running, *retries, return_exceptions=True)
+        for lane in lanes:
+            self._note(lane, self._handed(lane) if not lane.queue else lane.place)
+            del self._lanes[lane.slot]
+        for stream in [each for each in self._waiting if slot_of(each.partition("/")[2]) in gone]:
+            self._many -= len(self._waiting.pop(stream))
+            self._retries.pop(stream, None)
         self._moved.set()
 
+    def stop(self) -> None:
+        """Stop at once; what is not finished is handled again after the next start."""
+        for lane in self._lanes.values():
+            for task in (lane.task, lane.catching_up):
+                if task is not None:
+                    task.cancel()
+        for retry in self._retries.values():
+            retry.cancel()
+
+    def reload(self) -> None:
+        """Look again at what waits for a person: one may have decided."""
+        rows: dict[str, deque[Waiting]] = {}
+        for waiting in self._store.waiting(self.name):
+            rows.setdefault(waiting.stream, deque()).append(waiting)
+        for stream, queue in list(self._waiting.items()):
+            if stream in self._retries:
+                continue
+            now = rows.get(stream, deque())
+            self._many += len(now) - len(queue)
+            if now:
+                self._waiting[stream] = now
+                self._begin_retries(now[0])
+            else:
+                del self._waiting[stream]
+        self._moved.set()
+
+    # ---------------------------------------------------------------------------------------------- what comes in
+
+    def offer(self, entry: Entry) -> None:
+        """The tail met an entry: it is queued, unless its lane reads alone, or must from now on."""
+        lane = self._lanes.get((entry.domain, slot_of(entry.key)))
+        if lane is None or not lane.joined or entry.position <= lane.handed:
+            return
+        if len(lane.queue) >= _LANE:
+            # Whoever is slow must not keep the others waiting.
+            lane.joined, lane.handed = False, entry.position - 1
+            self._catch_up([lane])
+            return
+        self._hand(lane, entry)
+
+    def looked(self, position: int) -> None:
+        """All that it wants up to a position was offered to it."""
+        if position > self._looked:
+            self._looked = position
+            for lane in self._lanes.values():
+                if lane.joined and not lane.queue and position - lane.written >= _OFTEN:
+                    self._note(lane, self._handed(lane))
+        self._moved.set()
+
+    def _hand(self, lane: _Lane, entry: Entry) -> None:
+        lane.handed = entry.position
+        lane.queue.append(entry)
+        if lane.task is None:
+            lane.task = asyncio.get_running_loop().create_task(self._run(lane))
+
+    def _handed(self, lane: _Lane) -> int:
+        return max(lane.handed, self._looked) if lane.joined else lane.handed
+
+    def _catch_up(self, lanes: Sequence[_Lane]) -> None:
+        """Let these lanes read by themselves until they are where the tail is. Who is far behind hinders nobody."""
+        assert self._tail is not None
+        near = self._tail.looked - _OFTEN
+        for group in ([each for each in lanes if each.handed >= near], [each for each in lanes if each.handed < near]):
+            if group:
+                task = asyncio.get_running_loop().create_task(self._read_alone(group, self._tail))
+                for lane in group:
+                    lane.catching_up = task
+
+    async def _read_alone(self, lanes: Sequence[_Lane], tail: Tail) -> None:
+        filter = msgspec.structs.replace(filter_of([self]), slots=frozenset(lane.slot[1] for lane in lanes))
+        mine = {lane.slot: lane for lane in lanes}
+        after = min(lane.handed for lane in lanes)
+        try:
+            while True:
+                for lane in lanes:
+                    while len(lane.queue) >= _LANE // 2 and lane.slot[1] not in self._leaving:
+                        lane.room.clear()
+                        await lane.room.wait()
+                try:
+                    page = await self._log.read(filter, after=after, limit=_LANE // 2, bodies=self.bodies)
+                except Unavailable as error:
+                    _log.warning("%s: reading waits: %s", self.name, error)
+                    await self._clock.sleep(1.0)
+                    continue
+                for entry in page.entries:
+                    found = mine.get((entry.domain, slot_of(entry.key)))
+                    if found is not None and entry.position > found.handed and self._wants(entry):
+                        self._hand(found, entry)
+                after = page.looked
+                for lane in lanes:
+                    lane.handed = max(lane.handed, after)
+                if after >= tail.looked:
+                    for lane in lanes:
+                        lane.joined, lane.catching_up = True, None
+                    self._looked = max(self._looked, tail.looked)
+                    self._moved.set()
+                    return
+                # A long log gives others their turn between two pages.
+                await self._clock.sleep(0)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            self._stops(error)
+
+    def _wants(self, entry: Entry) -> bool:
+        types = self.wants[entry.domain]
+        return not types or entry.type in types
+
+    # -------------------------------------------------------------------------------------------------- settled
+
     def passed(self, head: int) -> bool:
-        """Whether all up to a position is handled."""
-        return (
-            self._looked >= head
-            and all(not lane.queue or lane.queue[0].position > head for lane in self._lanes.values())
-            and all(queue[0].position > head for queue in self._waiting.values())
-        )
+        """Whether all up to a position is handled, or waits for a person."""
+        return all(
+            self._handed(lane) >= head and (not lane.queue or lane.queue[0].position > head)
+            for lane in self._lanes.values()
+        ) and all(queue[0].dead or queue[0].position > head for queue in self._waiting.values())
 
     async def settled(self) -> None:
         """Wait until it has passed the head as it is now. Raises what stopped it."""
@@ -136,39 +297,19 @@ class Consumer:
                 await self.failed
             self._moved.clear()
             # Its tail waits for what is wanted, and does not tell soon how far it saw nothing of that.
-            page = await self._log.read(wanted, after=self._looked, limit=1, bodies=False)
-            if not page.entries:
+            looked = self._looked
+            page = await self._log.read(wanted, after=looked, limit=1, bodies=False)
+            if not page.entries and looked == self._looked:
                 self._looked = max(self._looked, page.looked)
             if not self.passed(head) and (page.entries or self._looked >= head):
                 await self._moved.wait()
 
-    async def drain(self) -> None:
-        """Finish what is being handled now, and start no more."""
-        self._draining = True
-        for stream, task in self._retries.items():
-            if stream not in self._in_hand:
-                task.cancel()
-        running = [lane.task for lane in self._lanes.values() if lane.task is not None]
-        await asyncio.gather(*running, *self._retries.values(), return_exceptions=True)
+    # ------------------------------------------------------------------------------------------------- one lane
 
-    def stop(self) -> None:
-        """Stop at once; what is not finished is handled again after the next start."""
-        for task in (*(lane.task for lane in self._lanes.values()), *self._retries.values()):
-            if task is not None:
-                task.cancel()
-
-    async def _run(self, slot: Slot, lane: _Lane) -> None:
+    async def _run(self, lane: _Lane) -> None:
         try:
-            while lane.queue and not self._draining:
-                entry = lane.queue[0]
-                ahead = self._waiting.get(entry.stream)
-                if ahead is None:
-                    await self._try(entry)
-                elif ahead[-1].position < entry.position:
-                    self._set_aside(
-                        Waiting(entry.position, entry.stream, 0, 0, "waits behind an earlier one"), store=True
-                    )
-                self._place(slot, entry.position)
+            while lane.queue and lane.slot[1] not in self._leaving:
+                await self._one(lane, lane.queue[0])
                 lane.queue.popleft()
                 lane.room.set()
         except Exception as error:
@@ -177,17 +318,50 @@ class Consumer:
             lane.task = None
             self._moved.set()
 
-    async def _try(self, entry: Entry) -> None:
-        error = await self._handled(entry)
-        if error is not None:
-            waiting = Waiting(entry.position, entry.stream, 0, 0, "")
-            self._failed(waiting, error, 0)
-            self._set_aside(waiting, store=True)
+    async def _one(self, lane: _Lane, entry: Entry) -> None:
+        domain, slot = lane.slot
+        while not self._may_begin():
+            await self._clock.sleep(0.05)
+        while self._many >= _MOST_WAITING and entry.stream not in self._waiting:
+            self._moved.clear()
+            await self._moved.wait()
+        ahead, waiting = self._waiting.get(entry.stream), None
+        unit = Unit(lane.share)
+        if ahead is not None:
+            if ahead[-1].position < entry.position:
+                waiting = Waiting(entry.position, entry.stream, slot, error="waits behind an earlier one")
+        elif lane.careful:
+            waiting = Waiting(entry.position, entry.stream, slot, due=-1, error=_DIED)
+            lane.careful = False
+        else:
+            waiting = await self._tried(entry, unit, slot)
+        while True:
+            unit.place = (self.name, domain, slot, self._log.id, entry.position)
+            unit.parked = None if waiting is None else (self.name, waiting)
+            try:
+                await self._commit(unit)
+                break
+            except BadStatement as error:
+                waiting, unit = Waiting(entry.position, entry.stream, slot, 1), Unit(lane.share)
+                self._failed(waiting, error, entry)
+        lane.place = lane.written = entry.position
+        if waiting is not None:
+            self._set_aside(waiting)
 
-    async def _handled(self, entry: Entry) -> Exception | None:
+    async def _tried(self, entry: Entry, unit: Unit, slot: int) -> Waiting | None:
+        error = await self._handled(entry, unit)
+        if error is None:
+            return None
+        unit.statements.clear()
+        unit.said.clear()
+        waiting = Waiting(entry.position, entry.stream, slot, 0 if isinstance(error, Unavailable) else 1)
+        self._failed(waiting, error, entry)
+        return waiting
+
+    async def _handled(self, entry: Entry, unit: Unit) -> Exception | None:
         """What the handler raised, if trying again may help. Raises `Damaged`, and what stops this task."""
         try:
-            await self._handle(entry)
+            await self._handle(entry, unit)
         except Damaged:
             raise
         except asyncio.CancelledError as error:
@@ -200,77 +374,156 @@ class Consumer:
             return error
         return None
 
+    async def _commit(self, unit: Unit) -> None:
+        """Write a unit, however long that takes. Raises `BadStatement`, `Fenced`."""
+        if unit.is_empty and unit.place is not None:
+            self._store.move(unit.share, *unit.place)
+            return
+        while True:
+            try:
+                await self._store.commit(unit)
+                if unit.committed is not None:
+                    unit.committed()
+                return
+            except Unavailable as error:
+                _log.warning("%s: its store takes nothing now, so it waits: %s", self.name, error)
+                await self._clock.sleep(1.0)
+
+    def _note(self, lane: _Lane, position: int) -> None:
+        if position > lane.written:
+            lane.place = lane.written = position
+            self._store.move(lane.share, self.name, *lane.slot, self._log.id, position)
+
     def _stops(self, error: BaseException) -> None:
         _log.critical("%s stops: %s", self.name, error)
         if not self.failed.done():
             self.failed.set_exception(error)
         self._moved.set()
 
-    def _failed(self, waiting: Waiting, error: Exception, tries: int) -> None:
-        """Count and delay. What is not the message's fault is delayed only."""
-        if not isinstance(error, Unavailable):
-            waiting.attempts += 1
+    # ---------------------------------------------------------------------------------------------- what must wait
+
+    def _failed(self, waiting: Waiting, error: Exception, entry: Entry | None, tries: int = 0) -> None:
+        """Delay it, or give it up. What is not the message's fault is delayed only."""
         doublings = min(_DOUBLINGS, max(waiting.attempts - 1, tries))
         delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2**doublings) * (0.5 + self._clock.random())
         waiting.due = self._clock.now() + round(delay * 1_000_000)
         waiting.error = f"{type(error).__name__}: {error}"
+        if self._attempts and waiting.attempts >= self._attempts and not isinstance(error, Unavailable):
+            self._bury(waiting, "".join(traceback.format_exception(error)), entry)
+            return
         _log.warning(
             "%s: position %d (%s) failed %d times and waits %.1f s: %s", self.name, waiting.position, waiting.stream, waiting.attempts, delay, waiting.error,
             exc_info=None if isinstance(error, Unavailable) else error,
         )  # fmt: skip
 
-    def _set_aside(self, waiting: Waiting, *, store: bool = False) -> None:
-        if store:
-            self._store.park(self.name, waiting)
-        self._waiting.setdefault(waiting.stream, deque()).append(waiting)
+    def _bury(self, waiting: Waiting, trace: str, entry: Entry | None) -> None:
+        waiting.dead, waiting.due, waiting.trace = True, 0, trace
+        if entry is not None:
+            waiting.raw = msgspec.json.encode(to_cloudevent(entry)) if entry.body is not None else b""
+        _log.error(
+            "%s: position %d (%s) is a dead letter after %d attempts, later ones of %s wait behind it: %s; see cauce dead",
+            self.name, waiting.position, waiting.stream, waiting.attempts, waiting.stream, waiting.error,
+        )  # fmt: skip
+
+    def _set_aside(self, waiting: Waiting) -> None:
+        queue = self._waiting.setdefault(waiting.stream, deque())
+        if queue and queue[-1].position >= waiting.position:
+            return
+        queue.append(waiting)
         self._many += 1
-        if waiting.stream not in self._retries:
-            self._retries[waiting.stream] = asyncio.get_running_loop().create_task(self._retry(waiting.stream))
+        self._begin_retries(queue[0])
+
+    def _begin_retries(self, first: Waiting) -> None:
+        if not first.dead and first.stream not in self._retries:
+            self._retries[first.stream] = asyncio.get_running_loop().create_task(self._retry(first.stream))
 
     async def _retry(self, stream: str) -> None:
         queue = self._waiting[stream]
-        tries = 0
-        while queue and not self._draining:
-            waiting = queue[0]
-            # The wall clock may have been set back since.
-            left = (waiting.due - self._clock.now()) / 1_000_000
-            await self._clock.sleep(min(max(0.0, left), 2 * _LONGEST_DELAY))
-            try:
-                async with self._slots:
-                    error = await self._again(waiting)
-            except Exception as stop:
-                self._stops(stop)
-                return
-            if error is not None:
-                tries += 1
-                self._failed(waiting, error, tries)
-                self._store.park(self.name, waiting)
-                continue
-            tries = 0
-            queue.popleft()
-            self._many -= 1
-            self._store.unpark(self.name, waiting.position)
+        slot, tries = queue[0].slot, 0
+        try:
+            while queue and not queue[0].dead and slot not in self._leaving:
+                waiting = queue[0]
+                # The wall clock may have been set back since.
+                left = (waiting.due - self._clock.now()) / 1_000_000
+                await self._clock.sleep(min(max(0.0, left), 2 * _LONGEST_DELAY))
+                if waiting.due < 0:
+                    done = await self._carefully(waiting, tries)
+                else:
+                    async with self._slots:
+                        done = await self._again(waiting, tries)
+                tries = 0 if done else tries + 1
+                if done:
+                    queue.popleft()
+                    self._many -= 1
+                    self._moved.set()
+        except Exception as error:
+            self._stops(error)
+            return
+        finally:
+            self._retries.pop(stream, None)
+            if not queue and self._waiting.get(stream) is queue:
+                del self._waiting[stream]
             self._moved.set()
-        del self._waiting[stream], self._retries[stream]
-        self._moved.set()
 
-    async def _again(self, waiting: Waiting) -> Exception | None:
+    async def _carefully(self, waiting: Waiting, tries: int) -> bool:
+        """One by one, so that whatever kills the process is known; but not for ever."""
+        try:
+            async with asyncio.timeout(_CAUTION):
+                await self._caution.acquire()
+        except TimeoutError:
+            return await self._again(waiting, tries)
+        try:
+            return await self._again(waiting, tries)
+        finally:
+            self._caution.release()
+
+    async def _again(self, waiting: Waiting, tries: int) -> bool:
+        """Try once more, counted before it is begun: if that kills the process, the next start knows."""
+        lanes = [lane for lane in self._lanes.values() if lane.slot[1] == waiting.slot]
+        share = lanes[0].share if lanes else None
+        died = waiting.due < 0
+        if self._attempts and died and waiting.attempts >= self._attempts:
+            waiting.error = _DIED
+            self._bury(waiting, "", await self._entry(waiting))
+            await self._park(share, waiting)
+            return False
+        while not self._may_begin():
+            await self._clock.sleep(0.05)
         self._in_hand.add(waiting.stream)
         try:
-            page = await self._log.read(Filter(waiting.stream), after=waiting.position - 1, limit=1)
-            if not page.entries or page.entries[0].position != waiting.position:
-                raise Damaged(
-                    f"position {waiting.position} ({waiting.stream}) is not in the log any more: run cauce verify"
-                )
-            return await self._handled(page.entries[0])
-        except Unavailable as error:
-            return error
+            waiting.attempts, waiting.due = waiting.attempts + 1, -1
+            await self._park(share, waiting)
+            unit = Unit(share)
+            unit.unparked = (self.name, waiting.position)
+            entry, error = None, None
+            try:
+                entry = await self._entry(waiting)
+                error = await self._handled(entry, unit)
+                if error is None:
+                    await self._commit(unit)
+                    return True
+            except (Unavailable, BadStatement) as failure:
+                error = failure
+            if isinstance(error, Unavailable):
+                waiting.attempts -= 1
+            self._failed(waiting, error, entry, tries + 1)
+            await self._park(share, waiting)
+            return False
         finally:
             self._in_hand.discard(waiting.stream)
 
-    def _place(self, slot: Slot, position: int) -> None:
-        self._places[slot] = position
-        self._store.move(self.name, *slot, self._log.id, position)
+    async def _park(self, share: Share | None, waiting: Waiting) -> None:
+        unit = Unit(share)
+        unit.parked = (self.name, waiting)
+        await self._commit(unit)
+
+    async def _entry(self, waiting: Waiting) -> Entry:
+        page = await self._log.read(Filter(waiting.stream), after=waiting.position - 1, limit=1)
+        if not page.entries or page.entries[0].position != waiting.position:
+            raise Damaged(
+                f"position {waiting.position} ({waiting.stream}) is not in the log any more: run cauce verify"
+            )
+        return page.entries[0]
 
 
 def filter_of(consumers: Sequence[Consumer]) -> Filter:
@@ -281,14 +534,20 @@ def filter_of(consumers: Sequence[Consumer]) -> Filter:
 
 
 class Tail:
-    """Reads one log once for all its consumers in this process."""
+    """Reads one log once, from where it ends now, for all consumers in this process that are that far."""
 
-    def __init__(self, log: Log, consumers: Sequence[Consumer], clock: Clock) -> None:
-        self._log, self._consumers, self._clock = log, consumers, clock
+    def __init__(self, log: Log, clock: Clock) -> None:
+        self._log, self._clock = log, clock
+        self.consumers: list[Consumer] = []
+        self.looked = 0
+
+    async def start(self) -> None:
+        """Begin at the end: what lies before it each lane reads by itself."""
+        self.looked = await self._log.head()
 
     async def run(self) -> None:
         """Read and hand out, for ever."""
-        consumers = self._consumers
+        consumers = self.consumers
         table: dict[tuple[str, str], list[Consumer]] = {}
         for consumer in consumers:
             for domain, types in consumer.wants.items():
@@ -296,20 +555,19 @@ class Tail:
                     table.setdefault((domain, type), []).append(consumer)
         wanted = filter_of(consumers)
         bodies = any(consumer.bodies for consumer in consumers)
-        looked = min(consumer.after for consumer in consumers)
-        for consumer in consumers:
-            consumer.start()
-            consumer.looked(looked)
         while True:
             try:
-                page = await self._log.read(wanted, after=looked, limit=_PAGE, wait=5.0, bodies=bodies)
+                page = await self._log.read(wanted, after=self.looked, limit=_PAGE, wait=5.0, bodies=bodies)
             except Unavailable as error:
                 _log.warning("reading waits: %s", error)
                 await self._clock.sleep(1.0)
                 continue
             for entry in page.entries:
                 for consumer in (*table.get((entry.domain, entry.type), ()), *table.get((entry.domain, ""), ())):
-                    await consumer.take(entry)
-            looked = page.looked
+                    consumer.offer(entry)
+            self.looked = page.looked
             for consumer in consumers:
-                consumer.looked(looked)
+                consumer.looked(page.looked)
+            if len(page.entries) == _PAGE:
+                # Under load the log is always ahead: lanes get their turn between two pages.
+                await self._clock.sleep(0)

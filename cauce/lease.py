@@ -38,8 +38,11 @@ def is_dead(owner: str) -> bool | None:
     return _started(int(parts[2])) != parts[3]
 
 
-async def take(log: Log, name: str, owner: str, clock: Clock) -> Claim:
+async def take(log: Log, name: str, owner: str, clock: Clock, superseded: frozenset[str] = frozenset()) -> Claim:
     """Claim a name, over a holder that is dead: at once if that can be proved, else after `TTL` seconds without a beat.
+
+    Parameters:
+        superseded: owners that have lost what the name stands for already, dead or not.
 
     Raises `Held` if the holder lives.
     """
@@ -48,7 +51,7 @@ async def take(log: Log, name: str, owner: str, clock: Clock) -> Claim:
     except Held as held:
         stands = held.claim
     assert isinstance(stands, Claim)
-    dead = is_dead(stands.owner)
+    dead = True if stands.owner in superseded else is_dead(stands.owner)
     if dead is False:
         raise Held(_held(stands), stands)
     if dead is None:
@@ -82,10 +85,10 @@ class Leases:
         self._log, self.owner, self._clock = log, owner, clock
         self.claims: dict[str, Claim] = {}
 
-    async def take(self, *names: str) -> None:
+    async def take(self, *names: str, superseded: frozenset[str] = frozenset()) -> None:
         """Take all of the names, or raise `Held` for one of them and keep none of these."""
         results = await asyncio.gather(
-            *(take(self._log, name, self.owner, self._clock) for name in names), return_exceptions=True
+            *(take(self._log, name, self.owner, self._clock, superseded) for name in names), return_exceptions=True
         )
         taken = [each for each in results if isinstance(each, Claim)]
         self.claims.update((claim.name, claim) for claim in taken)
@@ -111,7 +114,7 @@ class Leases:
 
     async def release(self, *names: str) -> None:
         """Let go of these names, or of all."""
-        gone = [self.claims.pop(name) for name in names or tuple(self.claims)]
+        gone = [self.claims.pop(name) for name in names or tuple(self.claims) if name in self.claims]
         await asyncio.gather(*(self._log.release(claim) for claim in gone))
 
 

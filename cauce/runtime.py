@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from cauce.accept import check_body, check_value
+from cauce.accept import SLOTS, check_body, check_value, slot_of
 from cauce.backends import Backend, open_backend
 from cauce.bus import Ask, Bus, Cause, Context, Reply, error_name, own, owned
-from cauce.clock import Clock, SystemClock
-from cauce.codec import Entry
+from cauce.clock import Clock, SystemClock, uuid7
+from cauce.codec import Entry, Meta, derive_id, seal
 from cauce.commander import Commander, Decider
-from cauce.errors import CauceError, NoAnswer, NotOwner, Refused
+from cauce.errors import CauceError, NoAnswer, NotOwner, Refused, Unavailable
 from cauce.fold import Folder, messages_of
 from cauce.lease import Leases, identity
 from cauce.messages import Command, Domain, Event, Message, Notice, declared
 from cauce.schema import Schema, encode
-from cauce.service import Bound, Service, bind
+from cauce.service import ATTEMPTS, Bound, Service, bind
+from cauce.sql import Store as Sql
 from cauce.wire import Instance
 
 if TYPE_CHECKING:
-    from cauce.consumer import Consumer
-    from cauce.store import Store
+    from cauce.consumer import Consumer, Tail
+    from cauce.shares import Shares
+    from cauce.store import Share, Store, Unit
 
 __all__ = ["DEFAULT_BUS", "connect", "running"]
 
@@ -34,6 +36,10 @@ DEFAULT_BUS = "sqlite:///.cauce/bus.db"
 
 _log = logging.getLogger("cauce")
 _encode = msgspec.json.Encoder().encode
+_LEAD = "lead"
+_AT_ONCE = 500
+_PAUSE = 0.25
+_LONGEST_PAUSE = 30.0
 _decode_ask = msgspec.json.Decoder(Ask).decode
 
 
@@ -62,9 +68,11 @@ async def running(
         bus: the address, `sqlite:///shop.db` for a relative and `sqlite:////var/shop.db` for an absolute path.
         drain: seconds that handlers get to finish at the end.
 
+    The same service may run in any number of processes: its instances share its slots out among themselves.
+
     Raises, before anything runs: `Refused` for functions that cannot be right, `NotOwner` for a domain that another
-    service owns, `Held` if services run on this bus already. What stops a service while it runs is in `bus.failed`, and
-    raised at the end of the block.
+    service owns, `Held` if somebody else, such as an import, writes there. What stops a service while it runs is in
+    `bus.failed`, and raised at the end of the block.
     """
     clock = clock or SystemClock()
     bounds = [(service, bind(service)) for service in services]
@@ -73,17 +81,17 @@ async def running(
         backend = await open_backend(bus, clock)
         stack.push_async_callback(backend.close)
         face = _bus(backend, clock)
-        leases = Leases(backend.facts, identity("+".join(service.name for service in services), clock), clock)
-        stack.push_async_callback(leases.release)
-        await leases.take("runner")
         tasks = _Tasks(face.failed)
-        each = [_Running(service, parts, backend, face, leases, tasks) for service, parts in bounds]
+        tails = Tails(face)
+        each = [_Running(service, parts, backend, face, tasks, tails) for service, parts in bounds]
         stack.push_async_callback(_stop, each, tasks, drain)
-        tasks.start("leases", leases.beat())
         # Each step for all, before the next for any: nobody owns half of what it says, or reacts before others answer.
-        for step in (_Running.look, _Running.own, _Running.lead, _Running.serve, _Running.consume):
+        for step in (_Running.look, _Running.open, _Running.own, _Running.join, _Running.serve):
             for service in each:
                 await step(service)
+        await tails.start(tasks)
+        for service in each:
+            await service.consume()
         yield face
     if face.failed.done():
         face.failed.result()
@@ -91,10 +99,14 @@ async def running(
 
 async def _stop(services: Sequence[_Running], tasks: _Tasks, drain: float) -> None:
     """First nothing new comes in; then what is in hand is finished while all still answer each other; then all ends."""
+    for service in services:
+        service.close_shares()
     await tasks.stop("tail")
     await asyncio.gather(*(service.drain(drain) for service in services))
     for service in services:
         service.leave()
+    for service in services:
+        await service.finish(drain)
     await tasks.stop()
     for service in services:
         await service.close()
@@ -148,91 +160,245 @@ class _Tasks:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+class Tails:
+    """One reader for each log in this process, shared by all services."""
+
+    def __init__(self, bus: Bus) -> None:
+        from cauce.consumer import Tail  # Opens SQLite; who only imports cauce must not pay for that.
+
+        self.facts, self.commands = Tail(bus.facts, bus.clock), Tail(bus.commands, bus.clock)
+
+    async def start(self, tasks: _Tasks) -> None:
+        for tail in (self.facts, self.commands):
+            await tail.start()
+            if tail.consumers:
+                tasks.start("tail", tail.run())
+
+
 class _Running:
-    """One service on one bus."""
+    """One instance of one service on one bus."""
 
     def __init__(
-        self, service: Service, parts: list[Bound], backend: Backend, bus: Bus, leases: Leases, tasks: _Tasks
+        self, service: Service, parts: list[Bound], backend: Backend, bus: Bus, tasks: _Tasks, tails: Tails
     ) -> None:
         self._service, self._parts, self._backend, self._bus = service, parts, backend, bus
-        self._leases, self._tasks = leases, tasks
+        self._tasks, self._tails = tasks, tails
+        self._owner = identity(service.name, bus.clock)
+        self._leases = Leases(backend.facts, self._owner, bus.clock)
         self._commanders: dict[str, Commander] = {}
         self._folders: dict[str, Folder] = {}
         self._schemas: dict[str, Schema] = {}
-        self._consumers: list[Consumer] = []
-        self._served: list[Callable[[], None]] = []
+        self._handlers: dict[str, Callable[[bytes], Coroutine[Any, Any, bytes]]] = {}
+        self._consumers: list[tuple[Consumer, Tail]] = []
+        self._served: dict[str, Callable[[], None]] = {}
         self._store: Store | None = None
+        self._shares: Shares | None = None
+        self._running = False
+        self._said = asyncio.Event()
+        self._leading: list[asyncio.Task[None]] = []
+
+    # ------------------------------------------------------------------------------------------------------ starting
 
     async def look(self) -> None:
         """Raises `NotOwner` before anything is written."""
         for domain in self._service.owns:
             await owned(self._bus.facts, domain.name, self._service.name)
 
+    async def open(self) -> None:
+        """Open the store, and prepare all that this instance may be given to do."""
+        from cauce.shares import Shares
+        from cauce.store import Store
+
+        bus, name = self._bus, self._service.name
+        self._store = store = await Store.open(self._backend.store(name), name, bus.clock, self._service.schema)
+        self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose)
+        shares.touched = self._touched
+        for domain in self._service.owns:
+            self._prepare(domain)
+        caution = asyncio.Lock()
+        self._consumers = [
+            (consumer, tail)
+            for consumer, tail in ((self._reaction(bound, caution), self._tails.facts) for bound in self._of("on"))
+        ]
+        self._consumers += [
+            (self._decider(domain, commander, caution), self._tails.commands)
+            for domain, commander in self._commanders.items()
+        ]
+        for consumer, tail in self._consumers:
+            tail.consumers.append(consumer)
+            bus.settles(consumer.settled)
+            consumer.failed.add_done_callback(self._stopped)
+        bus.settles(self._relayed)
+
     async def own(self) -> None:
         for domain in self._service.owns:
             await own(self._bus.facts, domain.name, self._service.name, self._bus.clock)
 
-    async def lead(self) -> None:
-        """Become the one who decides, with all records written that a predecessor left behind."""
-        for domain in self._service.owns:
-            await self._lead(domain)
+    async def join(self) -> None:
+        """Become one of the instances, and take what is free, with all records written that a predecessor left."""
+        assert self._shares is not None
+        await self._shares.start()
+        self._tasks.start("leases", self._leases.beat())
+        for commander in self._commanders.values():
+            self._tasks.start(f"records of {commander.domain}", commander.records.run())
 
     async def serve(self) -> None:
         """Answer from now on."""
         wire, domains = self._bus.wire, self._service.owns
         for domain in domains:
-            self._served.append(await wire.serve(domain.name, self._answer(domain)))
+            self._handlers[domain.name] = handler = self._answer(domain)
+            self._served[domain.name] = await wire.serve(domain.name, handler)
+        await self._serve_slots(self._slots)
         addresses = tuple(domain.name for domain in domains)
-        self._served.append(await wire.announce(Instance(self._service.name, self._leases.owner, addresses)))
+        self._served[""] = await wire.announce(Instance(self._service.name, self._owner, addresses))
 
     async def consume(self) -> None:
         """React, and decide what was sent."""
-        from cauce.store import Store  # Opens SQLite; who only imports cauce must not pay for that.
-
-        self._store = store = Store(self._backend.store(self._service.name) / "store.db", self._bus.clock)
-        self._tasks.start("store", store.run())
-        await self._consume(store)
+        assert self._store is not None
+        assert self._shares is not None
+        now = await self._bus.facts.head()
+        for consumer, _ in self._consumers:
+            consumer.begin_now(now)
+        self._running = True
+        await self._hold(list(self._shares.held.values()))
+        self._tasks.start("store", self._store.run())
+        self._tasks.start("outbox", self._relay())
+        self._tasks.start("shares", self._shares.run())
+        self._said.set()
         _log.info("%s runs: %s", self._service.name, ", ".join(bound.name for bound in self._parts))
 
+    # ---------------------------------------------------------------------------------------------- what it may work on
+
+    @property
+    def _slots(self) -> list[int]:
+        assert self._shares is not None
+        return _slots_of(self._shares.held.values())
+
+    async def _gain(self, shares: Sequence[Share]) -> None:
+        slots, before = _slots_of(shares), frozenset(share.before for share in shares if share.before)
+        for commander in self._commanders.values():
+            await commander.take_over(slots, before)
+        if self._running:
+            await self._serve_slots(slots)
+            await self._hold(shares)
+
+    async def _hold(self, shares: Sequence[Share]) -> None:
+        """Begin to work on what was taken."""
+        by_slot: dict[int, Share | None] = {int(share.name[5:]): share for share in shares if share.name != _LEAD}
+        if by_slot:
+            for consumer, tail in self._consumers:
+                await consumer.hold(tail, by_slot)
+            self._said.set()
+        for share in shares:
+            if share.name == _LEAD:
+                self._leading = [
+                    asyncio.get_running_loop().create_task(self._interval(bound, share)) for bound in self._of("every")
+                ]
+
+    async def _lose(self, shares: Sequence[Share]) -> None:
+        """Finish what is in hand, for another instance to go on."""
+        slots = _slots_of(shares)
+        for domain in self._handlers:
+            for slot in slots:
+                self._leave(f"{domain}/{slot}")
+        await asyncio.gather(*(consumer.drop(slots) for consumer, _ in self._consumers))
+        for commander in self._commanders.values():
+            await commander.let_go(slots)
+        if any(share.name == _LEAD for share in shares):
+            await self._stop_leading()
+        assert self._store is not None
+        await self._store.flush()
+
+    async def _serve_slots(self, slots: Iterable[int]) -> None:
+        for domain, commander in self._commanders.items():
+            for slot in commander.slots.intersection(slots):
+                address = f"{domain}/{slot}"
+                self._served[address] = await self._bus.wire.serve(address, self._handlers[domain])
+
+    def _leave(self, address: str) -> None:
+        undo = self._served.pop(address, None)
+        if undo is not None:
+            undo()
+
+    def _touched(self) -> None:
+        """Another process has changed the store: perhaps somebody decided about a dead letter."""
+        for consumer, _ in self._consumers:
+            consumer.reload()
+        self._said.set()
+
+    # ------------------------------------------------------------------------------------------------------- stopping
+
+    def close_shares(self) -> None:
+        """Take nothing more."""
+        if self._shares is not None:
+            self._shares.close()
+
     async def drain(self, seconds: float) -> None:
-        """Let handlers finish and records be written, within so many seconds each."""
+        """Let handlers finish, and what they said reach its log, within so many seconds each."""
+        if not self._running:
+            return
+        await self._stop_leading()
         try:
             async with asyncio.timeout(seconds):
-                await asyncio.gather(*(consumer.drain() for consumer in self._consumers))
+                await asyncio.gather(*(consumer.drop(range(SLOTS)) for consumer, _ in self._consumers))
         except TimeoutError:
             _log.warning(
                 "%s: handlers did not finish within %g s; what they handle is handled again",
                 self._service.name,
                 seconds,
             )
-            for consumer in self._consumers:
+            for consumer, _ in self._consumers:
                 consumer.stop()
-        for commander in self._commanders.values():
-            try:
-                async with asyncio.timeout(seconds):
-                    await commander.settled()
-            except (CauceError, TimeoutError) as error:
-                _log.warning("records of %s wait for the next start: %r", commander.domain, error)
+        try:
+            async with asyncio.timeout(seconds):
+                await self._relayed()
+        except (CauceError, TimeoutError) as error:
+            _log.warning("what %s said waits in its outbox for the next start: %r", self._service.name, error)
 
     def leave(self) -> None:
         """Answer no more."""
-        for undo in self._served:
-            undo()
+        for address in list(self._served):
+            self._leave(address)
+
+    async def finish(self, seconds: float) -> None:
+        """Write the records that are due."""
+        for commander in self._commanders.values():
+            try:
+                async with asyncio.timeout(seconds):
+                    await commander.let_go(range(SLOTS))
+            except (CauceError, TimeoutError) as error:
+                _log.warning("records of %s wait for the next start: %r", commander.domain, error)
 
     async def close(self) -> None:
-        """Write the last places, and let go of the store."""
-        if self._store is not None:
-            try:
-                await self._store.flush()
-            except CauceError as error:
-                _log.warning(
-                    "%s: the last places were not written, these messages are handled again: %s",
-                    self._service.name,
-                    error,
-                )
-            self._store.close()
+        """Write the last places, and let go of everything."""
+        try:
+            if self._store is not None:
+                try:
+                    await self._store.flush()
+                    if self._shares is not None:
+                        await self._shares.stop()
+                except CauceError as error:
+                    _log.warning(
+                        "%s: the last places were not written, these messages are handled again: %s",
+                        self._service.name,
+                        error,
+                    )
+                await self._store.close()
+        finally:
+            await self._leases.release()
 
-    async def _lead(self, domain: Domain) -> None:
+    async def _stop_leading(self) -> None:
+        tasks, self._leading = self._leading, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # ---------------------------------------------------------------------------------------------------------- parts
+
+    def _of(self, kind: str) -> list[Bound]:
+        return [bound for bound in self._parts if bound.part.kind == kind]
+
+    def _prepare(self, domain: Domain) -> None:
         schema = self._schemas[domain.name] = Schema(domain.messages.values())
         evolve = self._functions("evolve")
         folder = self._folders[domain.name] = Folder(
@@ -244,57 +410,36 @@ class _Running:
             cls: Decider(bound.part.function, bound.context) for cls, bound in self._functions("decide").items()
         }
         commander = Commander(self._service.name, domain.name, deciders, folder, schema, self._bus, self._leases)
-        await commander.take_over()
         self._commanders[domain.name] = commander
-        self._tasks.start(f"records of {domain.name}", commander.records.run())
         self._bus.settles(commander.settled)
 
     def _functions(self, kind: str) -> dict[type[Message], Bound]:
-        return {cls: bound for bound in self._parts if bound.part.kind == kind for cls in bound.messages}
+        return {cls: bound for bound in self._of(kind) for cls in bound.messages}
 
-    async def _consume(self, store: Store) -> None:
-        from cauce.consumer import Consumer, Tail
+    def _decider(self, domain: str, commander: Commander, caution: asyncio.Lock) -> Consumer:
+        from cauce.consumer import Consumer
 
-        bus = self._bus
-        head = await bus.facts.head()
-        reactions = [
-            Consumer(
-                bound.name, _wants(bound), self._reaction(bound), bus.facts, store, bus.clock,
-                begin=head if bound.part.start == "now" else 0, head=head, bodies=not bound.notice,
-            )
-            for bound in self._parts if bound.part.kind == "on"
-        ]  # fmt: skip
-        head = await bus.commands.head()
-        wishes = [
-            Consumer(
-                f"decide {domain}",
-                {domain: frozenset()},
-                commander.handle,
-                bus.commands,
-                store,
-                bus.clock,
-                begin=0,
-                head=head,
-            )
-            for domain, commander in self._commanders.items()
-        ]
-        for log, consumers in ((bus.facts, reactions), (bus.commands, wishes)):
-            if consumers:
-                self._tasks.start("tail", Tail(log, consumers, bus.clock).run())
-        self._consumers = [*reactions, *wishes]
-        for consumer in self._consumers:
-            bus.settles(consumer.settled)
-            consumer.failed.add_done_callback(self._stopped)
+        async def handle(entry: Entry, unit: Unit) -> None:
+            await commander.handle(entry)
 
-    def _stopped(self, consumer: asyncio.Future[None]) -> None:
-        if not consumer.cancelled() and (error := consumer.exception()) is not None:
-            self._tasks.fail(error)
+        assert self._store is not None
+        assert self._shares is not None
+        shares = self._shares
+        return Consumer(
+            f"decide {domain}", {domain: frozenset()}, handle, self._bus.commands, self._store, self._bus.clock,
+            attempts=ATTEMPTS, may_begin=lambda: shares.is_fresh, caution=caution,
+        )  # fmt: skip
 
-    def _reaction(self, bound: Bound) -> Callable[[Entry], Coroutine[Any, Any, None]]:
+    def _reaction(self, bound: Bound, caution: asyncio.Lock) -> Consumer:
+        from cauce.consumer import Consumer
+
         service, bus = self._service.name, self._bus
         schema = Schema(bound.messages)
+        assert self._store is not None
+        assert self._shares is not None
+        store, shares = self._store, self._shares
 
-        async def handle(entry: Entry) -> None:
+        async def handle(entry: Entry, unit: Unit) -> None:
             meta = entry.meta if bound.notice else entry.checked().meta
             message: Any = (
                 Notice(entry.type, entry.key, entry.version)
@@ -302,13 +447,18 @@ class _Running:
                 else schema.decode(entry.domain, entry.type, meta.schema, entry.body or b"")
             )
             cause = Cause(entry.id, meta.correlation or entry.id, "", meta.trace, meta.tracestate)
-            context = Context(bus, service, bound.name, entry, cause)
-            await self._say(bound, context, await _run(bound, message, context))
+            context = Context(bus, service, bound.name, entry, cause, Sql(store.fetch))
+            self._say(bound, context, unit, slot_of(entry.key), await _run(bound, message, context))
 
-        return handle
+        return Consumer(
+            bound.name, _wants(bound), handle, bus.facts, store, bus.clock, bodies=not bound.notice,
+            attempts=bound.part.attempts, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
+        )  # fmt: skip
 
-    async def _say(self, bound: Bound, context: Context, result: Any) -> None:
-        """Send the commands and record the events that a reaction returned."""
+    # ------------------------------------------------------------------------------------------------- what it says
+
+    def _say(self, bound: Bound, context: Context, unit: Unit, slot: int, result: Any) -> None:
+        """Let what a handler did and returned be stored as one: statements, commands to send, own events to record."""
         where = f"{self._service.name}.{bound.name}"
         said = messages_of(result, where, "commands, own events, or None")
         for message in said:
@@ -319,13 +469,130 @@ class _Running:
                 )
             if not isinstance(message, (Command, Event)):
                 raise Refused(f"{where} returned {message!r}: return commands, own events, or None")
-            encode(message)
+        now, cause = self._bus.clock.now(), context.cause
         for message in said:
-            if isinstance(message, Event):
-                commander = self._commanders[declared(message).domain.name]
-                await commander.publish([message], [context.id_of(message)], context.cause)
-            elif isinstance(message, Command):
-                await context.send(message)
+            kind = declared(message)
+            meta = Meta(now, kind.version, cause.correlation, cause.id, cause.by, cause.trace, cause.tracestate)
+            entry = seal(message, context.id_of(message), meta)
+            unit.said.append(
+                (
+                    bound.name,
+                    slot,
+                    _pack(_Said(kind.kind, entry.stream, entry.type, entry.id, entry.raw, entry.body or b"")),
+                )
+            )
+        unit.statements += context.store.queued
+        if said:
+            unit.committed = self._said.set
+
+    async def _relayed(self) -> None:
+        """Wait until all that was said is in its log."""
+        assert self._store is not None
+        while [row for row in self._store.outbox(0, 10_000) if row[2] in self._slots]:
+            self._said.set()
+            await self._bus.clock.sleep(0.01)
+
+    async def _relay(self) -> None:
+        """Bring what was said to its log, in order per thing, once however often that is tried; for ever."""
+        pause = 0.0
+        while True:
+            await self._said.wait()
+            self._said.clear()
+            try:
+                well = await self._relay_all()
+            except Unavailable as error:
+                _log.warning("the outbox of %s waits: %s", self._service.name, error)
+                well = False
+            pause = 0.0 if well else min(_LONGEST_PAUSE, pause * 2 or _PAUSE)
+            if not well:
+                await self._bus.clock.sleep(pause)
+                self._said.set()
+
+    async def _relay_all(self) -> bool:
+        assert self._store is not None
+        after, well = 0, True
+        while rows := self._store.outbox(after, _AT_ONCE):
+            after = rows[-1][0]
+            mine = set(self._slots)
+            streams: dict[str, list[tuple[int, _Said]]] = {}
+            for number, _, slot, packed in rows:
+                if slot in mine:
+                    said = _unpack(packed)
+                    streams.setdefault(said.stream, []).append((number, said))
+            done = await asyncio.gather(*(self._relay_stream(each) for each in streams.values()))
+            numbers = [number for each in done for number in each]
+            well = well and len(numbers) == sum(map(len, streams.values()))
+            if numbers:
+                await self._store.relayed(numbers)
+        return well
+
+    async def _relay_stream(self, waiting: list[tuple[int, _Said]]) -> list[int]:
+        """One after the other; what comes behind one that failed waits for it."""
+        done = []
+        for number, said in waiting:
+            try:
+                await self._relay_one(said)
+            except CauceError as error:
+                level = logging.WARNING if isinstance(error, Unavailable) else logging.ERROR
+                _log.log(level, "%s of %s waits in the outbox: %s", said.type, said.stream, error)
+                break
+            done.append(number)
+        return done
+
+    async def _relay_one(self, said: _Said) -> None:
+        entry = Entry(0, said.stream, 0, said.type, said.id, said.raw, None, said.body, 0)
+        if said.kind == "command":
+            await self._bus.commands.append(said.stream, [entry], repeat=True)
+            return
+        meta = entry.meta
+        ask = Ask(
+            "publish", said.type, said.id, entry.key, meta.schema, msgspec.Raw(said.body), False, meta.by,
+            meta.correlation, meta.causation, meta.trace, meta.tracestate,
+        )  # fmt: skip
+        commander = self._commanders[entry.domain]
+        if slot_of(entry.key) in commander.slots:
+            await self._publish(commander, ask)
+        else:
+            await self._bus.publish(entry.domain, ask)
+
+    async def _publish(self, commander: Commander, ask: Ask) -> None:
+        event = self._schemas[commander.domain].decode(commander.domain, ask.type, ask.schema, bytes(ask.body))
+        assert isinstance(event, Event)
+        cause = Cause(ask.causation, ask.correlation, ask.by, ask.trace, ask.tracestate)
+        await commander.publish([event], [ask.id], cause)
+
+    async def _interval(self, bound: Bound, share: Share) -> None:
+        """Run a function every so often, for ever; when it is due is kept in the store."""
+        from cauce.store import Unit
+
+        assert self._store is not None
+        clock, store, name, step = self._bus.clock, self._store, bound.name, round(bound.part.seconds * 1_000_000)
+        due = store.timer(name)
+        if not due:
+            due = clock.now() + step
+            unit = Unit(share)
+            unit.timer = name, due
+            await store.commit(unit)
+        while True:
+            await clock.sleep(max(0.0, (due - clock.now()) / 1_000_000))
+            id = derive_id(uuid7(due * 4096 // 1000, 0), self._service.name, name)
+            context = Context(self._bus, self._service.name, name, None, Cause(id, id), Sql(store.fetch))
+            unit = Unit(share)
+            try:
+                self._say(bound, context, unit, 0, await _run(bound, None, context))
+                unit.timer = name, max(due + step, clock.now())
+                await store.commit(unit)
+            except Exception as error:
+                _log.exception("%s.%s failed and is run again: %s", self._service.name, name, error)
+                await clock.sleep(min(bound.part.seconds, 10.0))
+                continue
+            if unit.committed is not None:
+                unit.committed()
+            due = unit.timer[1]
+
+    def _stopped(self, consumer: asyncio.Future[None]) -> None:
+        if not consumer.cancelled() and (error := consumer.exception()) is not None:
+            self._tasks.fail(error)
 
     def _answer(self, domain: Domain) -> Callable[[bytes], Coroutine[Any, Any, bytes]]:
         answers = {cls: bound for cls, bound in self._functions("answer").items() if declared(cls).domain is domain}
@@ -350,6 +617,9 @@ class _Running:
                 raise NoAnswer(f"{domain.name} has no things, so nothing can be wished of it")
             receipt = await commander.call(ask)
             return Reply("", "", receipt.version, receipt.position, receipt.changed)
+        if ask.kind == "publish":
+            await self._publish(self._commanders[domain.name], ask)
+            return Reply()
         if ask.kind == "ask":
             return await self._answered(domain, ask, answers)
         folded = await self._folders[domain.name].fold(
@@ -372,6 +642,25 @@ class _Running:
         return Reply(body=msgspec.Raw(check_body(_encode(answer), what)))
 
 
+class _Said(msgspec.Struct, frozen=True, array_like=True):
+    """What a handler said, as it lies in the outbox: a command to send, or an event to record."""
+
+    kind: str
+    stream: str
+    type: str
+    id: str
+    raw: bytes
+    body: bytes
+
+
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder(_Said).decode
+
+
+def _slots_of(shares: Iterable[Share]) -> list[int]:
+    return [int(share.name.partition("/")[2]) for share in shares if share.name != _LEAD]
+
+
 def _wants(bound: Bound) -> dict[str, frozenset[str]]:
     wants: dict[str, set[str]] = {}
     for cls in bound.messages:
@@ -383,6 +672,7 @@ def _wants(bound: Bound) -> dict[str, frozenset[str]]:
 async def _run(bound: Bound, message: Any, context: Context) -> Any:
     """Call a handler: a plain one in a thread, because it may block."""
     named = {} if bound.context is None else {bound.context: context}
+    told = () if message is None else (message,)
     if bound.is_async:
-        return await bound.part.function(message, **named)
-    return await asyncio.to_thread(bound.part.function, message, **named)
+        return await bound.part.function(*told, **named)
+    return await asyncio.to_thread(bound.part.function, *told, **named)

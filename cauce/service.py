@@ -18,8 +18,11 @@ from cauce.messages import Command, Declared, Domain, Event, Message, Notice, Qu
 __all__ = ["Bound", "Part", "Service", "bind"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-Kind = Literal["decide", "evolve", "on", "answer"]
+Kind = Literal["decide", "evolve", "on", "answer", "every"]
 Start = Literal["first", "now"]
+
+ATTEMPTS = 12
+"""How often a message is tried when nothing else is said: with the delays between, for about ten minutes."""
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -29,6 +32,8 @@ class Part(msgspec.Struct, frozen=True):
     function: Callable[..., Any]
     names: dict[str, Any]
     start: Start = "first"
+    attempts: int = ATTEMPTS
+    seconds: float = 0.0
 
     @property
     def name(self) -> str:
@@ -41,12 +46,15 @@ class Service:
     Parameters:
         name: names it on the bus; its places and claims hang on it.
         owns: the domain, or the domains, whose commands it decides and whose facts only it records.
+        schema: SQL that makes the tables of `ctx.store`; several parts are run once each, in order, so that later
+            versions of the service add parts behind.
     """
 
-    def __init__(self, name: str, *, owns: Domain | Iterable[Domain] = ()) -> None:
+    def __init__(self, name: str, *, owns: Domain | Iterable[Domain] = (), schema: str | Iterable[str] = ()) -> None:
         # A service's name goes where a domain's goes: into files, subjects and addresses.
         self.name = Domain(name).name
         self.owns = (owns,) if isinstance(owns, Domain) else tuple(owns)
+        self.schema = (schema,) if isinstance(schema, str) else tuple(schema)
         self.parts: list[Part] = []
 
     def __repr__(self) -> str:
@@ -70,8 +78,8 @@ class Service:
     @typing.overload
     def on(self, function: F) -> F: ...
     @typing.overload
-    def on(self, function: None = None, *, start: Start = "first") -> Callable[[F], F]: ...
-    def on(self, function: F | None = None, *, start: Start = "first") -> Any:
+    def on(self, function: None = None, *, start: Start = "first", attempts: int = ATTEMPTS) -> Callable[[F], F]: ...
+    def on(self, function: F | None = None, *, start: Start = "first", attempts: int = ATTEMPTS) -> Any:
         """Reacts to events, told by the type of the parameter: `UserRegistered`, or the thin `Notice[UserRegistered]`.
 
         Runs at least once for each; what it returns is sent (commands) or recorded (events of an own domain).
@@ -79,19 +87,33 @@ class Service:
         Parameters:
             start: where a reaction that never ran before begins: at the `first` event ever recorded, or with what
                 comes from `now` on.
+            attempts: how often a message is tried, with growing delay, before it is a dead letter; 0: without end.
         """
+        if attempts < 0:
+            raise Refused(f"{self.name}: attempts={attempts}: say how often, or 0 for without end")
         if function is None:
-            return lambda each: self._add("on", each, start)
-        return self._add("on", function, start)
+            return lambda each: self._add("on", each, start, attempts)
+        return self._add("on", function, start, attempts)
 
-    def _add(self, kind: Kind, function: F, start: Start = "first") -> F:
+    def every(self, seconds: float) -> Callable[[F], F]:
+        """Runs a function once in so many seconds, in one instance of the service; it takes a context, or nothing.
+
+        What it returns is sent or recorded like what a reaction returns. A run that was missed is made up for once.
+        """
+        if not 0 < seconds < 1e9:
+            raise Refused(f"{self.name}: every({seconds}): say a number of seconds above 0")
+        return lambda each: self._add("every", each, seconds=seconds)
+
+    def _add(
+        self, kind: Kind, function: F, start: Start = "first", attempts: int = ATTEMPTS, seconds: float = 0.0
+    ) -> F:
         if not (inspect.isfunction(function) or inspect.ismethod(function)):
             raise Refused(
                 f"{self.name}: {function!r} is no function: write it with def or async def, and decorate that"
             )
         frame = sys._getframe(2)
         names = {} if frame.f_locals is frame.f_globals else dict(frame.f_locals)
-        self.parts.append(Part(kind, function, names, start))
+        self.parts.append(Part(kind, function, names, start, attempts, seconds))
         return function
 
 
@@ -137,10 +159,13 @@ def bind(service: Service) -> list[Bound]:
                         f"{service.name}.{bound.name} would {kind} {message.__name__} of domain {declared(message).domain.name!r}, which it does not own: "
                         f"add it to owns=, or let the owner do it"
                     )
-    names = [bound.name for bound in bounds if bound.part.kind == "on"]
-    for name in names:
-        if names.count(name) > 1:
-            raise Refused(f"{service.name} has two `on` functions named {name}: rename one, places are kept by name")
+    for kind in ("on", "every"):
+        names = [bound.name for bound in bounds if bound.part.kind == kind]
+        for name in names:
+            if names.count(name) > 1:
+                raise Refused(
+                    f"{service.name} has two `{kind}` functions named {name}: rename one, places are kept by name"
+                )
     return bounds
 
 
@@ -153,9 +178,9 @@ def _bind(service: Service, part: Part) -> Bound:
     parameters = list(inspect.signature(part.function).parameters.values())
     context = next((each.name for each in parameters if hints.get(each.name) is Context), None)
     told = [each for each in parameters if each.name != context]
-    takes = 2 if part.kind in ("decide", "evolve") else 1
+    takes = {"decide": 2, "evolve": 2, "every": 0}.get(part.kind, 1)
     if len(told) != takes:
-        shape = "(what stands, message)" if takes == 2 else "(message)"
+        shape = ("nothing", "(message)", "(what stands, message)")[takes]
         raise Refused(
             f"{where} has parameters ({', '.join(each.name for each in parameters)}): {part.kind} takes {shape}, and a Context if wanted"
         )
@@ -170,6 +195,8 @@ def _bind(service: Service, part: Part) -> Bound:
             raise Refused(f"{where}: parameter {each.name} is {each.kind.description}: make it a plain parameter")
     if inspect.isasyncgenfunction(part.function):
         raise Refused(f"{where} is an async generator, and what it yields would be lost: return a list")
+    if part.kind == "every":
+        return Bound(part, (), False, context)
     messages, notice = _messages(where, part.kind, told[-1].name, hints[told[-1].name])
     if takes == 2:
         for message in messages:

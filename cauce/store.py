@@ -1,73 +1,320 @@
-"""A service's own database: where it stands in each log, and the messages that must wait.
+"""A service's own database: who of its instances holds what, where each consumer stands, what must wait or be said.
 
-Everything here is queued and written behind, many changes a commit; a crash before that means that a message is handled
-again, never that one is skipped.
+What one message changes is one unit: statements of the handler, messages it said, its place. A unit is committed whole
+or not at all, under the fence of its slot, many units a transaction. Places alone are written behind: after a crash a
+message may be handled again, none is skipped.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import apsw
 import msgspec
 
-from cauce.backends.sqlite.file import connect, translate
+from cauce.backends.sqlite.file import connect, forget, guard, translate
+from cauce.backends.sqlite.turnstile import Turnstile
+from cauce.backends.sqlite.writer import Writer
 from cauce.clock import Clock
-from cauce.errors import Damaged, Unavailable
+from cauce.errors import Damaged, Fenced, Refused, Unavailable
 
-__all__ = ["Store", "Waiting"]
+__all__ = ["BadStatement", "Share", "Standing", "Store", "Unit", "Waiting"]
 
 _log = logging.getLogger("cauce")
-_PAUSE = 1.0
+_PAUSE = 0.02
+"""Seconds between two writings of places alone: a flush for each would take the disk from the log."""
+
+_RETRY = 1.0
+_PATIENCE = 5.0
 
 _SCHEMA = """
-create table if not exists places (
+create table if not exists cauce_store (id text not null, service text not null, migrations text not null);
+create table if not exists cauce_instances (owner text primary key, beat integer not null) without rowid;
+create table if not exists cauce_claims (name text primary key, owner text not null, fence integer not null) without rowid;
+create table if not exists cauce_places (
     consumer text, domain text, slot integer, log text not null, position integer not null,
     primary key (consumer, domain, slot)) without rowid;
-create table if not exists waiting (
-    consumer text, position integer, stream text not null, attempts integer not null, due integer not null, error text not null,
+create table if not exists cauce_waiting (
+    consumer text, position integer, stream text not null, slot integer not null, attempts integer not null, due integer not null,
+    dead integer not null, error text not null, trace text not null, raw blob not null,
     primary key (consumer, position)) without rowid;
+create table if not exists cauce_outbox (
+    number integer primary key, consumer text not null, slot integer not null, said blob not null);
+create table if not exists cauce_timers (name text primary key, due integer not null) without rowid;
 """
+
+_OURS = "cauce_"
+_FORBIDDEN = {
+    apsw.SQLITE_ATTACH: "attach",
+    apsw.SQLITE_DETACH: "detach",
+    apsw.SQLITE_PRAGMA: "pragma",
+    apsw.SQLITE_TRANSACTION: "begin, commit or rollback",
+    apsw.SQLITE_SAVEPOINT: "savepoint",
+}
+_STATEMENT_ERRORS = (
+    apsw.SQLError, apsw.ConstraintError, apsw.MismatchError, apsw.TooBigError, apsw.RangeError, apsw.BindingsError,
+    apsw.AuthError, apsw.MisuseError, TypeError, ValueError, OverflowError,
+)  # fmt: skip
+
+
+class BadStatement(Refused):
+    """SQL of a handler that cannot be carried out; nothing of its message was stored."""
 
 
 class Waiting(msgspec.Struct):
-    """A message set aside: where it stands, how often it failed, when it is due (microseconds since 1970), and why."""
+    """A message set aside.
+
+    Where it stands, how often it failed, when it is due (microseconds since 1970), whether a person must decide, why,
+    the traceback, and for a dead one the whole entry as it came.
+    """
 
     position: int
     stream: str
-    attempts: int
-    due: int
-    error: str
+    slot: int
+    attempts: int = 0
+    due: int = 0
+    dead: bool = False
+    error: str = ""
+    trace: str = ""
+    raw: bytes = b""
+
+
+class Share(msgspec.Struct, frozen=True):
+    """A name that this instance holds. `clean`: who held it before let go of it in good order."""
+
+    name: str
+    fence: int
+    clean: bool
+    before: str
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """What the store knows: beats by instance, holders by name. `touched`: another process has written since."""
+
+    alive: bool
+    instances: dict[str, int]
+    holders: dict[str, str]
+    touched: bool
+
+
+class Unit:
+    """What one message changes, gathered while it is handled."""
+
+    __slots__ = ("committed", "parked", "place", "said", "share", "statements", "timer", "unparked")
+
+    def __init__(self, share: Share | None) -> None:
+        self.share = share
+        self.statements: list[tuple[str, Sequence[Any]]] = []
+        self.said: list[tuple[str, int, bytes]] = []
+        self.parked: tuple[str, Waiting] | None = None
+        self.unparked: tuple[str, int] | None = None
+        self.place: tuple[str, str, int, str, int] | None = None
+        self.timer: tuple[str, int] | None = None
+        self.committed: Callable[[], None] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing but a place to write."""
+        return not (self.statements or self.said or self.parked or self.unparked or self.timer)
+
+
+class _Journal:
+    """The store as the writer sees it."""
+
+    def __init__(self) -> None:
+        self.fences: dict[str, int] = {}
+        self.moves: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
+        self.touched = True
+        self.handler = False
+        self._moving: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
+        self._seen = -1
+
+    def open(self, connection: apsw.Connection) -> None:
+        self.connection = connection
+        connection.authorizer = self._may
+
+    def begin(self) -> None:
+        (version,) = self.connection.execute("pragma data_version").fetchone() or (0,)
+        if version != self._seen:
+            self.fences.clear()
+            self.touched = True
+            self._seen = version
+
+    def flush(self) -> None:
+        self._moving, self.moves = self.moves, {}
+        for (consumer, domain, slot), (share, log, position) in self._moving.items():
+            if share is None or self.fence(share.name) == share.fence:
+                self.connection.execute(
+                    "insert or replace into cauce_places values (?, ?, ?, ?, ?)",
+                    (consumer, domain, slot, log, position),
+                )
+
+    def is_due(self) -> bool:
+        return False
+
+    def committed(self) -> Callable[[], None]:
+        self._moving = {}
+        return _nothing
+
+    def rolled_back(self) -> None:
+        self.fences.clear()
+        self.moves = self._moving | self.moves
+        self._moving = {}
+
+    def fence(self, name: str) -> int:
+        """The standing fence of a name, 0 if nobody ever held it."""
+        found = self.fences.get(name)
+        if found is None:
+            row = self.connection.execute("select fence from cauce_claims where name = ?", (name,)).fetchone()
+            found = self.fences[name] = row[0] if row else 0
+        return found
+
+    def _may(self, action: int, one: str | None, two: str | None, _database: str | None, _inner: str | None) -> int:
+        """A handler's SQL must not end our transaction, nor change what we keep about it."""
+        if self.handler and (action in _FORBIDDEN or (one or "").startswith(_OURS)):
+            return apsw.SQLITE_DENY
+        return apsw.SQLITE_OK
+
+
+def _nothing() -> None:
+    return
 
 
 class Store:
-    """One SQLite file of one service."""
+    """One SQLite file of one service, shared by all its instances. Made by `open`."""
 
     def __init__(self, path: Path, clock: Clock) -> None:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._path, self._clock = path, clock
-        self._connection = connect(path, flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE, busy=5.0)
-        self._connection.execute("pragma wal_autocheckpoint = 1000")
-        self._connection.execute(_SCHEMA)
-        path.chmod(0o600)
-        # Writes happen in a thread; reading meanwhile takes a connection of its own.
-        self._reader = connect(path, flags=apsw.SQLITE_OPEN_READONLY, busy=5.0)
-        self._changes: list[tuple[str, tuple[Any, ...]]] = []
-        self._bell = asyncio.Event()
-        self._lock = asyncio.Lock()
+        self.path, self._clock = path, clock
+        self.id = ""
+        self._journal = _Journal()
+        self._moved = asyncio.Event()
+        self._writer: Writer
+        self._reader: apsw.Connection
+
+    @classmethod
+    async def open(cls, folder: Path, service: str, clock: Clock, migrations: Sequence[str] = ()) -> Store:
+        """Open, and make if need be, the store in a folder.
+
+        Parameters:
+            migrations: SQL of the service, each run once, in this order; later ones may be added.
+
+        Raises `Refused` for a store of another service, or migrations that are not those it was made by.
+        """
+        store = cls(folder / "store.db", clock)
+        store._create(service, tuple(migrations))
+        with ExitStack() as undo, ExitStack() as threads:
+            inode = guard(store.path)
+            threads.callback(forget, inode)
+            store._reader = connect(store.path, flags=apsw.SQLITE_OPEN_READONLY, busy=_PATIENCE)
+            undo.callback(store._reader.close)
+            turnstile = Turnstile(folder)
+            threads.callback(turnstile.close)
+            store._writer = Writer(store.path, turnstile, store._journal, clock, _PATIENCE, threads.pop_all().close)
+            undo.callback(store._writer.stop)
+            await store._writer.start()
+            undo.pop_all()
+        return store
+
+    def _create(self, service: str, migrations: tuple[str, ...]) -> None:
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        connection = connect(self.path, flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE, busy=_PATIENCE)
+        try:
+            self.path.chmod(0o600)
+            connection.execute("begin immediate")
+            connection.execute(_SCHEMA)
+            row = connection.execute("select id, service, migrations from cauce_store").fetchone()
+            if row is None:
+                row = self._clock.id(), service, "[]"
+                connection.execute("insert into cauce_store values (?, ?, ?)", row)
+            self.id, owner, done = row
+            if owner != service:
+                raise Refused(f"{self.path} is the store of service {owner!r}, not of {service!r}: name another bus")
+            before = msgspec.json.decode(done, type=list[str])
+            if before != list(migrations[: len(before)]):
+                raise Refused(
+                    f"{self.path} was made by other SQL than service {service!r} has now: leave what ran as it was, and add what is new behind it"
+                )
+            for number, sql in enumerate(migrations[len(before) :], len(before) + 1):
+                try:
+                    self._journal.handler = True
+                    self._journal.open(connection)
+                    connection.execute(sql)
+                except apsw.Error as error:
+                    raise Refused(
+                        f"part {number} of the schema of service {service!r} cannot be run: {error}"
+                    ) from None
+                finally:
+                    self._journal.handler = False
+            connection.execute(
+                "update cauce_store set migrations = ?", (msgspec.json.encode(list(migrations)).decode(),)
+            )
+            connection.execute("commit")
+        except apsw.Error as error:
+            raise translate(error, self.path) from error
+        finally:
+            connection.close()
+
+    # ------------------------------------------------------------------------------------------------- who holds what
+
+    async def tick(self, owner: str, dead: Sequence[tuple[str, int]], *, join: bool = False) -> Standing:
+        """A sign of life, and what stands. Those whose beat was seen unchanged for long enough are struck off."""
+        return await self._writer.submit(self._tick, owner, tuple(dead), join)
+
+    def _tick(self, owner: str, dead: tuple[tuple[str, int], ...], join: bool) -> Standing:
+        run = self._journal.connection.execute
+        if join:
+            run("insert or ignore into cauce_instances values (?, 0)", (owner,))
+        run("update cauce_instances set beat = beat + 1 where owner = ?", (owner,))
+        for each in dead:
+            run("delete from cauce_instances where owner = ? and beat = ?", each)
+        beats: list[Any] = run("select owner, beat from cauce_instances").fetchall()
+        claims: list[Any] = run("select name, owner from cauce_claims where owner != ''").fetchall()
+        instances, holders = dict(beats), dict(claims)
+        touched, self._journal.touched = self._journal.touched, False
+        return Standing(owner in instances, instances, holders, touched)
+
+    async def take(self, owner: str, names: Sequence[str]) -> list[Share]:
+        """Of these names those that are free, or whose holder was struck off; the fence of each rises."""
+        return await self._writer.submit(self._take, owner, tuple(names))
+
+    def _take(self, owner: str, names: tuple[str, ...]) -> list[Share]:
+        run = self._journal.connection.execute
+        instances = {each for (each,) in run("select owner from cauce_instances")}
+        taken = []
+        for name in names if owner in instances else ():
+            row: Any = run("select owner, fence from cauce_claims where name = ?", (name,)).fetchone()
+            holder, fence = row or ("", 0)
+            if holder not in instances:
+                run("insert or replace into cauce_claims values (?, ?, ?)", (name, owner, fence + 1))
+                self._journal.fences[name] = fence + 1
+                taken.append(Share(name, fence + 1, not holder, holder))
+        return taken
+
+    async def release(self, shares: Sequence[Share], *, owner: str = "") -> None:
+        """Let go of these; with `owner` it leaves the list of instances, too."""
+        await self._writer.submit(self._release, tuple(shares), owner)
+
+    def _release(self, shares: tuple[Share, ...], owner: str) -> None:
+        run = self._journal.connection.execute
+        for share in shares:
+            run("update cauce_claims set owner = '' where name = ? and fence = ?", (share.name, share.fence))
+        if owner:
+            run("delete from cauce_instances where owner = ?", (owner,))
+
+    # ------------------------------------------------------------------------------------------------------- places
 
     def places(self, consumer: str, log: str, head: int) -> dict[tuple[str, int], int]:
         """Where a consumer stands in a log, by domain and slot. Raises `Damaged` if that was another, or longer."""
-        rows: list[Any] = self._reader.execute(
-            "select domain, slot, log, position from places where consumer = ?", (consumer,)
-        ).fetchall()
+        rows = self._read("select domain, slot, log, position from cauce_places where consumer = ?", (consumer,))
         for domain, slot, seen, position in rows:
             if seen != log:
                 raise Damaged(
-                    f"{consumer} has read log {seen}, this one is {log} (restored?): remove {self._path} to let it begin anew"
+                    f"{consumer} has read log {seen}, this one is {log} (restored?): remove {self.path} to let it begin anew"
                 )
             if position > head:
                 raise Damaged(
@@ -75,64 +322,126 @@ class Store:
                 )
         return {(domain, slot): position for domain, slot, _, position in rows}
 
-    def waiting(self, consumer: str) -> list[Waiting]:
-        """The messages that wait, in order."""
-        rows: list[Any] = self._reader.execute(
-            "select position, stream, attempts, due, error from waiting where consumer = ? order by position",
-            (consumer,),
-        ).fetchall()
-        return [Waiting(*row) for row in rows]
+    def move(self, share: Share | None, consumer: str, domain: str, slot: int, log: str, position: int) -> None:
+        """Note a place. It is written with the next unit, or soon by `run`."""
+        self._journal.moves[consumer, domain, slot] = share, log, position
+        self._moved.set()
 
-    def move(self, consumer: str, domain: str, slot: int, log: str, position: int) -> None:
-        self._queue("insert or replace into places values (?, ?, ?, ?, ?)", (consumer, domain, slot, log, position))
+    async def commit(self, unit: Unit) -> None:
+        """Write a unit with its place. Raises `BadStatement`, `Fenced`, and what a full or busy disk says."""
+        await self._writer.submit(self._apply, unit, size=sum(len(said) for _, _, said in unit.said) + 200)
 
-    def park(self, consumer: str, waiting: Waiting) -> None:
-        self._queue(
-            "insert or replace into waiting values (?, ?, ?, ?, ?, ?)", (consumer, *msgspec.structs.astuple(waiting))
-        )
+    def _apply(self, unit: Unit) -> None:
+        share, journal = unit.share, self._journal
+        if share is not None and journal.fence(share.name) != share.fence:
+            raise Fenced(f"{share.name} of {self.path} has another holder by now: nothing of this message was stored")
+        run = journal.connection.execute
+        if unit.statements:
+            self._run(unit.statements)
+        if unit.parked is not None:
+            consumer, waiting = unit.parked
+            run(
+                "insert or replace into cauce_waiting values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (consumer, *msgspec.structs.astuple(waiting)),
+            )
+        if unit.unparked is not None:
+            run("delete from cauce_waiting where consumer = ? and position = ?", unit.unparked)
+        for each in unit.said:
+            run("insert into cauce_outbox (consumer, slot, said) values (?, ?, ?)", each)
+        if unit.timer is not None:
+            run("insert or replace into cauce_timers values (?, ?)", unit.timer)
+        if unit.place is not None:
+            consumer, domain, slot, log, position = unit.place
+            journal.moves[consumer, domain, slot] = share, log, position
 
-    def unpark(self, consumer: str, position: int) -> None:
-        self._queue("delete from waiting where consumer = ? and position = ?", (consumer, position))
-
-    def _queue(self, statement: str, arguments: tuple[Any, ...]) -> None:
-        self._changes.append((statement, arguments))
-        self._bell.set()
+    def _run(self, statements: Sequence[tuple[str, Sequence[Any]]]) -> None:
+        connection, sql = self._journal.connection, ""
+        connection.execute("savepoint handler")
+        self._journal.handler = True
+        try:
+            for sql, parameters in statements:
+                connection.execute(sql, parameters)
+        except _STATEMENT_ERRORS as error:
+            self._journal.handler = False
+            connection.execute("rollback to handler")
+            connection.execute("release handler")
+            raise BadStatement(f"{sql!r} cannot be run on {self.path.parent.name}'s store: {error}") from None
+        finally:
+            self._journal.handler = False
+        connection.execute("release handler")
 
     async def run(self) -> None:
-        """Write what is queued, for ever."""
+        """Write places that no unit carries, for ever."""
         while True:
-            await self._bell.wait()
+            await self._moved.wait()
+            self._moved.clear()
+            await self._clock.sleep(_PAUSE)
             try:
                 await self.flush()
             except Unavailable as error:
                 _log.warning("places wait: %s", error)
-                await self._clock.sleep(_PAUSE)
-                self._bell.set()
+                await self._clock.sleep(_RETRY)
+                self._moved.set()
 
     async def flush(self) -> None:
-        """Write what is queued now, in one transaction."""
-        async with self._lock:
-            self._bell.clear()
-            changes, self._changes = self._changes, []
-            if changes:
-                writing = asyncio.ensure_future(asyncio.to_thread(self._write, changes))
-                try:
-                    # To stop waiting does not stop the thread, and nobody else may use its connection meanwhile.
-                    await asyncio.shield(writing)
-                except asyncio.CancelledError:
-                    await asyncio.wait({writing})
-                    if writing.exception() is not None:
-                        self._changes[:0] = changes
-                    raise
-                except apsw.Error as error:
-                    self._changes[:0] = changes
-                    raise translate(error, self._path) from error
+        """Write the places that wait."""
+        if self._journal.moves:
+            await self._writer.submit(_nothing)
 
-    def _write(self, changes: list[tuple[str, tuple[Any, ...]]]) -> None:
-        with self._connection:
-            for statement, arguments in changes:
-                self._connection.execute(statement, arguments)
+    # ------------------------------------------------------------------------------------------------------ waiting
 
-    def close(self) -> None:
+    def waiting(self, consumer: str) -> list[Waiting]:
+        """The messages that wait, in order."""
+        rows = self._read(
+            "select position, stream, slot, attempts, due, dead, error, trace, raw from cauce_waiting where consumer = ? order by position",
+            (consumer,),
+        )
+        return [
+            Waiting(position, stream, slot, attempts, due, bool(dead), error, trace, raw)
+            for position, stream, slot, attempts, due, dead, error, trace, raw in rows
+        ]
+
+    def outbox(self, after: int, limit: int) -> list[tuple[int, str, int, bytes]]:
+        """What was said and is not known to be in its log yet: number, consumer, slot, message."""
+        return self._read(
+            "select number, consumer, slot, said from cauce_outbox where number > ? order by number limit ?",
+            (after, limit),
+        )
+
+    async def relayed(self, numbers: Sequence[int]) -> None:
+        """These stand in their log."""
+        await self._writer.submit(self._relayed, tuple(numbers))
+
+    def _relayed(self, numbers: tuple[int, ...]) -> None:
+        self._journal.connection.executemany(
+            "delete from cauce_outbox where number = ?", [(number,) for number in numbers]
+        )
+
+    def timer(self, name: str) -> int:
+        """When something is due, in microseconds since 1970; 0 if that was never said."""
+        rows = self._read("select due from cauce_timers where name = ?", (name,))
+        return int(rows[0][0]) if rows else 0
+
+    # ---------------------------------------------------------------------------------------------------- the user's
+
+    async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Rows of what was last committed. Raises `Refused` for SQL that cannot be run."""
+        try:
+            rows: list[Any] = self._reader.execute(sql, parameters).fetchall()
+            return rows
+        except _STATEMENT_ERRORS as error:
+            raise BadStatement(f"{sql!r} cannot be run on {self.path.parent.name}'s store: {error}") from None
+        except apsw.Error as error:
+            raise translate(error, self.path) from error
+
+    def _read(self, sql: str, parameters: Sequence[Any]) -> list[Any]:
+        try:
+            rows: list[Any] = self._reader.execute(sql, parameters).fetchall()
+            return rows
+        except apsw.Error as error:
+            raise translate(error, self.path) from error
+
+    async def close(self) -> None:
+        """Write what waits, then let go."""
+        await self._writer.close()
         self._reader.close()
-        self._connection.close()

@@ -980,7 +980,7 @@ def forget_places(url: str, service: str) -> None:
     """As after a crash before any place was written."""
     path = folder_of(Path(url.removeprefix("sqlite:///"))) / service / "store.db"
     connection = apsw.Connection(str(path))
-    connection.execute("delete from places")
+    connection.execute("delete from cauce_places")
     connection.close()
 
 

@@ -21,7 +21,7 @@ FLOORS = (
     ("errors", "accept", "clock", "deadline", "messages", "schema", "codec"),  # what travels, and its names; no I/O
     ("log", "wire", "conformance"),  # the two seams and their contract
     ("backends.*",),  # what implements them
-    ("fold", "lease", "bus", "store", "consumer"),  # delivery
+    ("fold", "sql", "bus", "lease", "store", "shares", "consumer", "letters"),  # delivery
     ("records", "commander", "replica", "view", "process", "history", "registry", "guards.*"),  # the patterns
     ("service", "runtime"),  # what a team writes against
     ("ext.*", "testing.*", "console.*", "demo.*", "cli.*"),  # faces

@@ -140,7 +140,7 @@ def store_of(url: str, service: str) -> apsw.Connection:
 
 def forget_places(url: str, service: str) -> None:
     """As after a crash before any place was written: all is handled again."""
-    store_of(url, service).execute("update places set position = 0")
+    store_of(url, service).execute("update cauce_places set position = 0")
 
 
 def damage(url: str, statement: str) -> None:
@@ -307,7 +307,9 @@ def test_a_failing_message_is_tried_again_with_growing_jittered_delay_until_it_i
 
 def waiting(url: str) -> list[Any]:
     return (
-        store_of(url, "letters").execute("select position, stream, attempts, error from waiting order by 1").fetchall()
+        store_of(url, "letters")
+        .execute("select position, stream, attempts, error from cauce_waiting order by 1")
+        .fetchall()
     )
 
 
@@ -415,7 +417,9 @@ def test_the_count_of_attempts_survives_a_restart_and_so_does_the_order(
     virtual(main)
 
 
-def test_a_message_that_failed_for_weeks_is_still_tried(virtual: Run, clock: VirtualClock, bus_url: str) -> None:
+def test_a_message_that_failed_for_weeks_is_still_tried_if_that_was_asked_for(
+    virtual: Run, clock: VirtualClock, bus_url: str
+) -> None:
     tries, mended = list[int](), asyncio.Event()
 
     async def handle(event: Grown) -> None:
@@ -424,11 +428,12 @@ def test_a_message_that_failed_for_weeks_is_still_tried(virtual: Run, clock: Vir
             raise ValueError("broken")
 
     async def main() -> None:
-        reacting = writers(handle=handle)
+        reacting = Service("letters")
+        reacting.on(attempts=0)(handle)
         async with running(owner, reacting, bus=bus_url, clock=clock) as bus:
             await bus.call(Grow("a"))
             await until(lambda: len(tries) == 1, bus)
-        store_of(bus_url, "letters").execute("update waiting set attempts = 100000")
+        store_of(bus_url, "letters").execute("update cauce_waiting set attempts = 100000")
         tries.clear()
         async with running(owner, reacting, bus=bus_url, clock=clock) as bus:
             async with asyncio.timeout(300):
@@ -907,7 +912,7 @@ async def test_a_place_beyond_the_end_of_its_log_stops_the_start(bus_url: str) -
     async with running(owner, writers(handle=handle), bus=bus_url) as bus:
         await bus.call(Grow("a"))
         await bus.settled()
-    store_of(bus_url, "letters").execute("update places set position = 1000 where consumer = 'handle'")
+    store_of(bus_url, "letters").execute("update cauce_places set position = 1000 where consumer = 'handle'")
     with pytest.raises(Damaged, match="handle.*1000"):
         async with running(owner, writers(handle=handle), bus=bus_url):
             pass
@@ -919,7 +924,7 @@ async def test_a_place_in_another_log_stops_the_start(bus_url: str) -> None:
     async with running(owner, writers(handle=handle), bus=bus_url) as bus:
         await bus.call(Grow("a"))
         await bus.settled()
-    store_of(bus_url, "letters").execute("update places set log = 'another'")
+    store_of(bus_url, "letters").execute("update cauce_places set log = 'another'")
     with pytest.raises(Damaged, match="another"):
         async with running(owner, writers(handle=handle), bus=bus_url):
             pass
@@ -932,7 +937,7 @@ async def test_a_waiting_message_that_is_in_the_log_no_more_stops_its_reader_lou
     async with running(owner, writers(handle=handle), bus=bus_url) as bus:
         await bus.call(Grow("a"))
         await bus.clock.sleep(0.05)
-    store_of(bus_url, "letters").execute("update waiting set position = position - 1, due = 0")
+    store_of(bus_url, "letters").execute("update cauce_waiting set position = position - 1, due = 0")
     with pytest.raises(Damaged, match="things/a"):
         async with running(owner, writers(handle=handle), bus=bus_url) as bus:
             await asyncio.wait({bus.failed}, timeout=10)

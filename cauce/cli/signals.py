@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 
 from cauce.bus import Bus
 
 __all__ = ["stopped"]
 
 
-async def stopped(bus: Bus) -> None:
-    """Wait for SIGTERM or Ctrl-C, or for a service that stops by itself. A second signal ends the process at once."""
+async def stopped(bus: Bus, *, with_parent: bool = False) -> None:
+    """Wait for SIGTERM or Ctrl-C, or for a service that stops by itself. A second signal ends the process at once.
+
+    Parameters:
+        with_parent: stop, too, when the other end of standard input closes: who started this process is gone.
+    """
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[None] = loop.create_future()
 
@@ -23,4 +28,13 @@ async def stopped(bus: Bus) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled)
+    if with_parent:
+        loop.add_reader(sys.stdin.fileno(), _orphaned, stop)
     await asyncio.wait({stop, bus.failed}, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _orphaned(stop: asyncio.Future[None]) -> None:
+    if not os.read(sys.stdin.fileno(), 4096):
+        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+        if not stop.done():
+            stop.set_result(None)

@@ -1,0 +1,149 @@
+"""What the instances of a service share out among themselves: its slots, and the lead of what only one may do.
+
+Nobody trusts a clock. An instance shows a beat in the store; who sees a beat unchanged for `TTL` seconds of its own
+time, or can prove the process dead, strikes it off and takes what it held, under a fence that rises. Each takes its
+fair share and no more, so a newcomer is given its part by those who have too much.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from cauce.accept import SLOTS
+from cauce.clock import Clock
+from cauce.errors import Fenced, Unavailable
+from cauce.lease import BEAT, TTL, is_dead
+from cauce.store import Share, Standing, Store
+
+__all__ = ["LEAD", "Shares", "slot_name"]
+
+_log = logging.getLogger("cauce")
+
+LEAD = "lead"
+"""Held by the one instance that feeds views and replicas, and runs intervals."""
+
+_SOON = 0.1
+"""Seconds until the next look while something is on its way from one instance to another."""
+
+
+def slot_name(slot: int) -> str:
+    """What a slot is called among the claims of a store."""
+    return f"slot/{slot}"
+
+
+_NAMES = (*(slot_name(slot) for slot in range(SLOTS)), LEAD)
+
+
+class Shares:
+    """What this instance holds.
+
+    Parameters:
+        gain: called with what was taken; work on it may begin. What it raises as `Unavailable` is tried again later.
+        lose: called with what must be given up; when it returns nothing of it is worked on any more.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        owner: str,
+        clock: Clock,
+        gain: Callable[[Sequence[Share]], Awaitable[None]],
+        lose: Callable[[Sequence[Share]], Awaitable[None]],
+    ) -> None:
+        self._store, self.owner, self._clock = store, owner, clock
+        self._gain, self._lose = gain, lose
+        self.held: dict[str, Share] = {}
+        self._seen: dict[str, tuple[int, float]] = {}
+        self._beaten = 0.0
+        self._joined, self._is_settled, self._closing = False, True, False
+        self.touched: Callable[[], None] = lambda: None
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the last beat is recent enough to begin something new: a rival cannot have taken over yet."""
+        return self._clock.monotonic() - self._beaten < TTL * 2 / 3
+
+    async def start(self) -> None:
+        """Join, and take what is free, also from those who are proved dead. Raises what stands in the way."""
+        await self._step()
+        if self._dead(self._clock.monotonic()):
+            await self._step()
+
+    async def run(self) -> None:
+        """Beat, look, take and give, for ever. Raises `Fenced` when this instance was struck off."""
+        while True:
+            await self._clock.sleep(BEAT if self._is_settled else _SOON)
+            try:
+                await self._step()
+            except Fenced:
+                raise
+            except Unavailable as error:
+                _log.warning("%s: the beat was missed: %s", self.owner.partition(" ")[0], error)
+
+    def close(self) -> None:
+        """Take and give no more: the end is near, and until then the beat keeps what is held."""
+        self._closing = True
+
+    async def stop(self) -> None:
+        """Leave: all that is still held is let go of in good order."""
+        shares = list(self.held.values())
+        self.held.clear()
+        await self._store.release(shares, owner=self.owner)
+
+    async def _step(self) -> None:
+        began = self._clock.monotonic()
+        standing = await self._store.tick(self.owner, self._dead(began), join=not self._joined)
+        if not standing.alive:
+            raise Fenced(
+                f"{self.owner.partition(' ')[0]}: this instance showed no beat for {TTL:g} s, and others have taken over: start it again"
+            )
+        self._joined, self._beaten = True, began
+        self._watch(standing, began)
+        if standing.touched:
+            self.touched()
+        if not self._closing:
+            await self._share_out(standing)
+
+    def _watch(self, standing: Standing, now: float) -> None:
+        """Note since when each beat has not changed."""
+        self._seen = {
+            owner: self._seen[owner] if self._seen.get(owner, (-1, 0.0))[0] == beat else (beat, now)
+            for owner, beat in standing.instances.items()
+            if owner != self.owner
+        }
+
+    def _dead(self, now: float) -> list[tuple[str, int]]:
+        return [(owner, beat) for owner, (beat, since) in self._seen.items() if now - since >= TTL or is_dead(owner)]
+
+    async def _share_out(self, standing: Standing) -> None:
+        instances = sorted(standing.instances)
+        rank, many = instances.index(self.owner), len(instances)
+        fair = SLOTS // many + (rank < SLOTS % many)
+        mine = [share for name, share in self.held.items() if name != LEAD]
+        free = [name for name in _NAMES if standing.holders.get(name, "") not in standing.instances]
+        self._is_settled = not free and len(mine) <= fair
+        if len(mine) > fair:
+            await self._give(mine[fair:])
+        wanted = [name for name in free if name != LEAD][: max(0, fair - len(mine))]
+        if LEAD in free:
+            wanted.append(LEAD)
+        if wanted:
+            await self._take(wanted)
+
+    async def _take(self, names: Sequence[str]) -> None:
+        shares = await self._store.take(self.owner, names)
+        if not shares:
+            return
+        try:
+            await self._gain(shares)
+        except BaseException:
+            await self._store.release(shares)
+            raise
+        self.held.update((share.name, share) for share in shares)
+
+    async def _give(self, shares: Sequence[Share]) -> None:
+        for share in shares:
+            del self.held[share.name]
+        await self._lose(shares)
+        await self._store.release(shares)
