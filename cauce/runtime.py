@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from cauce.accept import check_body, check_value
+from cauce.accept import SLOTS, check_body, check_value
 from cauce.backends import Backend, open_backend
 from cauce.bus import Ask, Bus, Cause, Context, Reply, error_name, own, owned
 from cauce.clock import Clock, SystemClock
@@ -22,7 +23,7 @@ from cauce.lease import Leases, identity
 from cauce.messages import Command, Domain, Event, Message, Notice, declared
 from cauce.schema import Schema, encode
 from cauce.service import Bound, Service, bind
-from cauce.wire import Instance
+from cauce.wire import Instance, State
 
 if TYPE_CHECKING:
     from cauce.consumer import Consumer
@@ -95,6 +96,7 @@ async def _stop(services: Sequence[_Running], tasks: _Tasks, drain: float) -> No
     await asyncio.gather(*(service.drain(drain) for service in services))
     for service in services:
         service.leave()
+    await asyncio.gather(*(service.answered(drain) for service in services))
     await tasks.stop()
     for service in services:
         await service.close()
@@ -161,6 +163,9 @@ class _Running:
         self._schemas: dict[str, Schema] = {}
         self._consumers: list[Consumer] = []
         self._served: list[Callable[[], None]] = []
+        self._since = bus.clock.now()
+        self._in_hand = 0
+        self._empty: asyncio.Future[None] | None = None
         self._store: Store | None = None
 
     async def look(self) -> None:
@@ -174,16 +179,29 @@ class _Running:
 
     async def lead(self) -> None:
         """Become the one who decides, with all records written that a predecessor left behind."""
+        self._served.append(await self._announce("starting"))
         for domain in self._service.owns:
             await self._lead(domain)
 
     async def serve(self) -> None:
         """Answer from now on."""
-        wire, domains = self._bus.wire, self._service.owns
-        for domain in domains:
-            self._served.append(await wire.serve(domain.name, self._answer(domain)))
-        addresses = tuple(domain.name for domain in domains)
-        self._served.append(await wire.announce(Instance(self._service.name, self._leases.owner, addresses)))
+        for domain in self._service.owns:
+            handler = self._answer(domain)
+            for address in self._addresses(domain):
+                self._served.append(await self._bus.wire.serve(address, handler))
+        await self._announce("running")
+
+    def _addresses(self, domain: Domain) -> list[str]:
+        """Anybody may be asked about a domain; a wish goes to who holds the slot."""
+        slots = range(SLOTS) if domain.name in self._commanders else ()
+        return [domain.name, *(f"{domain.name}/{slot}" for slot in slots)]
+
+    async def _announce(self, state: State) -> Callable[[], None]:
+        addresses = tuple(address for domain in self._service.owns for address in self._addresses(domain))
+        id = f"{self._service.name} {self._leases.owner.rpartition(' ')[2]}"
+        return await self._bus.wire.announce(
+            Instance(self._service.name, id, addresses, os.getpid(), state, self._since)
+        )
 
     async def consume(self) -> None:
         """React, and decide what was sent."""
@@ -196,6 +214,11 @@ class _Running:
 
     async def drain(self, seconds: float) -> None:
         """Let handlers finish and records be written, within so many seconds each."""
+        if self._served:
+            try:
+                await self._announce("draining")
+            except Refused as error:
+                _log.warning("%s ends without saying so: %s", self._service.name, error)
         try:
             async with asyncio.timeout(seconds):
                 await asyncio.gather(*(consumer.drain() for consumer in self._consumers))
@@ -218,6 +241,12 @@ class _Running:
         """Answer no more."""
         for undo in self._served:
             undo()
+
+    async def answered(self, seconds: float) -> None:
+        """Wait until what was asked is answered, within so many seconds."""
+        if self._in_hand:
+            self._empty = asyncio.get_running_loop().create_future()
+            await asyncio.wait({self._empty}, timeout=seconds)
 
     async def close(self) -> None:
         """Write the last places, and let go of the store."""
@@ -332,6 +361,7 @@ class _Running:
 
         async def handler(payload: bytes) -> bytes:
             ask = _decode_ask(payload)
+            self._in_hand += 1
             try:
                 reply = await self._reply(domain, ask, answers)
             except CauceError as error:
@@ -339,6 +369,10 @@ class _Running:
             except Exception as error:
                 _log.exception("%s failed on %s", self._service.name, ask.type)
                 reply = Reply("CauceError", f"{self._service.name} failed on {ask.type}: {error!r}")
+            finally:
+                self._in_hand -= 1
+                if not self._in_hand and self._empty is not None and not self._empty.done():
+                    self._empty.set_result(None)
             return _encode(reply)
 
         return handler

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "cauce"
 FLOORS = (
     ("errors", "accept", "clock", "deadline", "messages", "schema", "codec"),  # what travels, and its names; no I/O
     ("log", "wire", "conformance"),  # the two seams and their contract
-    ("backends.*",),  # what implements them
+    ("identity", "backends.*"),  # who is alive; what implements the seams
     ("fold", "lease", "bus", "store", "consumer"),  # delivery
     ("records", "commander", "replica", "view", "process", "history", "registry", "guards.*"),  # the patterns
     ("service", "runtime"),  # what a team writes against
