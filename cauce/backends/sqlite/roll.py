@@ -20,6 +20,11 @@ __all__ = ["BACKLOG", "Present", "Roll"]
 _COARSE = 100_000_000
 """Nanoseconds within which two changes of a folder may have the same time."""
 
+_OFTEN = 0.005
+"""Seconds for which a look at a folder that has just changed is good enough."""
+
+_CHUNK = 1 << 16
+
 _OLD = 60 * 1_000_000_000
 """Nanoseconds after which what a process left behind half-made is removed."""
 
@@ -54,7 +59,7 @@ class Roll:
     def __init__(self, folder: Path, clock: Clock, *, make: bool = True) -> None:
         self._folder, self._clock = folder, clock
         self._directory = self._open(make)
-        self._listed = -1
+        self._listed, self._seen, self._fresh = -1, -1, 0.0
         self.present: dict[str, Present] = {}
         self._serving: dict[str, list[str]] = {}
 
@@ -66,11 +71,15 @@ class Roll:
     # ------------------------------------------------------------------------------------------------- the others
 
     def look(self) -> None:
-        """Read the folder again if it has changed: costs one `fstat` if not."""
+        """Read the folder again if it has changed: costs one `fstat` if not.
+
+        Whoever changes it again in the same tick of the file system's clock may be missed for a few milliseconds: call
+        `doubt` before, where that matters.
+        """
         changed = os.fstat(self._directory).st_mtime_ns
-        if changed == self._listed:
+        if changed == self._listed or (changed == self._seen and self._clock.monotonic() < self._fresh):
             return
-        # Whoever changes it in the same tick of the file system's clock would not be seen: look again until it is over.
+        self._seen, self._fresh = changed, self._clock.monotonic() + _OFTEN
         self._listed = changed if abs(self._clock.now() * 1000 - changed) > _COARSE else -1
         self.present, self._serving = {}, {}
         for name in sorted(os.listdir(self._directory)):
@@ -81,17 +90,22 @@ class Roll:
                     self._serving.setdefault(address, []).append(token)
 
     def _read(self, name: str) -> Present | None:
-        try:
-            file = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory)
-        except OSError:
-            return None  # It has just gone.
-        with open(file, "rb") as opened, suppress(msgspec.MsgspecError, OSError):
-            return _decode(opened.read())
+        # What cannot be opened has just gone; what is no file of ours must not make us wait, either.
+        with suppress(OSError, msgspec.MsgspecError):
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            file = os.open(name, flags, dir_fd=self._directory)
+            try:
+                data = b""
+                while chunk := os.read(file, _CHUNK):
+                    data += chunk
+                return _decode(data)
+            finally:
+                os.close(file)
         return None
 
     def doubt(self) -> None:
         """Read the folder at the next look, whatever its time says."""
-        self._listed = -1
+        self._listed = self._seen = -1
 
     def serving(self, address: str) -> Sequence[str]:
         """The tokens of the processes that serve an address."""
@@ -127,6 +141,7 @@ class Roll:
 
     def instances(self, *, but: str = "") -> list[Instance]:
         """What all processes that are alive announce, but for one."""
+        self.doubt()
         self.look()
         found: list[Instance] = []
         for token, present in list(self.present.items()):
@@ -185,6 +200,7 @@ class Roll:
 
     def tidy(self, *, but: str) -> None:
         """Remove what dead processes left, also what they left half-made; `but` is our own token."""
+        self.doubt()
         self.look()
         for token in list(self.present):
             if token != but:

@@ -200,7 +200,7 @@ class _Board:
 
     async def ask(self, address: str, payload: bytes, deadline: float, clock: Clock) -> bytes:
         """Ask those who serve the address elsewhere, one after the other, until one of them takes the question."""
-        moving = min(deadline, clock.monotonic() + _MOVING)
+        moving, sure = min(deadline, clock.monotonic() + _MOVING), False
         while not self.closed:
             for token in self._candidates(address):
                 try:
@@ -214,6 +214,10 @@ class _Board:
             handler = self.handlers.get(address)
             if handler is not None:
                 return await handler(payload)
+            if not sure:
+                sure = True
+                self.roll.doubt()
+                continue
             if clock.monotonic() + _POLL >= moving or not self._answers_in(address.partition("/")[0]):
                 break
             await clock.sleep(_POLL)
@@ -322,11 +326,14 @@ class SocketWire:
 
 
 def present(path: Path, clock: Clock) -> list[Instance]:
-    """Who runs on the bus in a file, found out without opening it."""
+    """Who runs on the bus in a file, found out without opening it. Raises `Refused` if that may not be known."""
+    folder = folder_of(path.resolve()) / "wire"
     try:
-        roll = Roll(folder_of(path.resolve()) / "wire", clock, make=False)
+        roll = Roll(folder, clock, make=False)
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise Refused(f"{folder} cannot be read: {error.strerror}: mend it, or ask as the user whose it is") from None
     try:
         return roll.instances()
     finally:
