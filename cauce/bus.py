@@ -128,7 +128,7 @@ class Bus:
             id: that of an earlier call whose outcome is unknown: if it was accepted, its receipt is given again.
 
         Raises `Rejected` if the owner says no, `NoAnswer` if nobody serves it (nothing is stored), `OutcomeUnknown`
-        with the id if the time is over first.
+        with the id if the time is over first, or the owner's process went away before it answered.
         """
         kind = _declared(command, "command")
         key = key_of(command)
@@ -137,12 +137,13 @@ class Bus:
             "call", kind.name, asked, key, kind.version, msgspec.Raw(encode(command)), id is not None,
             _line(by or cause.by, "by"), cause.correlation, cause.id, cause.trace, cause.tracestate,
         )  # fmt: skip
+        what = f"{kind.name} for {kind.domain.name}/{key}"
         try:
-            reply = await self._ask(kind, ask, timeout)
+            reply = await self._ask(f"{kind.domain.name}/{slot_of(key)}", ask, timeout)
         except TimeoutError:
-            raise OutcomeUnknown(
-                asked, f"{kind.name} for {kind.domain.name}/{key} had no verdict within {timeout:g} s"
-            ) from None
+            raise OutcomeUnknown(asked, f"{what} had no verdict within {timeout:g} s") from None
+        except ConnectionError as error:
+            raise OutcomeUnknown(asked, f"{what} had no verdict: {error}") from None
         return Receipt(asked, key, reply.version, reply.position, reply.changed)
 
     async def send(
@@ -178,7 +179,7 @@ class Bus:
     async def ask(self, query: Query[Answer], *, timeout: float = TIMEOUT, cause: Cause = NOTHING) -> Answer:
         """The answer of the service that owns the query's domain, within so many seconds.
 
-        Raises `NoAnswer` if nobody serves it or the time is over.
+        Raises `NoAnswer` if nobody serves it, the time is over, or who was asked went away.
         """
         kind = _declared(query, "query")
         ask = Ask(
@@ -186,11 +187,13 @@ class Bus:
             cause.by, cause.correlation, cause.id, cause.trace, cause.tracestate,
         )  # fmt: skip
         try:
-            reply = await self._ask(kind, ask, timeout)
+            reply = await self._ask(kind.domain.name, ask, timeout)
         except TimeoutError:
             raise NoAnswer(
                 f"{kind.domain.name} did not answer {kind.name} within {timeout:g} s: look whether it is blocked"
             ) from None
+        except ConnectionError as error:
+            raise NoAnswer(f"{kind.domain.name} did not answer {kind.name}: {error}; ask again") from None
         try:
             answer: Answer = msgspec.json.decode(reply.body, type=reply_type(type(query)))
         except msgspec.MsgspecError as error:
@@ -245,10 +248,10 @@ class Bus:
 
     async def publish(self, domain: str, ask: Ask) -> None:
         """Let the instance of the owner that holds the slot record an event that another instance's handler made."""
-        payload = await self.wire.ask(f"{domain}/{slot_of(ask.key)}", _encode(ask), self.clock.monotonic() + TIMEOUT)
-        reply = _decode_reply(payload)
-        if reply.error:
-            raise _ERRORS.get(reply.error, CauceError)(reply.message)
+        try:
+            await self._ask(f"{domain}/{slot_of(ask.key)}", ask, TIMEOUT)
+        except (TimeoutError, ConnectionError) as error:
+            raise NoAnswer(f"{domain} did not record {ask.type} of {ask.key}: {error!r}") from None
 
     def settles(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Let `settled` wait for this, too."""
@@ -263,19 +266,21 @@ class Bus:
             at_version=at if isinstance(at, int) else None, at_time=micros(at) if isinstance(at, datetime) else None,
         )  # fmt: skip
         try:
-            reply = await self._ask(kind, ask, timeout)
+            reply = await self._ask(kind.domain.name, ask, timeout)
         except TimeoutError:
             raise NoAnswer(
                 f"{kind.domain.name} did not answer within {timeout:g} s: look whether it is blocked"
             ) from None
+        except ConnectionError as error:
+            raise NoAnswer(f"{kind.domain.name} did not answer: {error}; ask again") from None
         if not reply.changed:
             return None
         found = Schema([record]).decode(kind.domain.name, kind.name, kind.version, bytes(reply.body))
         assert isinstance(found, record)
         return found
 
-    async def _ask(self, kind: Declared, ask: Ask, timeout: float) -> Reply:
-        payload = await self.wire.ask(kind.domain.name, _encode(ask), self.clock.monotonic() + timeout)
+    async def _ask(self, address: str, ask: Ask, timeout: float) -> Reply:
+        payload = await self.wire.ask(address, _encode(ask), self.clock.monotonic() + timeout)
         reply = _decode_reply(payload)
         if reply.error:
             raise _ERRORS.get(reply.error, CauceError)(reply.message)

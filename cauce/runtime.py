@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from cauce.messages import Command, Domain, Event, Message, Notice, declared
 from cauce.schema import Schema, encode
 from cauce.service import ATTEMPTS, Bound, Service, bind
 from cauce.sql import Store as Sql
-from cauce.wire import Instance
+from cauce.wire import Instance, State
 
 if TYPE_CHECKING:
     from cauce.consumer import Consumer, Tail
@@ -105,6 +106,7 @@ async def _stop(services: Sequence[_Running], tasks: _Tasks, drain: float) -> No
     await asyncio.gather(*(service.drain(drain) for service in services))
     for service in services:
         service.leave()
+    await asyncio.gather(*(service.answered(drain) for service in services))
     for service in services:
         await service.finish(drain)
     await tasks.stop()
@@ -191,6 +193,9 @@ class _Running:
         self._handlers: dict[str, Callable[[bytes], Coroutine[Any, Any, bytes]]] = {}
         self._consumers: list[tuple[Consumer, Tail]] = []
         self._served: dict[str, Callable[[], None]] = {}
+        self._since = bus.clock.now()
+        self._in_hand = 0
+        self._empty: asyncio.Future[None] | None = None
         self._store: Store | None = None
         self._shares: Shares | None = None
         self._running = False
@@ -237,6 +242,7 @@ class _Running:
     async def join(self) -> None:
         """Become one of the instances, and take what is free, with all records written that a predecessor left."""
         assert self._shares is not None
+        await self._announce("starting")
         await self._shares.start()
         self._tasks.start("leases", self._leases.beat())
         for commander in self._commanders.values():
@@ -244,13 +250,19 @@ class _Running:
 
     async def serve(self) -> None:
         """Answer from now on."""
-        wire, domains = self._bus.wire, self._service.owns
-        for domain in domains:
+        for domain in self._service.owns:
             self._handlers[domain.name] = handler = self._answer(domain)
-            self._served[domain.name] = await wire.serve(domain.name, handler)
+            self._served[domain.name] = await self._bus.wire.serve(domain.name, handler)
         await self._serve_slots(self._slots)
-        addresses = tuple(domain.name for domain in domains)
-        self._served[""] = await wire.announce(Instance(self._service.name, self._owner, addresses))
+        await self._announce("running")
+
+    async def _announce(self, state: State) -> None:
+        """Say how this instance is, and what it answers."""
+        domains = tuple(domain.name for domain in self._service.owns)
+        slots = tuple(address for address in self._served if "/" in address)
+        self._served[""] = await self._bus.wire.announce(
+            Instance(self._service.name, self._owner, domains + slots, os.getpid(), state, self._since)
+        )
 
     async def consume(self) -> None:
         """React, and decide what was sent."""
@@ -280,6 +292,7 @@ class _Running:
             await commander.take_over(slots, before)
         if self._running:
             await self._serve_slots(slots)
+            await self._announce("running")
             await self._hold(shares)
 
     async def _hold(self, shares: Sequence[Share]) -> None:
@@ -301,6 +314,7 @@ class _Running:
         for domain in self._handlers:
             for slot in slots:
                 self._leave(f"{domain}/{slot}")
+        await self._announce("running")
         await asyncio.gather(*(consumer.drop(slots) for consumer, _ in self._consumers))
         for commander in self._commanders.values():
             await commander.let_go(slots)
@@ -337,6 +351,10 @@ class _Running:
         """Let handlers finish, and what they said reach its log, within so many seconds each."""
         if not self._running:
             return
+        try:
+            await self._announce("draining")
+        except Refused as error:
+            _log.warning("%s ends without saying so: %s", self._service.name, error)
         await self._stop_leading()
         try:
             async with asyncio.timeout(seconds):
@@ -368,6 +386,12 @@ class _Running:
                     await commander.let_go(range(SLOTS))
             except (CauceError, TimeoutError) as error:
                 _log.warning("records of %s wait for the next start: %r", commander.domain, error)
+
+    async def answered(self, seconds: float) -> None:
+        """Wait until what was asked is answered, within so many seconds."""
+        if self._in_hand:
+            self._empty = asyncio.get_running_loop().create_future()
+            await asyncio.wait({self._empty}, timeout=seconds)
 
     async def close(self) -> None:
         """Write the last places, and let go of everything."""
@@ -599,6 +623,7 @@ class _Running:
 
         async def handler(payload: bytes) -> bytes:
             ask = _decode_ask(payload)
+            self._in_hand += 1
             try:
                 reply = await self._reply(domain, ask, answers)
             except CauceError as error:
@@ -606,6 +631,10 @@ class _Running:
             except Exception as error:
                 _log.exception("%s failed on %s", self._service.name, ask.type)
                 reply = Reply("CauceError", f"{self._service.name} failed on {ask.type}: {error!r}")
+            finally:
+                self._in_hand -= 1
+                if not self._in_hand and self._empty is not None and not self._empty.done():
+                    self._empty.set_result(None)
             return _encode(reply)
 
         return handler

@@ -18,7 +18,16 @@ PACKAGE = ROOT / "cauce"
 # The floors, lowest first. A module imports from lower floors, or from what stands before it on its own.
 # `x.*` is the package x and all in it, whose modules are among themselves and may import each other.
 FLOORS = (
-    ("errors", "accept", "clock", "deadline", "messages", "schema", "codec"),  # what travels, and its names; no I/O
+    (
+        "errors",
+        "accept",
+        "clock",
+        "identity",
+        "deadline",
+        "messages",
+        "schema",
+        "codec",
+    ),  # what travels, and its names; no I/O
     ("log", "wire", "conformance"),  # the two seams and their contract
     ("backends.*",),  # what implements them
     ("fold", "sql", "bus", "lease", "store", "shares", "consumer", "letters"),  # delivery

@@ -16,6 +16,7 @@ __all__ = ["main"]
 # Name: (module and command, what `cauce --help` says of it).
 COMMANDS = {
     "run": ("run:run", "Run services until SIGTERM or Ctrl-C."),
+    "services": ("services:services", "Who runs on a bus, what they answer, and how they are."),
     "demo": ("demo:demo", "See it at work: a user registers on a form, and a mail arrives."),
     "tail": ("tail:tail", "The last entries of a log, and with --follow the next ones."),
     "show": ("show:show", "All entries of one stream, with bodies."),

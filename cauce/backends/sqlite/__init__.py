@@ -15,7 +15,7 @@ from cauce.backends.sqlite.log import Reader, SQLiteLog
 from cauce.backends.sqlite.table import Names, Table
 from cauce.backends.sqlite.turnstile import Turnstile
 from cauce.backends.sqlite.wake import Wake
-from cauce.backends.sqlite.wire import LocalWire
+from cauce.backends.sqlite.wire import SocketWire
 from cauce.backends.sqlite.witness import Witness
 from cauce.backends.sqlite.writer import Writer
 from cauce.clock import Clock, SystemClock
@@ -82,7 +82,7 @@ class SQLiteBus:
     facts: SQLiteLog
     commands: SQLiteLog
     records: SQLiteLog
-    wire: LocalWire
+    wire: SocketWire
 
     def __init__(self, path: Path, clock: Clock, patience: float) -> None:
         # By its own name, not a link's: else its locks, its witness and SQLite's WAL would lie in two places.
@@ -112,9 +112,9 @@ class SQLiteBus:
             self.facts, self.commands, self.records = (
                 SQLiteLog(f"{self.id}:{table.name}", table, self._writer, reader) for table in journal.tables
             )
-            self.wire = LocalWire(path, clock)
             undo.callback(wake.deafen)
             wake.listen(lambda: self._told(None))
+            self.wire = SocketWire(path, clock)
             self._undo = undo.pop_all()
 
     def _compare(self, witness: Witness, reader: Reader) -> None:
@@ -143,6 +143,7 @@ class SQLiteBus:
     async def close(self) -> None:
         """Write what waits, then let go of the file. In a process forked since, nothing is touched."""
         if os.getpid() == self._pid:
+            await self.wire.close()
             await self._writer.close()
             self._undo.close()
 

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from cauce.backends.sqlite.short import short
 from cauce.clock import Clock
 
 __all__ = ["Wake"]
@@ -70,9 +71,7 @@ class Wake:
         self._listed = changed if abs(self._clock.now() * 1000 - changed) > _COARSE else -1
 
     def _address(self, name: str) -> str:
-        """A socket's path may have 107 bytes only; through the open folder a deep one fits (on Linux)."""
-        short = f"/proc/self/fd/{self._directory}/{name}"
-        return short if os.path.exists(f"/proc/self/fd/{self._directory}") else str(self._folder / name)
+        return short(self._directory, self._folder, name)
 
     def _drain(self, woken: Callable[[], None]) -> None:
         assert self._in is not None

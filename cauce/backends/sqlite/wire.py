@@ -1,48 +1,284 @@
-"""The wire inside one process: a question is a call. Between processes nobody answers yet."""
+"""The wire: in one process a question is a call, between processes it goes over a Unix socket."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
+import msgspec
+
+from cauce.backends.sqlite.file import folder_of
+from cauce.backends.sqlite.line import Answering, Asking, Line, NotServed, is_trusted
+from cauce.backends.sqlite.roll import BACKLOG, Present, Roll
 from cauce.clock import Clock
 from cauce.deadline import Deadlines
 from cauce.errors import NoAnswer, Refused
+from cauce.identity import identity
 from cauce.wire import Handler, Instance
 
-__all__ = ["LocalWire"]
+__all__ = ["SocketWire", "present"]
+
+_log = logging.getLogger("cauce")
+
+_BEAT = 2.0
+_MOVING = 2.0
+"""Seconds for which an address that nobody serves may be on its way from one instance to another."""
+
+_POLL = 0.02
+_FLUSH = 1.0
+"""Seconds that the last answers get to be read by who asked."""
 
 
 class _Board:
-    """What is served on one file in this process, shared by all who opened it here."""
+    """What is served on one file in this process and loop, and its connections: shared by all who opened it here."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path, clock: Clock) -> None:
+        self._loop, self._clock = asyncio.get_running_loop(), clock
+        self.roll = Roll(folder, clock)
+        self.token = f"{os.getpid()}-{clock.id()[-12:]}"
+        self._owner = identity("wire", clock)
+        self.deadlines = Deadlines()
         self.handlers: dict[str, Handler] = {}
         self.instances: dict[str, Instance] = {}
+        self.users = 0
+        self._asking: dict[str, Asking] = {}
+        self._answering: set[Answering] = set()
+        self._starting: set[asyncio.Task[None]] = set()
+        self._server: asyncio.AbstractServer | None = None
+        self._beating: asyncio.TimerHandle | None = None
+        self._listener: socket.socket | None = None
+        self._showing = asyncio.Lock()
+        self._due = self._stale = self.closed = False
+        self._turn = 0
+
+    # ------------------------------------------------------------------------------------------------ to be seen
+
+    async def show(self) -> None:
+        """Let the others see what is served and announced here."""
+        async with self._showing:
+            if self._server is None:
+                self._listener = self.roll.listen(self.token)
+                self._server = await self._loop.create_unix_server(self._accept, sock=self._listener, backlog=BACKLOG)
+                self._publish()
+                self.roll.tidy(but=self.token)
+                self._beating = self._loop.call_later(_BEAT, self._beat)
+            else:
+                self._publish()
+
+    def hide(self) -> None:
+        """Let the others see, soon, that something is served or announced here no more."""
+        if not self._due:
+            self._due = True
+            self._loop.call_soon(self._hide)
+
+    def _hide(self) -> None:
+        self._due = False
+        if self._server is None:
+            return
+        if not self.handlers and not self.instances:
+            self._vanish()
+            return
+        try:
+            self._publish()
+        except OSError as error:
+            # Who asks for it is told that it is not served, and the next beat tries again.
+            _log.warning("the wire shows more than is served here: %s", error)
+
+    def _publish(self) -> None:
+        self._stale = True
+        self.roll.publish(self.token, self._present())
+        self._stale = False
+
+    def _present(self) -> Present:
+        return Present(self._owner, tuple(self.handlers), tuple(self.instances.values()))
+
+    def all_instances(self, now: int) -> list[Instance]:
+        """Those here, and those elsewhere."""
+        here = [msgspec.structs.replace(instance, beat=now) for instance in self.instances.values()]
+        return here if self.closed else here + self.roll.instances(but=self.token)
+
+    def _vanish(self) -> None:
+        self.roll.bury(self.token)
+        if self._server is not None:
+            self._server.close()
+            self._server = self._listener = None
+        if self._beating is not None:
+            self._beating.cancel()
+            self._beating = None
+
+    def _beat(self) -> None:
+        self._beating = self._loop.call_later(_BEAT, self._beat)
+        if self.roll.beat(self.token):
+            if self._stale:
+                self._hide()
+            return
+        _log.warning("the files of this process at the wire were removed: they are made again")
+        self._vanish()
+        self._start(self.show())
+
+    # ------------------------------------------------------------------------------------------------ connections
+
+    def _accept(self) -> asyncio.Protocol:
+        answering = Answering(self.handlers, self.deadlines, self._clock, self._answering.discard)
+        self._answering.add(answering)
+        return answering.line
+
+    def _line_to(self, token: str) -> Asking:
+        """The one connection to a process. Raises `OSError`."""
+        asking = self._asking.get(token)
+        if asking is not None:
+            return asking
+        connection = self.roll.connect(token)
+        if not is_trusted(connection):
+            connection.close()
+            raise PermissionError(f"process {token} is not trusted")
+        asking = Asking(f"process {token.partition('-')[0]}", self._clock, lambda: self._lost(token))
+        self._asking[token] = asking
+        # It is connected already: what is asked meanwhile waits in the line.
+        self._start(self._connect(asking.line, connection))
+        return asking
+
+    async def _connect(self, line: Line, connection: socket.socket) -> None:
+        try:
+            await self._loop.create_unix_connection(lambda: line, sock=connection)
+        except BaseException:
+            connection.close()
+            line.connection_lost(None)
+            raise
+
+    def _lost(self, token: str) -> None:
+        del self._asking[token]
+        self.roll.doubt()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._starting.add(task)
+        task.add_done_callback(self._started)
+
+    def _started(self, task: asyncio.Task[None]) -> None:
+        self._starting.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.warning("the wire could not be set up: %r", error)
+
+    async def close(self) -> None:
+        """Give the last answers, and let go of everything."""
+        self.closed = True
+        self._vanish()
+        lines = [each.line for each in self._answering]
+        for answering in self._answering:
+            for task in answering.tasks:
+                task.cancel()
+        for line in lines:
+            line.close()
+        others = [each.line for each in self._asking.values()]
+        for line in others:
+            line.close(now=True)
+        gone = [line.gone for line in (*lines, *others)]
+        if gone:
+            await asyncio.wait(gone, timeout=_FLUSH)
+            for line in lines:
+                line.close(now=True)
+            await asyncio.wait(gone)
+        if self._starting:
+            await asyncio.wait(self._starting)
+        self._vanish()
+        self.roll.close()
+
+    def filenos(self) -> list[int]:
+        """The sockets."""
+        numbers = [each.line.fileno() for each in self._answering]
+        numbers += [each.line.fileno() for each in self._asking.values()]
+        return [each for each in (*numbers, self._listener.fileno() if self._listener else -1) if each >= 0]
+
+    # --------------------------------------------------------------------------------------------------- questions
+
+    async def ask(self, address: str, payload: bytes, deadline: float, clock: Clock) -> bytes:
+        """Ask those who serve the address elsewhere, one after the other, until one of them takes the question."""
+        moving, sure = min(deadline, clock.monotonic() + _MOVING), False
+        while not self.closed:
+            for token in self._candidates(address):
+                try:
+                    asking = self._line_to(token)
+                except OSError:
+                    continue  # Dead, or too busy to take a connection: nothing ran.
+                try:
+                    return await asking.ask(address, payload, deadline - clock.monotonic())
+                except NotServed:
+                    self.roll.doubt()
+            handler = self.handlers.get(address)
+            if handler is not None:
+                return await handler(payload)
+            if not sure:
+                sure = True
+                self.roll.doubt()
+                continue
+            if clock.monotonic() + _POLL >= moving or not self._answers_in(address.partition("/")[0]):
+                break
+            await clock.sleep(_POLL)
+        raise NoAnswer(f"nobody serves {address}: run the service that owns it, or send a command instead")
+
+    def _candidates(self, address: str) -> Iterator[str]:
+        self.roll.look()
+        tokens = self.roll.serving(address)
+        self._turn += 1
+        for n in range(len(tokens)):
+            token = tokens[(self._turn + n) % len(tokens)]
+            if token != self.token:
+                yield token
+
+    def _answers_in(self, domain: str) -> bool:
+        """Whether somebody who is alive answers in a domain, if not at this address."""
+        return self._present().answers_in(domain) or any(
+            present.answers_in(domain) and self.roll.is_alive(token)
+            for token, present in list(self.roll.present.items())
+            if token != self.token
+        )
 
 
-_boards: WeakValueDictionary[Path, _Board] = WeakValueDictionary()
+_boards: WeakValueDictionary[tuple[Path, asyncio.AbstractEventLoop], _Board] = WeakValueDictionary()
 
 
-class LocalWire:
+def _forked() -> None:
+    """A child must not keep alive what its parent's death is known by."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for board in list(_boards.values()):
+        for file in board.filenos():
+            # Not closed: the number must stay taken, because objects that this process has inherited will close it.
+            os.dup2(nowhere, file, inheritable=False)
+    os.close(nowhere)
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+class SocketWire:
     """See `cauce.wire.Wire` for what each method promises."""
 
     def __init__(self, path: Path, clock: Clock) -> None:
-        self._board = _boards.setdefault(path.resolve(), _Board())
-        self._clock = clock
-        self._deadlines = Deadlines()
+        self._key = path.resolve(), asyncio.get_running_loop()
+        board = _boards.get(self._key)
+        if board is None:
+            board = _boards[self._key] = _Board(folder_of(path.resolve()) / "wire", clock)
+        board.users += 1
+        self._board, self._clock, self._deadlines = board, clock, board.deadlines
+        self._handlers = board.handlers
+        self._closed = False
 
     async def ask(self, address: str, payload: bytes, deadline: float) -> bytes:
-        handler = self._board.handlers.get(address)
-        if handler is None:
-            raise NoAnswer(
-                f"nobody serves {address} in this process: run the service that owns it here, or send a command instead"
-            )
-        return await self._deadlines.within(deadline - self._clock.monotonic(), handler(payload))
+        handler = self._handlers.get(address)
+        if handler is not None:
+            return await self._deadlines.within(deadline - self._clock.monotonic(), handler(payload))
+        work = self._board.ask(address, payload, deadline, self._clock)
+        return await self._deadlines.within(deadline - self._clock.monotonic(), work)
 
     async def serve(self, address: str, handler: Handler) -> Callable[[], None]:
-        handlers = self._board.handlers
+        handlers = self._handlers
         if address in handlers:
             raise Refused(f"{address} is served already: run a service once in a process")
         handlers[address] = handler
@@ -50,17 +286,55 @@ class LocalWire:
         def leave() -> None:
             if handlers.get(address) is handler:
                 del handlers[address]
+                self._board.hide()
 
-        return leave
+        return await self._shown(leave)
 
     async def announce(self, instance: Instance) -> Callable[[], None]:
         instances = self._board.instances
         instances[instance.id] = instance
 
         def leave() -> None:
-            instances.pop(instance.id, None)
+            if instances.pop(instance.id, None) is not None:
+                self._board.hide()
 
+        return await self._shown(leave)
+
+    async def _shown(self, leave: Callable[[], None]) -> Callable[[], None]:
+        try:
+            await self._board.show()
+        except OSError as error:
+            leave()
+            raise Refused(f"the wire cannot be set up: {error}: mend the folder beside the bus") from None
+        except BaseException:
+            leave()
+            raise
         return leave
 
     async def instances(self) -> list[Instance]:
-        return list(self._board.instances.values())
+        return self._board.all_instances(self._clock.now())
+
+    async def close(self) -> None:
+        """Let go of it; the last one in the process closes its sockets and removes its files."""
+        if self._closed:
+            return
+        self._closed = True
+        self._board.users -= 1
+        if not self._board.users:
+            _boards.pop(self._key, None)
+            await self._board.close()
+
+
+def present(path: Path, clock: Clock) -> list[Instance]:
+    """Who runs on the bus in a file, found out without opening it. Raises `Refused` if that may not be known."""
+    folder = folder_of(path.resolve()) / "wire"
+    try:
+        roll = Roll(folder, clock, make=False)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise Refused(f"{folder} cannot be read: {error.strerror}: mend it, or ask as the user whose it is") from None
+    try:
+        return roll.instances()
+    finally:
+        roll.close()

@@ -1,0 +1,898 @@
+"""The wire between processes: who is asked, what comes back, and what is known when nothing does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from cauce import Domain, NoAnswer, OutcomeUnknown, Query, Refused, Rejected, Service, connect, running
+from cauce.accept import SLOTS
+from cauce.backends import sqlite
+from cauce.backends.sqlite import line as line_module
+from cauce.backends.sqlite.frames import MOST, Broken, Frames, answer, question
+from cauce.backends.sqlite.roll import Present, Roll
+from cauce.cli import main
+from cauce.cli.services import summary
+from cauce.clock import SystemClock
+from cauce.wire import Instance
+from shop import users
+from shop.users import ChangeEmail, RegisterUser, User
+
+Program = Callable[..., "subprocess.Popen[str]"]
+CLOCK = SystemClock()
+
+PEER = """
+import asyncio, json, os, sys
+from cauce.backends import sqlite
+from cauce.wire import Instance
+
+def say(word):
+    print(word, flush=True)
+
+async def handler(payload):
+    word = payload.decode()
+    if word == "pid":
+        return str(os.getpid()).encode()
+    if word == "fail":
+        raise ValueError("cannot")
+    if word in ("hang", "late"):
+        say("began")
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            say("cancelled")
+            if word == "late":
+                return b"late"
+            raise
+    if word == "huge":
+        return b"x" * (5 << 20)
+    if word == "large":
+        return b"x" * (3 << 20)
+    return payload
+
+async def main():
+    bus = await sqlite.open(sys.argv[1])
+    leave = {}
+    lines = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    say("ready")
+    while line := (await lines.readline()).decode():
+        order, _, what = line.strip().partition(" ")
+        if order == "serve":
+            leave[what] = await bus.wire.serve(what, handler)
+        elif order == "leave":
+            leave.pop(what)()
+        elif order == "announce":
+            await bus.wire.announce(Instance(what, what, (what,), os.getpid(), "starting", 1))
+        elif order == "fork":
+            if not (child := os.fork()):
+                import signal
+                signal.pause()
+            say(str(child))
+        say("done")
+    await bus.close()
+    say("closed")
+
+asyncio.run(main())
+"""
+
+
+class Peer:
+    """Another process at the wire."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    async def said(self) -> str:
+        assert self.process.stdout is not None
+        async with asyncio.timeout(30):
+            return (await asyncio.to_thread(self.process.stdout.readline)).strip()
+
+    async def does(self, order: str) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{order}\n")
+        self.process.stdin.flush()
+        first = await self.said()
+        if first != "done":
+            assert await self.said() == "done"
+        return first
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    async def killed(self) -> None:
+        self.process.kill()
+        await asyncio.to_thread(self.process.wait)
+
+
+@pytest.fixture
+def peer(program: Program, tmp_path: Path) -> Callable[..., Coroutine[Any, Any, Peer]]:
+    async def start(*addresses: str, path: Path = tmp_path / "bus.db") -> Peer:
+        peer = Peer(program(PEER, str(path)))
+        assert await peer.said() == "ready"
+        for address in addresses:
+            await peer.does(f"serve {address}")
+        return peer
+
+    return start
+
+
+Start = Callable[..., Coroutine[Any, Any, Peer]]
+
+
+@asynccontextmanager
+async def opened(path: Path) -> AsyncIterator[sqlite.SQLiteBus]:
+    bus = await sqlite.open(path)
+    try:
+        yield bus
+    finally:
+        await bus.close()
+
+
+@pytest.fixture
+async def bus(tmp_path: Path) -> AsyncIterator[sqlite.SQLiteBus]:
+    async with opened(tmp_path / "bus.db") as bus:
+        yield bus
+
+
+async def ask(bus: sqlite.SQLiteBus, address: str, payload: bytes, seconds: float = 20.0) -> bytes:
+    return await bus.wire.ask(address, payload, CLOCK.monotonic() + seconds)
+
+
+def roll(tmp_path: Path) -> list[str]:
+    return sorted(os.listdir(tmp_path / "bus.db.d" / "wire"))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - what is waited for happens in a folder
+            await asyncio.sleep(0.01)
+
+
+# ------------------------------------------------------------------------------------------- questions and answers
+
+
+async def test_a_question_is_answered_by_the_process_that_serves_the_address(
+    bus: sqlite.SQLiteBus, peer: Start
+) -> None:
+    there = await peer("users")
+    assert await ask(bus, "users", b"pid") == str(there.process.pid).encode()
+    assert await ask(bus, "users", b"") == b""
+    assert len(await ask(bus, "users", b"large")) == 3 << 20
+    assert len(await ask(bus, "users", b"y" * (3 << 20))) == 3 << 20
+
+
+async def test_what_is_served_here_is_asked_here_though_others_serve_it_too(bus: sqlite.SQLiteBus, peer: Start) -> None:
+    await peer("users")
+
+    async def here(payload: bytes) -> bytes:
+        return b"here"
+
+    leave = await bus.wire.serve("users", here)
+    assert {await ask(bus, "users", b"pid") for _ in range(4)} == {b"here"}
+    with pytest.raises(Refused, match="users is served already"):
+        await bus.wire.serve("users", here)
+    leave()
+    assert await ask(bus, "users", b"pid") != b"here"
+
+
+async def test_those_who_serve_the_same_address_are_asked_in_turn(bus: sqlite.SQLiteBus, peer: Start) -> None:
+    several = [await peer("users") for _ in range(3)]
+    answers = [await ask(bus, "users", b"pid") for _ in range(9)]
+    assert {int(each) for each in answers} == {each.process.pid for each in several}
+    assert all(answers.count(each) == 3 for each in answers)
+
+
+async def test_a_thousand_questions_are_in_flight_on_one_connection(bus: sqlite.SQLiteBus, peer: Start) -> None:
+    there = await peer("users")
+    hanging = [asyncio.ensure_future(ask(bus, "users", b"hang", 30)) for _ in range(3)]
+    for _ in hanging:
+        assert await there.said() == "began"
+    asked = [b"question %d" % n for n in range(1000)]
+    assert await asyncio.gather(*(ask(bus, "users", each) for each in asked)) == asked
+    sockets = [each for each in os.listdir(f"/proc/{there.process.pid}/fd") if _is_socket(there.process.pid, each)]
+    # One listens; the others are this connection, the hint for readers, and what the loop wakes itself by.
+    assert len(sockets) <= 6
+    for each in hanging:
+        each.cancel()
+
+
+def _is_socket(pid: int, number: str) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:")
+    except OSError:
+        return False
+
+
+async def test_a_handler_that_fails_is_a_lost_answer_that_says_why(bus: sqlite.SQLiteBus, peer: Start) -> None:
+    await peer("users")
+    with pytest.raises(ConnectionError, match=r"process \d+ failed: ValueError\('cannot'\)"):
+        await ask(bus, "users", b"fail")
+
+
+async def test_what_is_too_long_is_refused_before_it_is_sent_and_an_answer_that_is_so_is_a_failure(
+    bus: sqlite.SQLiteBus, peer: Start
+) -> None:
+    await peer("users")
+    with pytest.raises(Refused, match="at most 4194304"):
+        await ask(bus, "users", b"x" * (MOST + 1))
+    with pytest.raises(ConnectionError, match="at most 4194304"):
+        await ask(bus, "users", b"huge")
+    assert await ask(bus, "users", b"still there") == b"still there"
+
+
+# ------------------------------------------------------------------------------------------------- nobody answers
+
+
+async def test_where_nobody_serves_it_is_no_answer_at_once(bus: sqlite.SQLiteBus, peer: Start) -> None:
+    await peer("others", "others/1")
+    began = CLOCK.monotonic()
+    with pytest.raises(NoAnswer, match="nobody serves users/3"):
+        await ask(bus, "users/3", b"pid")
+    assert CLOCK.monotonic() - began < 1
+
+
+async def test_where_an_instance_answers_in_the_domain_a_slot_that_nobody_holds_is_waited_for(
+    bus: sqlite.SQLiteBus, peer: Start
+) -> None:
+    one = await peer("users/1")
+    other = await peer()
+    asked = asyncio.ensure_future(ask(bus, "users/3", b"pid"))
+    await asyncio.sleep(0.1)
+    assert not asked.done()
+    await other.does("serve users/3")
+    assert int(await asked) == other.process.pid
+    began = CLOCK.monotonic()
+    with pytest.raises(NoAnswer):
+        await ask(bus, "users/4", b"pid", 0.3)
+    assert 0.1 < CLOCK.monotonic() - began < 2
+    with pytest.raises(NoAnswer):
+        await ask(bus, "users/4", b"pid")
+    assert 1.9 < CLOCK.monotonic() - began < 10
+    assert int(await ask(bus, "users/1", b"pid")) == one.process.pid
+
+
+async def test_an_instance_that_starts_is_waited_for_but_not_when_it_was_killed(
+    bus: sqlite.SQLiteBus, peer: Start
+) -> None:
+    there = await peer()
+    await there.does("announce users")
+    asked = asyncio.ensure_future(ask(bus, "users", b"pid"))
+    await asyncio.sleep(0.05)
+    await there.does("serve users")
+    assert int(await asked) == there.process.pid
+    starting = await peer()
+    await starting.does("announce others")
+    await starting.killed()
+    began = CLOCK.monotonic()
+    with pytest.raises(NoAnswer):
+        await ask(bus, "others", b"pid")
+    assert CLOCK.monotonic() - began < 1
+
+
+async def test_a_slot_that_moved_is_asked_where_it_is_now_though_the_connection_to_the_first_stands(
+    bus: sqlite.SQLiteBus, peer: Start
+) -> None:
+    first, second = await peer("users/3", "users/1"), await peer("users/2")
+    assert int(await ask(bus, "users/3", b"pid")) == first.process.pid
+    for _ in range(3):
+        await first.does("leave users/3")
+        moved = asyncio.ensure_future(ask(bus, "users/3", b"pid"))
+        await second.does("serve users/3")
+        assert int(await moved) == second.process.pid
+        await second.does("leave users/3")
+        moved = asyncio.ensure_future(ask(bus, "users/3", b"pid"))
+        await first.does("serve users/3")
+        assert int(await moved) == first.process.pid
+
+
+async def test_an_answer_that_it_is_not_served_any_more_leads_to_the_next(
+    bus: sqlite.SQLiteBus, peer: Start, tmp_path: Path
+) -> None:
+    """What a process says in the folder may be older than what it knows."""
+    stale, right = await peer("users/1"), await peer("users/3")
+    folder = Roll(tmp_path / "bus.db.d" / "wire", CLOCK)
+    folder.look()
+    (token,) = (token for token in folder.present if token.startswith(f"{stale.process.pid}-"))
+    said = folder.present[token]
+    folder.publish(token, Present(said.owner, ("users/1", "users/3"), said.instances))
+    folder.close()
+    for _ in range(4):
+        assert int(await ask(bus, "users/3", b"pid")) == right.process.pid
+
+
+# ------------------------------------------------------------------------------------------------------ deadlines
+
+
+async def test_a_deadline_travels_and_cancels_what_it_was_for(bus: sqlite.SQLiteBus, peer: Start) -> None:
+    there = await peer("users")
+    began = CLOCK.monotonic()
+    with pytest.raises(TimeoutError):
+        await ask(bus, "users", b"hang", 0.3)
+    assert 0.25 < CLOCK.monotonic() - began < 5
+    assert await there.said() == "began"
+    assert await there.said() == "cancelled"
+
+
+async def test_a_late_answer_is_dropped_and_the_next_question_gets_its_own(bus: sqlite.SQLiteBus, peer: Start) -> None:
+    there = await peer("users")
+    with pytest.raises(TimeoutError):
+        await ask(bus, "users", b"late", 0.1)
+    assert [await there.said(), await there.said()] == ["began", "cancelled"]
+    for n in range(20):
+        assert await ask(bus, "users", b"%d" % n) == b"%d" % n
+
+
+async def test_who_is_cancelled_forgets_the_question(bus: sqlite.SQLiteBus, peer: Start) -> None:
+    there = await peer("users")
+    asked = asyncio.ensure_future(ask(bus, "users", b"hang", 60))
+    assert await there.said() == "began"
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    assert await ask(bus, "users", b"next") == b"next"
+
+
+async def test_one_that_stands_still_is_a_timeout_and_when_it_goes_on_begins_nothing_that_is_over(
+    bus: sqlite.SQLiteBus, peer: Start
+) -> None:
+    there = await peer("users", "users/1")
+    assert await ask(bus, "users", b"first") == b"first"
+    late = asyncio.ensure_future(ask(bus, "users", b"late", 0.2))
+    assert await there.said() == "began"
+    there.signal(signal.SIGSTOP)
+    with pytest.raises(TimeoutError):
+        await late
+    with pytest.raises(TimeoutError):
+        await ask(bus, "users", b"hang", 0.1)
+    assert [each.service for each in await bus.wire.instances()] == []
+    there.signal(signal.SIGCONT)
+    assert await ask(bus, "users", b"next") == b"next"
+    assert await there.said() == "cancelled"
+    await there.does("leave users/1")  # says "done", so "hang" never said "began"
+
+
+async def test_one_that_stands_still_costs_no_memory_for_questions_that_nobody_waits_for_any_more(
+    bus: sqlite.SQLiteBus, peer: Start
+) -> None:
+    there = await peer("users")
+    await ask(bus, "users", b"first")
+    there.signal(signal.SIGSTOP)
+    payload = b"x" * (1 << 20)
+    tracemalloc.start()
+    try:
+        for _ in range(40):
+            with pytest.raises(TimeoutError):
+                await ask(bus, "users", payload, 0.01)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        there.signal(signal.SIGCONT)
+    assert held < 8 << 20
+    assert await ask(bus, "users", b"next") == b"next"
+
+
+# ---------------------------------------------------------------------------------------------------------- death
+
+
+async def test_one_that_is_killed_while_it_is_asked_is_a_lost_connection_and_then_no_answer(
+    bus: sqlite.SQLiteBus, peer: Start, tmp_path: Path
+) -> None:
+    there = await peer("users")
+    asked = [asyncio.ensure_future(ask(bus, "users", b"hang")) for _ in range(5)]
+    for _ in asked:
+        assert await there.said() == "began"
+    await there.killed()
+    for each in asked:
+        with pytest.raises(ConnectionError, match=f"process {there.process.pid} went away before it answered"):
+            await each
+    with pytest.raises(NoAnswer):
+        await ask(bus, "users", b"pid")
+    assert roll(tmp_path) == []
+
+
+async def test_the_death_of_one_that_left_a_child_behind_is_noticed_too(bus: sqlite.SQLiteBus, peer: Start) -> None:
+    there = await peer("users")
+    assert await ask(bus, "users", b"first") == b"first"
+    child = int(await there.does("fork"))
+    try:
+        asked = asyncio.ensure_future(ask(bus, "users", b"hang"))
+        assert await there.said() == "began"
+        await there.killed()
+        async with asyncio.timeout(10):
+            with pytest.raises(ConnectionError):
+                await asked
+            with pytest.raises(NoAnswer):
+                await ask(bus, "users", b"pid")
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+async def test_one_that_is_dead_is_passed_over_for_one_that_lives(bus: sqlite.SQLiteBus, peer: Start) -> None:
+    dead, alive = await peer("users"), await peer("users")
+    await dead.killed()
+    for _ in range(4):
+        assert int(await ask(bus, "users", b"pid")) == alive.process.pid
+
+
+async def test_what_the_dead_left_is_removed_by_who_comes_next(
+    bus: sqlite.SQLiteBus, peer: Start, tmp_path: Path
+) -> None:
+    dead = await peer("users")
+    await dead.does("announce users")
+    (instance,) = await bus.wire.instances()
+    assert (instance.service, instance.pid, instance.state) == ("users", dead.process.pid, "starting")
+    assert len(roll(tmp_path)) == 2
+    await dead.killed()
+    folder = tmp_path / "bus.db.d" / "wire"
+    half = folder / "77-abc.sock-new"
+    half.touch()
+    fresh = folder / "78-abc.json-new"
+    fresh.touch()
+    alive = await peer("others")
+    left = {name.partition("-")[0] for name in roll(tmp_path)}
+    assert left == {str(alive.process.pid), "77", "78"}, "what may be in the making stays for a while"
+    assert await bus.wire.instances() == []
+
+
+async def test_half_made_files_are_removed_when_they_are_old(
+    bus: sqlite.SQLiteBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cauce.backends.sqlite.roll._OLD", -(10**9))
+    (tmp_path / "bus.db.d" / "wire" / "77-abc.sock-new").touch()
+
+    async def handler(payload: bytes) -> bytes:
+        return payload
+
+    await bus.wire.serve("users", handler)
+    assert {name.partition("-")[0] for name in roll(tmp_path)} == {str(os.getpid())}
+
+
+async def test_who_ends_in_good_order_leaves_nothing(bus: sqlite.SQLiteBus, peer: Start, tmp_path: Path) -> None:
+    there = await peer("users")
+    assert len(roll(tmp_path)) == 2
+    asked = asyncio.ensure_future(ask(bus, "users", b"hang"))
+    assert await there.said() == "began"
+    assert there.process.stdin is not None
+    there.process.stdin.close()
+    there.process.stdin = None
+    with pytest.raises(ConnectionError):
+        await asked
+    assert [await there.said(), await there.said()] == ["cancelled", "closed"]
+    assert roll(tmp_path) == []
+    assert await asyncio.to_thread(there.process.wait) == 0
+
+
+async def test_the_last_one_in_a_process_closes_the_wire_and_who_asks_then_gets_no_answer(tmp_path: Path) -> None:
+    async def handler(payload: bytes) -> bytes:
+        return payload
+
+    before = len(os.listdir("/proc/self/fd")), asyncio.all_tasks()
+    one, two = await sqlite.open(tmp_path / "bus.db"), await sqlite.open(tmp_path / "bus.db")
+    leave = await one.wire.serve("users", handler)
+    assert await ask(two, "users", b"a") == b"a"
+    await two.close()
+    assert len(roll(tmp_path)) == 2
+    leave()
+    await asyncio.sleep(0)
+    assert roll(tmp_path) == [], "who serves nothing is not on the roll"
+    await one.wire.serve("users", handler)
+    assert len(roll(tmp_path)) == 2
+    await one.close()
+    assert roll(tmp_path) == []
+    with pytest.raises(NoAnswer):
+        await ask(one, "others", b"a")
+    await asyncio.sleep(0)
+    assert (len(os.listdir("/proc/self/fd")), asyncio.all_tasks()) == before
+
+
+async def test_files_that_somebody_removed_are_made_again_with_the_next_beat(
+    bus: sqlite.SQLiteBus, peer: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cauce.backends.sqlite.wire._BEAT", 0.02)
+
+    async def handler(payload: bytes) -> bytes:
+        return b"here"
+
+    await bus.wire.serve("users", handler)
+    folder = tmp_path / "bus.db.d" / "wire"
+    for name in roll(tmp_path):
+        (folder / name).unlink()
+    folder.rmdir()
+    await until(lambda: folder.exists() and len(roll(tmp_path)) == 2)
+    client = """
+import asyncio, sys
+from cauce.backends import sqlite
+from cauce.clock import SystemClock
+
+async def main():
+    bus = await sqlite.open(sys.argv[1])
+    print((await bus.wire.ask("users", b"", SystemClock().monotonic() + 10)).decode())
+    await bus.close()
+
+asyncio.run(main())
+"""
+    assert await _output(client, tmp_path / "bus.db") == "here\n"
+
+
+async def _output(text: str, path: Path) -> str:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", text, str(path), stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await process.communicate()
+    assert process.returncode == 0
+    return out.decode()
+
+
+async def test_a_sign_of_life_is_given_as_long_as_something_is_served(
+    bus: sqlite.SQLiteBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cauce.backends.sqlite.wire._BEAT", 0.02)
+    leave = await bus.wire.announce(Instance("users", "a", ("users",), os.getpid()))
+    (file,) = (tmp_path / "bus.db.d" / "wire").glob("*.json")
+    first = file.stat().st_mtime_ns
+    await until(lambda: file.stat().st_mtime_ns != first)
+    await bus.wire.announce(Instance("users", "a", ("users",), os.getpid(), "draining"))
+    assert [each.state for each in await bus.wire.instances()] == ["draining"]
+    leave()
+    assert await bus.wire.instances() == []
+
+
+# --------------------------------------------------------------------------------------------------- bad company
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        struct.pack("!I", MOST + 1),
+        struct.pack("!I", 0xFFFFFFFF),
+        struct.pack("!I", 0),
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        struct.pack("!IBQ", 9, 1, 7),
+        struct.pack("!IBQ", 9, 99, 7),
+        struct.pack("!IBQdqH", 27, 1, 7, 1.0, 1, 9999),
+        struct.pack("!IBQdqH", 29, 1, 7, 1.0, 1, 2) + b"\xff\xff",
+        answer(2, 7, b"no question at all"),
+    ],
+)
+async def test_a_broken_frame_closes_its_connection_and_no_other(
+    bus: sqlite.SQLiteBus, peer: Start, tmp_path: Path, garbage: bytes
+) -> None:
+    there = await peer("users")
+    assert await ask(bus, "users", b"before") == b"before"
+    reader, writer = await asyncio.open_unix_connection(_socket_of(tmp_path))
+    writer.write(garbage)
+    async with asyncio.timeout(10):
+        with suppress(ConnectionResetError):
+            assert await reader.read() == b""
+    writer.close()
+    assert await ask(bus, "users", b"after") == b"after"
+    assert there.process.poll() is None
+
+
+def _socket_of(tmp_path: Path) -> Path:
+    (found,) = (tmp_path / "bus.db.d" / "wire").glob("*.sock")
+    return found
+
+
+async def test_a_question_whose_time_is_over_or_is_no_number_is_never_begun(
+    bus: sqlite.SQLiteBus, peer: Start, tmp_path: Path
+) -> None:
+    await peer("users")
+    reader, writer = await asyncio.open_unix_connection(_socket_of(tmp_path))
+    now = CLOCK.now()
+    writer.write(question(1, 5.0, now - 6_000_000, "users", b"old"))
+    writer.write(question(2, float("nan"), now, "users", b"nan"))
+    writer.write(question(3, -1.0, now, "users", b"negative"))
+    writer.write(question(4, float("inf"), now, "users", b"fresh"))
+    async with asyncio.timeout(10):
+        assert await reader.readexactly(4 + 9 + 5) == answer(2, 4, b"fresh")
+    writer.close()
+
+
+def test_frames_come_out_as_they_went_in_however_they_are_cut() -> None:
+    whole = [answer(2, n, b"x" * n) for n in (0, 1, 100, 70_000)]
+    for size in (1, 2, 3, 5, 4096, 1 << 20):
+        frames, found, data = Frames(), list[bytes](), b"".join(whole)
+        for at in range(0, len(data), size):
+            found += frames.feed(data[at : at + size])
+        assert found == [frame[4:] for frame in whole]
+
+
+def test_nothing_is_kept_for_a_length_that_lies() -> None:
+    tracemalloc.start()
+    try:
+        frames = [Frames() for _ in range(100)]
+        for each in frames:
+            assert each.feed(struct.pack("!IB", MOST, 1)) == []
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 100_000
+    with pytest.raises(Broken, match="a frame of 4194305 bytes"):
+        Frames().feed(struct.pack("!I", MOST + 1))
+
+
+async def test_another_user_is_not_talked_to_at_either_end(
+    bus: sqlite.SQLiteBus,
+    peer: Start,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    there = await peer("users")
+
+    async def handler(payload: bytes) -> bytes:
+        return payload
+
+    leave = await bus.wire.serve("others", handler)
+    ours = next(each for each in (tmp_path / "bus.db.d" / "wire").glob(f"{os.getpid()}-*.sock"))
+    # As if all the others ran as user 12345, not as this one, and not as root.
+    monkeypatch.setattr(line_module, "_CREDENTIALS", _Stranger)
+    with caplog.at_level(logging.WARNING):
+        with pytest.raises(NoAnswer):
+            await ask(bus, "users", b"pid", 0.2)
+        reader, writer = await asyncio.open_unix_connection(ours)
+        writer.write(question(1, 5.0, CLOCK.now(), "others", b"a"))
+        async with asyncio.timeout(10):
+            with suppress(ConnectionResetError):
+                assert await reader.read() == b""
+        writer.close()
+    assert f"process {there.process.pid} of user 12345 is at the wire" in caplog.text
+    assert f"process {os.getpid()} of user 12345" in caplog.text
+    monkeypatch.undo()
+    assert int(await ask(bus, "users", b"pid")) == there.process.pid
+    leave()
+
+
+class _Stranger:
+    size = struct.calcsize("3i")
+
+    @staticmethod
+    def unpack(data: bytes) -> tuple[int, int, int]:
+        pid, _, _ = struct.unpack("3i", data)
+        return pid, 12345, 12345
+
+
+async def test_files_that_say_nothing_readable_are_passed_over(
+    bus: sqlite.SQLiteBus, peer: Start, tmp_path: Path
+) -> None:
+    there = await peer("users")
+    folder = tmp_path / "bus.db.d" / "wire"
+    (folder / "1-a.json").write_text("{")
+    (folder / "2-a.json").write_text('{"owner": 7}')
+    (folder / "3-a.json").symlink_to(tmp_path / "bus.db")
+    (folder / "4-a.json").mkdir()
+    assert int(await ask(bus, "users", b"pid")) == there.process.pid
+
+
+async def test_the_folder_is_for_its_owner_only_and_a_deep_one_works_too(peer: Start, tmp_path: Path) -> None:
+    deep = tmp_path / ("a" * 100) / ("b" * 100)
+    deep.mkdir(parents=True)
+    there = await peer("users", path=deep / "bus.db")
+    async with opened(deep / "bus.db") as bus:
+        assert int(await ask(bus, "users", b"pid")) == there.process.pid
+    folder = deep / "bus.db.d" / "wire"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert all(each.stat().st_mode & 0o077 == 0 for each in folder.glob("*.json"))
+
+
+async def test_a_process_that_takes_no_connections_now_is_no_answer_and_stays_on_the_roll(
+    bus: sqlite.SQLiteBus, peer: Start, tmp_path: Path
+) -> None:
+    there = await peer("users")
+    there.signal(signal.SIGSTOP)
+    waiting = list[socket.socket]()
+    try:
+        while True:
+            each = socket.socket(socket.AF_UNIX)
+            each.setblocking(False)
+            waiting.append(each)
+            each.connect(str(_socket_of(tmp_path)))
+    except BlockingIOError:
+        pass
+    with pytest.raises(NoAnswer):
+        await ask(bus, "users", b"pid", 0.2)
+    there.signal(signal.SIGCONT)
+    assert int(await ask(bus, "users", b"pid")) == there.process.pid
+    for each in waiting:
+        each.close()
+
+
+# ------------------------------------------------------------------------------------------------------- services
+
+SHOP = """
+import asyncio, sys
+from cauce import running
+from shop import users
+
+async def main():
+    async with running(users.service, bus=sys.argv[1]) as bus:
+        print("ready", flush=True)
+        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def shop(program: Program, bus_url: str) -> Callable[[], Coroutine[Any, Any, Peer]]:
+    async def start() -> Peer:
+        there = Peer(program(SHOP, bus_url))
+        assert await there.said() == "ready"
+        return there
+
+    return start
+
+
+async def test_a_client_calls_fetches_and_asks_a_service_in_another_process(
+    shop: Callable[[], Coroutine[Any, Any, Peer]], bus_url: str, tmp_path: Path
+) -> None:
+    await shop()
+    async with connect(bus_url) as client:
+        receipts = await asyncio.gather(
+            *(client.call(RegisterUser(str(n), "Ana", f"{n}@example.org"), by="web:eva") for n in range(50))
+        )
+        assert [each.version for each in receipts] == [1] * 50
+        with pytest.raises(Rejected, match="already registered"):
+            await client.call(RegisterUser("7", "Ana", "ana@example.org"))
+        assert await client.fetch(User, "7") == User("7", "Ana", "7@example.org")
+        changed = await client.call(ChangeEmail("7", "new@example.org"))
+        assert await client.call(ChangeEmail("7", "new@example.org"), id=changed.id) == changed
+        assert await client.state(User, "7", at=1) == User("7", "Ana", "7@example.org")
+        assert len(roll(tmp_path)) == 2, "a client leaves no files"
+        (instance,) = await client.wire.instances()
+        assert instance.addresses == ("users", *(f"users/{slot}" for slot in range(SLOTS)))
+
+
+async def test_an_owner_killed_in_the_middle_is_outcome_unknown_for_a_call_and_no_answer_for_the_rest(
+    program: Program, bus_url: str
+) -> None:
+    there = Peer(program(SLOW, bus_url))
+    assert await there.said() == "ready"
+    async with connect(bus_url) as client:
+        call = asyncio.ensure_future(client.call(RegisterUser("1", "Ana", "a@example.org"), id="mine"))
+        question = asyncio.ensure_future(client.ask(Ping()))
+        assert {await there.said(), await there.said()} == {"deciding", "answering"}
+        await there.killed()
+        with pytest.raises(OutcomeUnknown, match="RegisterUser for users/1 .*went away.*id='mine'") as unknown:
+            await call
+        assert unknown.value.id == "mine"
+        with pytest.raises(NoAnswer, match="pings did not answer Ping: .*went away"):
+            await question
+        with pytest.raises(NoAnswer):
+            await client.call(RegisterUser("1", "Ana", "a@example.org"))
+        async with running(users.service, bus=bus_url):
+            assert (await client.call(RegisterUser("1", "Ana", "a@example.org"), id="mine")).version == 1
+
+
+pings = Domain("pings")
+
+
+class Ping(Query[int], domain=pings):
+    pass
+
+
+SLOW = """
+import asyncio, sys
+from cauce import Domain, Query, Service, running
+from shop.users import RegisterUser, User, UserRegistered, users
+
+service = Service("users", owns=users)
+pings = Domain("pings")
+
+class Ping(Query[int], domain=pings):
+    pass
+
+pinged = Service("pinged", owns=pings)
+
+@service.decide
+async def register(user: User | None, command: RegisterUser) -> UserRegistered:
+    print("deciding", flush=True)
+    await asyncio.Event().wait()
+    raise AssertionError
+
+@pinged.answer
+async def ping(query: Ping) -> int:
+    print("answering", flush=True)
+    await asyncio.Event().wait()
+    return 1
+
+@service.evolve
+def registered(user: User | None, event: UserRegistered) -> User:
+    return User(event.user_id, event.name, event.email)
+
+async def main():
+    async with running(service, pinged, bus=sys.argv[1]):
+        print("ready", flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_what_is_asked_when_the_owner_ends_in_good_order_is_answered_or_known_not_to_have_run(
+    shop: Callable[[], Coroutine[Any, Any, Peer]], bus_url: str
+) -> None:
+    there = await shop()
+    async with connect(bus_url) as client:
+        await client.call(RegisterUser("first", "Ana", "a@example.org"))
+        calls = [asyncio.ensure_future(client.call(RegisterUser(str(n), "Ana", "a@example.org"))) for n in range(300)]
+        await asyncio.sleep(0)
+        assert there.process.stdin is not None
+        there.process.stdin.close()
+        there.process.stdin = None
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(not isinstance(each, BaseException) or isinstance(each, NoAnswer) for each in results), results
+        assert await asyncio.to_thread(there.process.wait) == 0
+        accepted = sum(not isinstance(each, BaseException) for each in results)
+        assert await client.facts.head() == 2 + accepted
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def told(url: str, *arguments: str) -> str:
+    result = CliRunner().invoke(main, ["services", "--bus", url, *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+async def test_services_says_who_runs_in_all_processes(
+    shop: Callable[[], Coroutine[Any, Any, Peer]], bus_url: str
+) -> None:
+    there = await shop()
+    (line,) = told(bus_url).splitlines()
+    assert line.split()[:6] == ["users", "running", "process", str(there.process.pid), "users", "0-15"]
+    assert " since 20" in line
+    assert line.endswith(" s ago")
+    (found,) = json.loads(told(bus_url, "--json"))["services"]
+    assert (found["service"], found["state"], found["pid"]) == ("users", "running", there.process.pid)
+    assert found["addresses"] == ["users", *(f"users/{slot}" for slot in range(SLOTS))]
+    assert 0 <= found["quiet"] < 30
+    assert found["since"].endswith("+00:00")
+    await there.killed()
+    assert told(bus_url) == "nothing runs here\n"
+    assert json.loads(told(bus_url, "--json")) == {"services": []}
+
+
+async def test_services_shows_no_character_that_a_terminal_would_obey(bus: sqlite.SQLiteBus, tmp_path: Path) -> None:
+    await bus.wire.announce(Instance("evil\x1b[31m", "a", ("users", "\u202eabc/1"), 1, "draining", 1))
+    said = told(f"sqlite:///{tmp_path / 'bus.db'}")
+    assert "evil\\x1b[31m" in said
+    assert "draining" in said
+    assert "\x1b" not in said
+    assert "\u202e" not in said
+
+
+def test_services_on_a_bus_that_is_not_there_is_refused_and_makes_nothing(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["services", "--bus", f"sqlite:///{tmp_path / 'bus.db'}"])
+    assert result.exit_code == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_slots_are_told_in_few_words() -> None:
+    assert summary(["users", *(f"users/{slot}" for slot in range(16))]) == "users 0-15"
+    assert summary(["users/7", "users/0", "users/1", "users/2", "talk", "cards/3"]) == "users 0-2,7, talk, cards 3"
+    assert summary([]) == ""
+
+
+async def test_a_service_that_serves_no_domain_is_announced_too(bus_url: str) -> None:
+    async with running(Service("quiet"), bus=bus_url):
+        assert told(bus_url).split()[:5] == ["quiet", "running", "process", str(os.getpid()), "-"]
+    assert told(bus_url) == "nothing runs here\n"
