@@ -231,9 +231,8 @@ class _Running:
         ]
         for consumer, tail in self._consumers:
             tail.consumers.append(consumer)
-            bus.settles(consumer.settled)
             consumer.failed.add_done_callback(self._stopped)
-        bus.settles(self._relayed)
+        bus.settles(self._settled)
 
     async def own(self) -> None:
         for domain in self._service.owns:
@@ -509,6 +508,11 @@ class _Running:
         if said:
             unit.committed = self._said.set
 
+    async def _settled(self) -> None:
+        """Wait until its consumers have passed the heads as they are now, and what they said is in its log."""
+        await asyncio.gather(*(consumer.settled() for consumer, _ in self._consumers))
+        await self._relayed()
+
     async def _relayed(self) -> None:
         """Wait until all that was said is in its log."""
         assert self._store is not None
@@ -604,7 +608,8 @@ class _Running:
             unit = Unit(share)
             try:
                 self._say(bound, context, unit, 0, await _run(bound, None, context))
-                unit.timer = name, max(due + step, clock.now())
+                # What was missed is made up for once.
+                unit.timer = name, due + step if due + step > clock.now() else clock.now() + step
                 await store.commit(unit)
             except Exception as error:
                 _log.exception("%s.%s failed and is run again: %s", self._service.name, name, error)

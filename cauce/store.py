@@ -30,6 +30,7 @@ _PAUSE = 0.02
 """Seconds between two writings of places alone: a flush for each would take the disk from the log."""
 
 _RETRY = 1.0
+_KNOWN = 1000
 _PATIENCE = 5.0
 
 _SCHEMA = """
@@ -193,6 +194,7 @@ class Store:
         self.id = ""
         self._journal = _Journal()
         self._moved = asyncio.Event()
+        self._known: set[str] = set()
         self._writer: Writer
         self._reader: apsw.Connection
 
@@ -360,7 +362,11 @@ class Store:
         self._journal.handler = True
         try:
             for sql, parameters in statements:
-                connection.execute(sql, parameters)
+                known = sql in self._known
+                # Statements of ours are in the cache, where nobody asks any more whether they are allowed.
+                connection.execute(sql, parameters, can_cache=known)
+                if not known and len(self._known) < _KNOWN:
+                    self._known.add(sql)
         except _STATEMENT_ERRORS as error:
             self._journal.handler = False
             connection.execute("rollback to handler")

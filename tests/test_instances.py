@@ -1,0 +1,676 @@
+"""One service in several processes: shared slots, killed and stopped instances, effects stored once, dead letters."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+
+from cauce import Command, Context, Domain, Event, Fenced, Record, Refused, Rejected, Service, connect, running
+from cauce.backends.sqlite.file import folder_of
+from cauce.letters import discard, letters, retry
+from cauce.log import Log
+from cauce.store import Store
+from cauce.testing import VirtualClock
+
+Run = Callable[[Callable[[], Any]], Any]
+Program = Callable[..., subprocess.Popen[str]]
+
+counters = Domain("counters", key="name")
+
+
+class Counted(Record, domain=counters):
+    name: str
+    n: int
+
+
+class Added(Event, domain=counters):
+    name: str
+    n: int
+
+
+class Add(Command, domain=counters):
+    name: str
+
+
+class Doubled(Event, domain=counters):
+    name: str
+
+
+class Double(Command, domain=counters):
+    name: str
+
+
+owner = Service("counters", owns=counters)
+
+
+@owner.decide
+def add(counted: Counted | None, command: Add) -> Added:
+    return Added(command.name, (counted.n if counted else 0) + 1)
+
+
+@owner.decide
+def double(counted: Counted | None, command: Double) -> Doubled:
+    if counted is None:
+        raise Rejected("there is none")
+    return Doubled(command.name)
+
+
+@owner.evolve
+def added(counted: Counted | None, event: Added) -> Counted:
+    return Counted(event.name, event.n)
+
+
+@owner.evolve
+def doubled(counted: Counted, event: Doubled) -> Counted:
+    return Counted(counted.name, counted.n * 2)
+
+
+SEEN = "create table seen (name text, n integer, by text)"
+
+
+def store_of(url: str, service: str) -> apsw.Connection:
+    return apsw.Connection(str(folder(url) / service / "store.db"))
+
+
+def folder(url: str) -> Path:
+    return folder_of(Path(url.removeprefix("sqlite:///")))
+
+
+def seen(url: str, service: str) -> list[tuple[Any, ...]]:
+    return store_of(url, service).execute("select name, n, by from seen order by rowid").fetchall()
+
+
+async def head_of(log: Log) -> int:
+    return await log.head()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - what is waited for is in other processes
+            await asyncio.sleep(0.01)
+
+
+# -------------------------------------------------------------------------------------- what a handler stores
+
+
+async def test_what_a_reaction_stores_says_and_its_place_are_one(bus_url: str) -> None:
+    writer = Service("writer", schema=SEEN)
+
+    @writer.on
+    async def note(event: Added, ctx: Context) -> Double | None:
+        ctx.store.execute("insert into seen values (?, ?, 'note')", (event.name, event.n))
+        if event.n == 3:
+            ctx.store.execute("insert into nowhere values (1)")
+        return Double(event.name) if event.n == 1 else None
+
+    async with running(owner, writer, bus=bus_url) as bus:
+        for name in ("a", "b"):
+            for _ in range(2):
+                await bus.call(Add(name))
+        await bus.settled()
+        await bus.settled()
+        assert sorted(seen(bus_url, "writer")) == [
+            ("a", 1, "note"),
+            ("a", 2, "note"),
+            ("b", 1, "note"),
+            ("b", 2, "note"),
+        ]
+        assert (await bus.fetch(Counted, "a")).n in (2, 4, 3)
+        assert await head_of(bus.commands) == 2
+    rows = store_of(bus_url, "writer").execute("select count(*) from cauce_outbox").fetchall()
+    assert rows == [(0,)]
+
+
+async def test_a_statement_that_fails_takes_only_its_own_message_with_it(bus_url: str) -> None:
+    writer = Service("writer", schema=SEEN)
+
+    @writer.on(attempts=1)
+    async def note(event: Added, ctx: Context) -> None:
+        ctx.store.execute("insert into seen values (?, ?, '')", (event.name, event.n))
+        if event.name == "bad":
+            ctx.store.execute("insert into nowhere values (1)")
+
+    async with running(owner, writer, bus=bus_url) as bus:
+        await asyncio.gather(*(bus.call(Add(name)) for name in ("a", "b", "bad", "c", "d")))
+        await bus.call(Add("bad"))
+        await bus.settled()
+        assert sorted(name for name, _, _ in seen(bus_url, "writer")) == ["a", "b", "c", "d"]
+        (letter,) = letters(folder(bus_url))
+        assert (letter.service, letter.consumer, letter.stream, letter.behind) == ("writer", "note", "counters/bad", 1)
+        assert "no such table: nowhere" in letter.error
+        assert "BadStatement" in letter.error
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "delete from cauce_places",
+        "insert into cauce_claims values ('slot/1', 'me', 9)",
+        "commit",
+        "rollback",
+        "savepoint x",
+        "attach '/tmp/x' as y",
+        "pragma journal_mode = off",
+        "drop table cauce_waiting",
+    ],
+)
+async def test_a_handler_may_not_touch_what_the_store_keeps_of_it(sql: str, bus_url: str) -> None:
+    writer = Service("writer", schema=SEEN)
+
+    @writer.on(attempts=1)
+    async def note(event: Added, ctx: Context) -> None:
+        ctx.store.execute(sql)
+
+    async with running(owner, writer, bus=bus_url) as bus:
+        await bus.call(Add("a"))
+        await bus.settled()
+        (letter,) = letters(folder(bus_url))
+        assert "cannot be run" in letter.error
+        assert "not authorized" in letter.error or "prohibited" in letter.error
+
+
+async def test_what_was_stored_is_read_by_later_messages_of_the_thing(bus_url: str) -> None:
+    writer = Service("writer", schema=SEEN)
+    found = list[int]()
+
+    @writer.on
+    async def note(event: Added, ctx: Context) -> None:
+        ((n,),) = await ctx.store.fetch("select count(*) from seen where name = ?", (event.name,))
+        found.append(n)
+        ctx.store.execute("insert into seen values (?, ?, '')", (event.name, event.n))
+
+    async with running(owner, writer, bus=bus_url) as bus:
+        await asyncio.gather(*(bus.call(Add("a")) for _ in range(50)))
+        await bus.settled()
+    assert found == list(range(50))
+
+
+async def test_the_schema_of_a_store_grows_by_parts_and_is_never_changed_behind_its_back(bus_url: str) -> None:
+    async with running(Service("writer", schema=SEEN), bus=bus_url):
+        pass
+    store_of(bus_url, "writer").execute("insert into seen values ('a', 1, '')")
+    async with running(Service("writer", schema=[SEEN, "alter table seen add column at integer"]), bus=bus_url):
+        pass
+    assert store_of(bus_url, "writer").execute("select * from seen").fetchall() == [("a", 1, "", None)]
+    for wrong in (["create table other (a)"], [SEEN.replace("by", "who")]):
+        with pytest.raises(Refused, match="made by other SQL"):
+            async with running(Service("writer", schema=wrong), bus=bus_url):
+                pass
+    with pytest.raises(Refused, match="part 3 of the schema of service 'writer' cannot be run: near"):
+        async with running(
+            Service("writer", schema=[SEEN, "alter table seen add column at integer", "creat table x"]), bus=bus_url
+        ):
+            pass
+    assert store_of(bus_url, "writer").execute("select count(*) from cauce_claims where owner != ''").fetchall() == [
+        (0,)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- dead letters
+
+
+def test_what_failed_too_often_is_a_dead_letter_and_a_person_decides(
+    virtual: Run, clock: VirtualClock, bus_url: str
+) -> None:
+    handled, broken = list[tuple[str, int]](), {"a", "b"}
+    reacting = Service("reacting")
+
+    @reacting.on(attempts=3)
+    async def handle(event: Added) -> None:
+        if event.name in broken:
+            raise ValueError(f"cannot do {event.name}")
+        handled.append((event.name, event.n))
+
+    async def main() -> None:
+        async with running(owner, reacting, bus=bus_url, clock=clock) as bus:
+            for name in ("a", "b", "c"):
+                for _ in range(2):
+                    await bus.call(Add(name))
+            await bus.settled(timeout=300)
+            assert sorted(handled) == [("c", 1), ("c", 2)]
+            found = letters(folder(bus_url), "reacting")
+            assert [(each.stream, each.attempts, each.behind) for each in found] == [
+                ("counters/a", 3, 1),
+                ("counters/b", 3, 1),
+            ]
+            assert found[0].error == "ValueError: cannot do a"
+            assert 'raise ValueError(f"cannot do {event.name}")' in found[0].trace
+            message = json.loads(bytes(found[0].message))
+            assert (message["type"], message["subject"], message["data"]) == ("Added", "a", {"name": "a", "n": 1})
+            broken.clear()
+            retry(folder(bus_url), "reacting", "handle", found[0].position)
+            discard(folder(bus_url), "reacting", "handle", found[1].position)
+            with pytest.raises(Refused, match="no dead letter"):
+                retry(folder(bus_url), "reacting", "handle", found[0].position)
+            async with asyncio.timeout(60):
+                while len(handled) < 5:
+                    await clock.sleep(0.1)
+            assert sorted(handled[2:]) == [("a", 1), ("a", 2), ("b", 2)]
+            assert letters(folder(bus_url)) == []
+
+    virtual(main)
+
+
+def test_a_dead_letter_waits_through_a_restart_with_those_behind_it(
+    virtual: Run, clock: VirtualClock, bus_url: str
+) -> None:
+    tried = list[int]()
+    reacting = Service("reacting")
+
+    @reacting.on(attempts=2)
+    async def handle(event: Added) -> None:
+        tried.append(event.n)
+        raise ValueError
+
+    async def main() -> None:
+        async with running(owner, reacting, bus=bus_url, clock=clock) as bus:
+            await bus.call(Add("a"))
+            await bus.settled(timeout=300)
+        assert tried == [1, 1]
+        async with running(owner, reacting, bus=bus_url, clock=clock) as bus:
+            await bus.call(Add("a"))
+            await bus.settled(timeout=300)
+            await clock.sleep(1000)
+        assert tried == [1, 1]
+        (letter,) = letters(folder(bus_url))
+        assert letter.behind == 1
+
+    virtual(main)
+
+
+KILLER = """
+import asyncio, os, signal, sys
+sys.path.insert(0, {tests!r})
+from test_instances import Added, Service, Context, SEEN, running
+service = Service("killed", schema=SEEN)
+
+@service.on(attempts=3)
+async def handle(event: Added, ctx: Context) -> None:
+    if event.name == "deadly":
+        await asyncio.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+    ctx.store.execute("insert into seen values (?, ?, '')", (event.name, event.n))
+
+async def main():
+    async with running(service, bus=sys.argv[1]) as bus:
+        await bus.settled()
+        print("settled", flush=True)
+
+asyncio.run(main())
+"""
+
+
+def test_a_message_that_kills_the_process_is_parked_and_no_other(bus_url: str, program: Program) -> None:
+    async def fill() -> None:
+        async with running(owner, bus=bus_url) as bus:
+            for n in range(40):
+                await bus.call(Add("deadly" if n == 17 else f"innocent{n}"))
+
+    asyncio.run(fill())
+    script = KILLER.format(tests=str(Path(__file__).parent))
+    for _ in range(12):
+        process = program(script, bus_url)
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        process.wait()
+        if said == "settled\n":
+            break
+    (letter,) = letters(folder(bus_url))
+    assert (letter.stream, letter.attempts) == ("counters/deadly", 3)
+    assert letter.error == "the process died while this was handled"
+    assert sorted(name for name, _, _ in seen(bus_url, "killed")) == sorted(
+        f"innocent{n}" for n in range(40) if n != 17
+    ), "each of the others once"
+
+
+# -------------------------------------------------------------------------------------------------- the outbox
+
+
+LOST = """
+import asyncio, os, sys
+sys.path.insert(0, {tests!r})
+from test_instances import Added, Double, Service, Context, SEEN, running
+from cauce.backends.sqlite.log import SQLiteLog
+service = Service("saying", schema=SEEN)
+
+@service.on
+async def handle(event: Added, ctx: Context) -> Double:
+    ctx.store.execute("insert into seen values (?, ?, '')", (event.name, event.n))
+    return Double(event.name)
+
+append = SQLiteLog.append
+def die(self, stream, entries, **how):
+    if entries[0].type == "Double":
+        os._exit(9)
+    return append(self, stream, entries, **how)
+
+async def main(when):
+    if when == "before the relay":
+        SQLiteLog.append = die
+    if when == "before it is known":
+        from cauce.store import Store
+        async def never(self, numbers):
+            os._exit(9)
+        Store.relayed = never
+    async with running(service, bus=sys.argv[1]) as bus:
+        await bus.settled()
+        print("settled", flush=True)
+
+asyncio.run(main(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("when", ["before the relay", "before it is known"])
+def test_what_was_said_is_said_once_wherever_the_process_dies(when: str, bus_url: str, program: Program) -> None:
+    async def fill() -> None:
+        async with running(owner, bus=bus_url) as bus:
+            await bus.call(Add("a"))
+
+    asyncio.run(fill())
+    script = LOST.format(tests=str(Path(__file__).parent))
+    first = program(script, bus_url, when)
+    assert first.stdout is not None
+    assert first.stdout.readline() == ""
+    assert first.wait() == 9
+    assert seen(bus_url, "saying") == [("a", 1, "")], "stored with what was to be said"
+    again = program(script, bus_url, "well")
+    assert again.stdout is not None
+    assert again.stdout.readline() == "settled\n"
+    again.wait()
+    assert seen(bus_url, "saying") == [("a", 1, "")], "not handled again"
+
+    async def look() -> None:
+        async with connect(bus_url) as bus:
+            assert [entry.type for entry in (await bus.commands.read()).entries] == ["Double"]
+
+    asyncio.run(look())
+
+
+# ------------------------------------------------------------------------------------------------- every so often
+
+
+def test_an_interval_runs_once_for_all_instances_and_goes_on_after_a_restart(
+    virtual: Run, clock: VirtualClock, bus_url: str
+) -> None:
+    ran = list[float]()
+
+    def clocked() -> Service:
+        service = Service("clocked", schema=SEEN)
+
+        @service.every(60)
+        async def tick(ctx: Context) -> Add:
+            ran.append(round(clock.monotonic()))
+            ctx.store.execute("insert into seen values ('tick', 0, ?)", (ctx.idempotency_key,))
+            return Add("ticks")
+
+        return service
+
+    async def main() -> None:
+        async with (
+            running(owner, clocked(), bus=bus_url, clock=clock) as bus,
+            running(clocked(), bus=bus_url, clock=clock),
+        ):
+            await clock.sleep(200)
+            await bus.settled()
+            assert len(ran) == 3
+        clock.advance(600)
+        async with running(owner, clocked(), bus=bus_url, clock=clock) as bus:
+            await clock.sleep(50)
+            assert len(ran) == 4, "what was missed is made up for once"
+            await bus.settled()
+            await bus.settled()
+            assert (await bus.fetch(Counted, "ticks")).n == 4
+        assert len({by for _, _, by in seen(bus_url, "clocked")}) == 4
+
+    virtual(main)
+
+
+# -------------------------------------------------------------------------------------------------- slots shared
+
+
+def holders(url: str, service: str) -> Counter[str]:
+    rows = store_of(url, service).execute("select owner from cauce_claims where owner != '' and name like 'slot/%'")
+    return Counter(str(owner) for (owner,) in rows)
+
+
+INSTANCE = """
+import asyncio, logging, sys
+sys.path.insert(0, {tests!r})
+import test_instances
+from test_instances import Added, Doubled, Service, Context, SEEN, running, owner
+logging.basicConfig(level=logging.WARNING)
+name = sys.argv[2]
+service = Service("seeing", schema=SEEN)
+
+@service.on
+async def handle(event: Added, ctx: Context) -> None:
+    ctx.store.execute("insert into seen values (?, ?, ?)", (event.name, event.n, name))
+
+async def main():
+    services = [owner, service] if "owner" in sys.argv[3:] else [service]
+    async with running(*services, bus=sys.argv[1]) as bus:
+        print("ready", flush=True)
+        stop = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+        await asyncio.wait({{asyncio.ensure_future(stop), bus.failed}}, return_when=asyncio.FIRST_COMPLETED)
+        if bus.failed.done():
+            print("failed", type(bus.failed.exception()).__name__, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def instance(program: Program, url: str, name: str, *more: str) -> subprocess.Popen[str]:
+    process = program(INSTANCE.format(tests=str(Path(__file__).parent)), url, name, *more)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def close(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    process.stdin = None
+    process.wait(30)
+
+
+async def test_instances_share_slots_evenly_and_keep_the_order_of_each_thing_through_every_hand_over(
+    bus_url: str, program: Program
+) -> None:
+    names = [f"thing{n}" for n in range(40)]
+    async with running(owner, bus=bus_url) as bus:
+        adding = True
+
+        async def load() -> None:
+            while adding:
+                await asyncio.gather(*(bus.call(Add(name)) for name in names))
+                await asyncio.sleep(0.01)
+
+        loading = asyncio.ensure_future(load())
+        first = instance(program, bus_url, "one")
+        await until(lambda: holders(bus_url, "seeing").total() == 16)
+        second = instance(program, bus_url, "two")
+        await until(lambda: sorted(holders(bus_url, "seeing").values()) == [8, 8])
+        third = instance(program, bus_url, "three")
+        await until(lambda: sorted(holders(bus_url, "seeing").values()) == [5, 5, 6])
+        second.kill()
+        second.wait()
+        await until(lambda: sorted(holders(bus_url, "seeing").values()) == [8, 8])
+        close(first)
+        await until(lambda: list(holders(bus_url, "seeing").values()) == [16])
+        adding = False
+        await loading
+        wanted = {name: (await bus.fetch(Counted, name)).n for name in names}
+        await until(lambda: len(seen(bus_url, "seeing")) >= sum(wanted.values()))
+        close(third)
+    by_name = defaultdict(list)
+    for name, n, _ in seen(bus_url, "seeing"):
+        by_name[name].append(n)
+    assert by_name == {name: list(range(1, n + 1)) for name, n in wanted.items()}, "each once, in order"
+    assert {by for _, _, by in seen(bus_url, "seeing")} == {"one", "two", "three"}
+
+
+async def test_an_owner_in_two_processes_decides_each_thing_in_one_and_calls_find_it(
+    bus_url: str, program: Program
+) -> None:
+    first = instance(program, bus_url, "one", "owner")
+    second = instance(program, bus_url, "two", "owner")
+    await until(lambda: sorted(holders(bus_url, "counters").values()) == [8, 8])
+    async with connect(bus_url) as bus:
+        names = [f"thing{n}" for n in range(50)]
+        await asyncio.gather(*(bus.call(Add(name)) for name in names for _ in range(4)))
+        first.kill()
+        first.wait()
+        began = time.monotonic()
+
+        async def add(name: str) -> None:
+            while True:
+                try:
+                    await bus.call(Add(name), timeout=10)
+                    return
+                except Exception:
+                    assert time.monotonic() - began < 20
+                    await asyncio.sleep(0.05)
+
+        await asyncio.gather(*(add(name) for name in names))
+        for name in names:
+            assert (await bus.fetch(Counted, name)).n == 5
+    close(second)
+
+
+async def test_a_stopped_instance_loses_its_slots_and_cannot_write_when_it_wakes_up(
+    bus_url: str, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cauce.shares.TTL", 1.5)
+    monkeypatch.setattr("cauce.shares.BEAT", 0.3)
+    stale = instance(program, bus_url, "stale")
+    async with running(owner, bus=bus_url) as bus:
+        await bus.call(Add("a"))
+        await until(lambda: len(seen(bus_url, "seeing")) == 1)
+        await asyncio.sleep(0.2)
+        os.kill(stale.pid, signal.SIGSTOP)
+        other = Service("seeing", schema=SEEN)
+
+        @other.on
+        async def handle(event: Added, ctx: Context) -> None:
+            ctx.store.execute("insert into seen values (?, ?, 'other')", (event.name, event.n))
+
+        before = set(holders(bus_url, "seeing"))
+        async with running(other, bus=bus_url):
+            await until(lambda: holders(bus_url, "seeing").total() == 16 and set(holders(bus_url, "seeing")) != before)
+            for _ in range(3):
+                await bus.call(Add("a"))
+            await bus.settled()
+            os.kill(stale.pid, signal.SIGCONT)
+            assert stale.stdout is not None
+            assert await asyncio.to_thread(stale.stdout.readline) == "failed Fenced\n"
+            await bus.call(Add("a"))
+            await bus.settled()
+    assert [(n, by) for _, n, by in seen(bus_url, "seeing")] == [(1, "stale"), *((n, "other") for n in range(2, 6))]
+
+
+async def test_who_was_struck_off_cannot_store_anything(tmp_path: Path) -> None:
+    """The fence of the store, without any process to be fast or slow."""
+    from cauce.clock import SystemClock
+    from cauce.store import Unit
+
+    one = await Store.open(tmp_path / "s", "s", SystemClock(), [SEEN])
+    two = await Store.open(tmp_path / "s", "s", SystemClock(), [SEEN])
+    await one.tick("one", (), join=True)
+    (share,) = await one.take("one", ["slot/3"])
+    standing = await two.tick("two", [], join=True)
+    assert await two.take("two", ["slot/3"]) == []
+    await two.tick("two", [("one", standing.instances["one"])])
+    (later,) = await two.take("two", ["slot/3"])
+    assert (later.fence, later.clean, later.before) == (share.fence + 1, False, "one")
+    unit = Unit(share)
+    unit.statements.append(("insert into seen values ('stale', 1, '')", ()))
+    with pytest.raises(Fenced, match="slot/3"):
+        await one.commit(unit)
+    one.move(share, "handle", "counters", 3, "log", 99)
+    await one.flush()
+    two.move(later, "handle", "counters", 3, "log", 7)
+    await two.flush()
+    one.move(share, "handle", "counters", 3, "log", 98)
+    await one.flush()
+    assert two.places("handle", "log", 100) == {("counters", 3): 7}
+    assert await two.fetch("select * from seen") == []
+    assert not (await one.tick("one", ())).alive
+    await one.close()
+    await two.close()
+
+
+# --------------------------------------------------------------------------------------------- run --each
+
+
+def test_run_each_starts_again_what_dies_and_stops_all_together(bus_url: str, tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(root / "examples")))}
+    command = [sys.executable, "-c", "from cauce.cli import main; main()"]
+    parent = subprocess.Popen(
+        [*command, "run", "shop", "--each", "--bus", bus_url], env=environment, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path,
+    )  # fmt: skip
+
+    def running_services() -> dict[str, int]:
+        done = subprocess.run(
+            [*command, "services", "--bus", bus_url, "--json"], env=environment, capture_output=True, text=True
+        )
+        if done.returncode:
+            return {}
+        return {
+            each["service"]: each["pid"] for each in json.loads(done.stdout)["services"] if each["state"] == "running"
+        }
+
+    def wait_for(condition: Callable[[dict[str, int]], bool]) -> dict[str, int]:
+        until = time.monotonic() + 30
+        while not condition(found := running_services()):
+            assert time.monotonic() < until, found
+            time.sleep(0.05)
+        return found
+
+    try:
+        first = wait_for(lambda found: {"users", "mails"} <= found.keys())
+        assert len(set(first.values())) == len(first), "each in a process of its own"
+        os.kill(first["users"], signal.SIGKILL)
+        again = wait_for(lambda found: found.get("users", first["users"]) != first["users"] and "mails" in found)
+        assert again["mails"] == first["mails"]
+        parent.terminate()
+        assert parent.wait(30) == 0
+        assert running_services() == {}
+    finally:
+        parent.kill()
+        parent.communicate()
+
+
+def test_what_run_each_started_ends_when_the_supervisor_was_killed(bus_url: str, tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(root / "examples")))}
+    command = [sys.executable, "-c", "from cauce.cli import main; main()"]
+    parent = subprocess.Popen(
+        [*command, "run", "shop.users", "--each", "--bus", bus_url], env=environment, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert parent.stderr is not None
+    line = parent.stderr.readline()
+    child = int(line.rpartition(" ")[2])
+    while "running users" not in parent.stderr.readline():
+        pass
+    parent.kill()
+    parent.wait()
+    parent.stderr.close()
+    until = time.monotonic() + 30
+    while Path(f"/proc/{child}/stat").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}/stat").exists()
