@@ -20,7 +20,7 @@ from cauce.schema import Schema, encode, key_of
 from cauce.sql import Store
 from cauce.wire import Wire
 
-__all__ = ["NOTHING", "Ask", "Bus", "Cause", "Context", "Receipt", "Reply", "error_name", "own", "owned"]
+__all__ = ["NOTHING", "Ask", "Bus", "Cause", "Context", "Receipt", "Reply", "error_name", "keep", "own", "owned"]
 
 R = TypeVar("R", bound=Record)
 Answer = TypeVar("Answer")
@@ -366,6 +366,35 @@ async def own(facts: Log, domain: str, service: str, clock: Clock) -> None:
         entry = sealed(stream, "Owned", clock.id(), Meta(clock.now()), _encode({"service": service}))
         try:
             await facts.append(stream, [entry], expect=0)
+        except Conflict:
+            continue
+
+
+async def keep(facts: Log, service: str, store: str, place: str, fresh: bool, clock: Clock) -> None:
+    """Enter in the catalogue in which store a service keeps its data.
+
+    Parameters:
+        store: its id.
+        place: where it lies, as seen from the bus.
+        fresh: whether nothing was ever kept in it: one that was removed may be begun anew in its place.
+
+    Raises `Refused` if the service keeps its data in another store: two would each handle every message.
+    """
+    stream = f"_services/{service}"
+    while True:
+        page = await facts.read(Filter(stream))
+        known = msgspec.json.decode(page.entries[-1].checked().body or b"{}") if page.entries else {}
+        if known.get("store") == store:
+            return
+        if known and not (fresh and known.get("place") == place):
+            raise Refused(
+                f"service {service!r} keeps its data in store {known.get('store')} at {known.get('place')}, this one is {store} at {place}: "
+                "use that one, or remove this one's file to begin anew"
+            )
+        body = _encode({"store": store, "place": place})
+        entry = sealed(stream, "Kept", clock.id(), Meta(clock.now()), body)
+        try:
+            await facts.append(stream, [entry], expect=page.entries[-1].version if page.entries else 0)
         except Conflict:
             continue
 

@@ -13,7 +13,7 @@ import msgspec
 
 from cauce.accept import SLOTS, check_body, check_value, slot_of
 from cauce.backends import Backend, open_backend
-from cauce.bus import Ask, Bus, Cause, Context, Reply, error_name, own, owned
+from cauce.bus import Ask, Bus, Cause, Context, Reply, error_name, keep, own, owned
 from cauce.clock import Clock, SystemClock, uuid7
 from cauce.codec import Entry, Meta, derive_id, seal
 from cauce.commander import Commander, Decider
@@ -216,6 +216,7 @@ class _Running:
 
         bus, name = self._bus, self._service.name
         self._store = store = await Store.open(self._backend.store(name), name, bus.clock, self._service.schema)
+        await keep(bus.facts, name, store.id, f"{name}/{store.path.name}", store.is_fresh, bus.clock)
         self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose)
         shares.touched = self._touched
         for domain in self._service.owns:

@@ -430,6 +430,11 @@ class Store:
 
     # ---------------------------------------------------------------------------------------------------- the user's
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing was ever kept here."""
+        return not self._read("select 1 from cauce_claims limit 1", ())
+
     async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Rows of what was last committed. Raises `Refused` for SQL that cannot be run."""
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,23 @@ async def test_the_schema_of_a_store_grows_by_parts_and_is_never_changed_behind_
     assert store_of(bus_url, "writer").execute("select count(*) from cauce_claims where owner != ''").fetchall() == [
         (0,)
     ]
+
+
+async def test_a_second_store_for_one_service_is_refused_and_a_removed_one_is_begun_anew(bus_url: str) -> None:
+    async with running(owner, bus=bus_url) as bus:
+        await bus.call(Add("a"))
+    here = folder(bus_url) / "counters"
+    here.rename(here.with_name("aside"))
+    async with running(owner, bus=bus_url) as bus:
+        await bus.call(Add("a"))
+    shutil.rmtree(here)
+    here.with_name("aside").rename(here)
+    with pytest.raises(Refused, match="service 'counters' keeps its data in store .* this one is"):
+        async with running(owner, bus=bus_url):
+            pass
+    shutil.rmtree(here)
+    async with running(owner, bus=bus_url) as bus:
+        assert (await bus.call(Add("a"))).version == 3
 
 
 # ------------------------------------------------------------------------------------------------- dead letters
