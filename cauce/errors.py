@@ -84,7 +84,7 @@ class NoAnswer(Unavailable):
 
 
 class OutcomeUnknown(Unavailable):
-    """The deadline passed before the outcome was known: call again with the same `id` to learn it."""
+    """The deadline passed, or the owner went away, before the outcome was known: call again with the same `id`."""
 
     def __init__(self, id: str, what: str) -> None:
         super().__init__(f"{what}: the outcome is not known; call again with id={id!r} to learn it")

@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -25,7 +26,7 @@ from cauce.accept import SLOTS
 from cauce.backends import sqlite
 from cauce.backends.sqlite import line as line_module
 from cauce.backends.sqlite.frames import MOST, Broken, Frames, answer, question
-from cauce.backends.sqlite.roll import Present, Roll
+from cauce.backends.sqlite.registry import Present, Registry
 from cauce.cli import main
 from cauce.cli.services import summary
 from cauce.clock import SystemClock
@@ -112,8 +113,14 @@ class Peer:
             assert await self.said() == "done"
         return first
 
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
+    async def stops(self) -> None:
+        """It stands still when this returns: a signal takes its time."""
+        self.process.send_signal(signal.SIGSTOP)
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        await until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+
+    def goes_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
     async def killed(self) -> None:
         self.process.kill()
@@ -154,7 +161,7 @@ async def ask(bus: sqlite.SQLiteBus, address: str, payload: bytes, seconds: floa
     return await bus.wire.ask(address, payload, CLOCK.monotonic() + seconds)
 
 
-def roll(tmp_path: Path) -> list[str]:
+def files(tmp_path: Path) -> list[str]:
     return sorted(os.listdir(tmp_path / "bus.db.d" / "wire"))
 
 
@@ -306,7 +313,7 @@ async def test_an_answer_that_it_is_not_served_any_more_leads_to_the_next(
 ) -> None:
     """What a process says in the folder may be older than what it knows."""
     stale, right = await peer("users/1"), await peer("users/3")
-    folder = Roll(tmp_path / "bus.db.d" / "wire", CLOCK)
+    folder = Registry(tmp_path / "bus.db.d" / "wire", CLOCK)
     folder.look()
     (token,) = (token for token in folder.present if token.startswith(f"{stale.process.pid}-"))
     said = folder.present[token]
@@ -323,7 +330,7 @@ async def test_a_deadline_travels_and_cancels_what_it_was_for(bus: sqlite.SQLite
     there = await peer("users")
     began = CLOCK.monotonic()
     with pytest.raises(TimeoutError):
-        await ask(bus, "users", b"hang", 0.3)
+        await ask(bus, "users", b"hang", 0.5)
     assert 0.25 < CLOCK.monotonic() - began < 5
     assert await there.said() == "began"
     assert await there.said() == "cancelled"
@@ -332,7 +339,7 @@ async def test_a_deadline_travels_and_cancels_what_it_was_for(bus: sqlite.SQLite
 async def test_a_late_answer_is_dropped_and_the_next_question_gets_its_own(bus: sqlite.SQLiteBus, peer: Start) -> None:
     there = await peer("users")
     with pytest.raises(TimeoutError):
-        await ask(bus, "users", b"late", 0.1)
+        await ask(bus, "users", b"late", 0.5)
     assert [await there.said(), await there.said()] == ["began", "cancelled"]
     for n in range(20):
         assert await ask(bus, "users", b"%d" % n) == b"%d" % n
@@ -352,16 +359,18 @@ async def test_one_that_stands_still_is_a_timeout_and_when_it_goes_on_begins_not
     bus: sqlite.SQLiteBus, peer: Start
 ) -> None:
     there = await peer("users", "users/1")
+    await there.does("announce users")
     assert await ask(bus, "users", b"first") == b"first"
-    late = asyncio.ensure_future(ask(bus, "users", b"late", 0.2))
+    late = asyncio.ensure_future(ask(bus, "users", b"late", 0.5))
     assert await there.said() == "began"
-    there.signal(signal.SIGSTOP)
+    await there.stops()
     with pytest.raises(TimeoutError):
         await late
     with pytest.raises(TimeoutError):
         await ask(bus, "users", b"hang", 0.1)
-    assert [each.service for each in await bus.wire.instances()] == []
-    there.signal(signal.SIGCONT)
+    (instance,) = await bus.wire.instances()
+    assert instance.pid == there.process.pid, "one that stands still is alive"
+    there.goes_on()
     assert await ask(bus, "users", b"next") == b"next"
     assert await there.said() == "cancelled"
     await there.does("leave users/1")  # says "done", so "hang" never said "began"
@@ -372,7 +381,7 @@ async def test_one_that_stands_still_costs_no_memory_for_questions_that_nobody_w
 ) -> None:
     there = await peer("users")
     await ask(bus, "users", b"first")
-    there.signal(signal.SIGSTOP)
+    await there.stops()
     payload = b"x" * (1 << 20)
     tracemalloc.start()
     try:
@@ -382,7 +391,7 @@ async def test_one_that_stands_still_costs_no_memory_for_questions_that_nobody_w
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-        there.signal(signal.SIGCONT)
+        there.goes_on()
     assert held < 8 << 20
     assert await ask(bus, "users", b"next") == b"next"
 
@@ -403,7 +412,7 @@ async def test_one_that_is_killed_while_it_is_asked_is_a_lost_connection_and_the
             await each
     with pytest.raises(NoAnswer):
         await ask(bus, "users", b"pid")
-    assert roll(tmp_path) == []
+    assert files(tmp_path) == []
 
 
 async def test_the_death_of_one_that_left_a_child_behind_is_noticed_too(bus: sqlite.SQLiteBus, peer: Start) -> None:
@@ -437,7 +446,7 @@ async def test_what_the_dead_left_is_removed_by_who_comes_next(
     await dead.does("announce users")
     (instance,) = await bus.wire.instances()
     assert (instance.service, instance.pid, instance.state) == ("users", dead.process.pid, "starting")
-    assert len(roll(tmp_path)) == 2
+    assert len(files(tmp_path)) == 2
     await dead.killed()
     folder = tmp_path / "bus.db.d" / "wire"
     half = folder / "77-abc.sock-new"
@@ -445,7 +454,7 @@ async def test_what_the_dead_left_is_removed_by_who_comes_next(
     fresh = folder / "78-abc.json-new"
     fresh.touch()
     alive = await peer("others")
-    left = {name.partition("-")[0] for name in roll(tmp_path)}
+    left = {name.partition("-")[0] for name in files(tmp_path)}
     assert left == {str(alive.process.pid), "77", "78"}, "what may be in the making stays for a while"
     assert await bus.wire.instances() == []
 
@@ -453,19 +462,46 @@ async def test_what_the_dead_left_is_removed_by_who_comes_next(
 async def test_half_made_files_are_removed_when_they_are_old(
     bus: sqlite.SQLiteBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cauce.backends.sqlite.roll._OLD", -(10**9))
+    monkeypatch.setattr("cauce.backends.sqlite.registry._OLD", -(10**9))
     (tmp_path / "bus.db.d" / "wire" / "77-abc.sock-new").touch()
 
     async def handler(payload: bytes) -> bytes:
         return payload
 
     await bus.wire.serve("users", handler)
-    assert {name.partition("-")[0] for name in roll(tmp_path)} == {str(os.getpid())}
+    assert {name.partition("-")[0] for name in files(tmp_path)} == {str(os.getpid())}
+
+
+async def test_another_loop_in_the_same_process_is_asked_like_another_process(
+    bus: sqlite.SQLiteBus, tmp_path: Path
+) -> None:
+    async def elsewhere() -> None:
+        loop = asyncio.get_running_loop()
+
+        async def handler(payload: bytes) -> bytes:
+            assert asyncio.get_running_loop() is loop
+            return payload
+
+        async with opened(tmp_path / "bus.db") as other:
+            await other.wire.serve("users", handler)
+            here.call_soon_threadsafe(served.set)
+            await asyncio.to_thread(ended.wait)
+
+    here, served, ended = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    thread = asyncio.ensure_future(asyncio.to_thread(asyncio.run, elsewhere()))
+    try:
+        async with asyncio.timeout(20):
+            await served.wait()
+        assert await ask(bus, "users", b"a") == b"a"
+    finally:
+        ended.set()
+        await thread
+    assert files(tmp_path) == []
 
 
 async def test_who_ends_in_good_order_leaves_nothing(bus: sqlite.SQLiteBus, peer: Start, tmp_path: Path) -> None:
     there = await peer("users")
-    assert len(roll(tmp_path)) == 2
+    assert len(files(tmp_path)) == 2
     asked = asyncio.ensure_future(ask(bus, "users", b"hang"))
     assert await there.said() == "began"
     assert there.process.stdin is not None
@@ -474,7 +510,7 @@ async def test_who_ends_in_good_order_leaves_nothing(bus: sqlite.SQLiteBus, peer
     with pytest.raises(ConnectionError):
         await asked
     assert [await there.said(), await there.said()] == ["cancelled", "closed"]
-    assert roll(tmp_path) == []
+    assert files(tmp_path) == []
     assert await asyncio.to_thread(there.process.wait) == 0
 
 
@@ -487,14 +523,14 @@ async def test_the_last_one_in_a_process_closes_the_wire_and_who_asks_then_gets_
     leave = await one.wire.serve("users", handler)
     assert await ask(two, "users", b"a") == b"a"
     await two.close()
-    assert len(roll(tmp_path)) == 2
+    assert len(files(tmp_path)) == 2
     leave()
     await asyncio.sleep(0)
-    assert roll(tmp_path) == [], "who serves nothing is not on the roll"
+    assert files(tmp_path) == [], "who serves nothing is not in the registry"
     await one.wire.serve("users", handler)
-    assert len(roll(tmp_path)) == 2
+    assert len(files(tmp_path)) == 2
     await one.close()
-    assert roll(tmp_path) == []
+    assert files(tmp_path) == []
     with pytest.raises(NoAnswer):
         await ask(one, "others", b"a")
     await asyncio.sleep(0)
@@ -511,10 +547,10 @@ async def test_files_that_somebody_removed_are_made_again_with_the_next_beat(
 
     await bus.wire.serve("users", handler)
     folder = tmp_path / "bus.db.d" / "wire"
-    for name in roll(tmp_path):
+    for name in files(tmp_path):
         (folder / name).unlink()
     folder.rmdir()
-    await until(lambda: folder.exists() and len(roll(tmp_path)) == 2)
+    await until(lambda: folder.exists() and len(files(tmp_path)) == 2)
     client = """
 import asyncio, sys
 from cauce.backends import sqlite
@@ -692,11 +728,11 @@ async def test_the_folder_is_for_its_owner_only_and_a_deep_one_works_too(peer: S
     assert all(each.stat().st_mode & 0o077 == 0 for each in folder.glob("*.json"))
 
 
-async def test_a_process_that_takes_no_connections_now_is_no_answer_and_stays_on_the_roll(
+async def test_a_process_that_takes_no_connections_now_is_no_answer_and_stays_in_the_registry(
     bus: sqlite.SQLiteBus, peer: Start, tmp_path: Path
 ) -> None:
     there = await peer("users")
-    there.signal(signal.SIGSTOP)
+    await there.stops()
     waiting = list[socket.socket]()
     try:
         while True:
@@ -707,11 +743,11 @@ async def test_a_process_that_takes_no_connections_now_is_no_answer_and_stays_on
     except BlockingIOError:
         pass
     with pytest.raises(NoAnswer):
-        await ask(bus, "users", b"pid", 0.2)
-    there.signal(signal.SIGCONT)
-    assert int(await ask(bus, "users", b"pid")) == there.process.pid
+        await ask(bus, "users", b"pid")
+    there.goes_on()
     for each in waiting:
         each.close()
+    assert int(await ask(bus, "users", b"pid")) == there.process.pid
 
 
 # ------------------------------------------------------------------------------------------------------- services
@@ -755,7 +791,7 @@ async def test_a_client_calls_fetches_and_asks_a_service_in_another_process(
         changed = await client.call(ChangeEmail("7", "new@example.org"))
         assert await client.call(ChangeEmail("7", "new@example.org"), id=changed.id) == changed
         assert await client.state(User, "7", at=1) == User("7", "Ana", "7@example.org")
-        assert len(roll(tmp_path)) == 2, "a client leaves no files"
+        assert len(files(tmp_path)) == 2, "a client leaves no files"
         (instance,) = await client.wire.instances()
         assert instance.addresses == ("users", *(f"users/{slot}" for slot in range(SLOTS)))
 

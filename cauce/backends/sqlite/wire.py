@@ -15,7 +15,7 @@ import msgspec
 
 from cauce.backends.sqlite.file import folder_of
 from cauce.backends.sqlite.line import Answering, Asking, Line, NotServed, is_trusted
-from cauce.backends.sqlite.roll import BACKLOG, Present, Roll
+from cauce.backends.sqlite.registry import BACKLOG, Present, Registry
 from cauce.clock import Clock
 from cauce.deadline import Deadlines
 from cauce.errors import NoAnswer, Refused
@@ -40,7 +40,7 @@ class _Board:
 
     def __init__(self, folder: Path, clock: Clock) -> None:
         self._loop, self._clock = asyncio.get_running_loop(), clock
-        self.roll = Roll(folder, clock)
+        self.registry = Registry(folder, clock)
         self.token = f"{os.getpid()}-{clock.id()[-12:]}"
         self._owner = identity("wire", clock)
         self.deadlines = Deadlines()
@@ -63,10 +63,10 @@ class _Board:
         """Let the others see what is served and announced here."""
         async with self._showing:
             if self._server is None:
-                self._listener = self.roll.listen(self.token)
+                self._listener = self.registry.listen(self.token)
                 self._server = await self._loop.create_unix_server(self._accept, sock=self._listener, backlog=BACKLOG)
                 self._publish()
-                self.roll.tidy(but=self.token)
+                self.registry.tidy(but=self.token)
                 self._beating = self._loop.call_later(_BEAT, self._beat)
             else:
                 self._publish()
@@ -92,7 +92,7 @@ class _Board:
 
     def _publish(self) -> None:
         self._stale = True
-        self.roll.publish(self.token, self._present())
+        self.registry.publish(self.token, self._present())
         self._stale = False
 
     def _present(self) -> Present:
@@ -101,10 +101,10 @@ class _Board:
     def all_instances(self, now: int) -> list[Instance]:
         """Those here, and those elsewhere."""
         here = [msgspec.structs.replace(instance, beat=now) for instance in self.instances.values()]
-        return here if self.closed else here + self.roll.instances(but=self.token)
+        return here if self.closed else here + self.registry.instances(but=self.token)
 
     def _vanish(self) -> None:
-        self.roll.bury(self.token)
+        self.registry.bury(self.token)
         if self._server is not None:
             self._server.close()
             self._server = self._listener = None
@@ -114,7 +114,7 @@ class _Board:
 
     def _beat(self) -> None:
         self._beating = self._loop.call_later(_BEAT, self._beat)
-        if self.roll.beat(self.token):
+        if self.registry.beat(self.token):
             if self._stale:
                 self._hide()
             return
@@ -134,7 +134,7 @@ class _Board:
         asking = self._asking.get(token)
         if asking is not None:
             return asking
-        connection = self.roll.connect(token)
+        connection = self.registry.connect(token)
         if not is_trusted(connection):
             connection.close()
             raise PermissionError(f"process {token} is not trusted")
@@ -154,7 +154,7 @@ class _Board:
 
     def _lost(self, token: str) -> None:
         del self._asking[token]
-        self.roll.doubt()
+        self.registry.doubt()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
@@ -188,7 +188,7 @@ class _Board:
         if self._starting:
             await asyncio.wait(self._starting)
         self._vanish()
-        self.roll.close()
+        self.registry.close()
 
     def filenos(self) -> list[int]:
         """The sockets."""
@@ -208,15 +208,16 @@ class _Board:
                 except OSError:
                     continue  # Dead, or too busy to take a connection: nothing ran.
                 try:
-                    return await asking.ask(address, payload, deadline - clock.monotonic())
+                    left = deadline - clock.monotonic()
+                    return await self.deadlines.within(left, asking.ask(address, payload, left))
                 except NotServed:
-                    self.roll.doubt()
+                    self.registry.doubt()
             handler = self.handlers.get(address)
             if handler is not None:
-                return await handler(payload)
+                return await self.deadlines.within(deadline - clock.monotonic(), handler(payload))
             if not sure:
                 sure = True
-                self.roll.doubt()
+                self.registry.doubt()
                 continue
             if clock.monotonic() + _POLL >= moving or not self._answers_in(address.partition("/")[0]):
                 break
@@ -224,8 +225,8 @@ class _Board:
         raise NoAnswer(f"nobody serves {address}: run the service that owns it, or send a command instead")
 
     def _candidates(self, address: str) -> Iterator[str]:
-        self.roll.look()
-        tokens = self.roll.serving(address)
+        self.registry.look()
+        tokens = self.registry.serving(address)
         self._turn += 1
         for n in range(len(tokens)):
             token = tokens[(self._turn + n) % len(tokens)]
@@ -235,8 +236,8 @@ class _Board:
     def _answers_in(self, domain: str) -> bool:
         """Whether somebody who is alive answers in a domain, if not at this address."""
         return self._present().answers_in(domain) or any(
-            present.answers_in(domain) and self.roll.is_alive(token)
-            for token, present in list(self.roll.present.items())
+            present.answers_in(domain) and self.registry.is_alive(token)
+            for token, present in list(self.registry.present.items())
             if token != self.token
         )
 
@@ -274,8 +275,7 @@ class SocketWire:
         handler = self._handlers.get(address)
         if handler is not None:
             return await self._deadlines.within(deadline - self._clock.monotonic(), handler(payload))
-        work = self._board.ask(address, payload, deadline, self._clock)
-        return await self._deadlines.within(deadline - self._clock.monotonic(), work)
+        return await self._board.ask(address, payload, deadline, self._clock)
 
     async def serve(self, address: str, handler: Handler) -> Callable[[], None]:
         handlers = self._handlers
@@ -329,12 +329,12 @@ def present(path: Path, clock: Clock) -> list[Instance]:
     """Who runs on the bus in a file, found out without opening it. Raises `Refused` if that may not be known."""
     folder = folder_of(path.resolve()) / "wire"
     try:
-        roll = Roll(folder, clock, make=False)
+        registry = Registry(folder, clock, make=False)
     except FileNotFoundError:
         return []
     except OSError as error:
         raise Refused(f"{folder} cannot be read: {error.strerror}: mend it, or ask as the user whose it is") from None
     try:
-        return roll.instances()
+        return registry.instances()
     finally:
-        roll.close()
+        registry.close()

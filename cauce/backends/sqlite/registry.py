@@ -1,4 +1,4 @@
-"""The roll: which processes are on the wire of a bus, what each of them serves and announces, who has died."""
+"""The registry: which processes are on the wire of a bus, what each of them serves and announces, who has died."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cauce.clock import Clock
 from cauce.identity import is_dead
 from cauce.wire import Instance
 
-__all__ = ["BACKLOG", "Present", "Roll"]
+__all__ = ["BACKLOG", "Present", "Registry"]
 
 _COARSE = 100_000_000
 """Nanoseconds within which two changes of a folder may have the same time."""
@@ -49,7 +49,7 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Present).decode
 
 
-class Roll:
+class Registry:
     """A folder with two files for each process: `<token>.json` with what it says, `<token>.sock` where it listens.
 
     Both appear whole, by rename, the socket first and listening; so a socket that refuses is of a dead process.
