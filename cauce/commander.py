@@ -79,6 +79,7 @@ class Commander:
         self._idle = asyncio.Event()
         self._doubts: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._audits: set[asyncio.Future[Appended]] = set()
         self.records = Records(bus.records, domain, bus.clock)
         self._unsure = self.records.unsure
         self._slots = [f"{domain}/{slot}" for slot in range(SLOTS)]
@@ -172,7 +173,7 @@ class Commander:
             # Who took over, failed half-way or heard of an earlier try cannot know if it was decided: the log does.
             doubtful = entry.position <= self._backlog[slot] or entry.position in self._doubts or meta.again
             wish = Wish(entry.type, msgspec.Raw(body), meta.schema)
-            if doubtful and await self._accepted(entry.key, wish, entry.id):
+            if doubtful and (await self._audited(entry) or await self._accepted(entry.key, wish, entry.id)):
                 pass
             elif meta.expires and self._clock.now() > meta.expires:
                 self._audit(entry.stream, entry.type, meta.schema, body, cause, "expired")
@@ -186,6 +187,9 @@ class Commander:
             self._audit(entry.stream, entry.type, meta.schema, body, cause, f"refused: {error}")
         finally:
             self._done(entry.id)
+        if self._audits:
+            # The place must not pass a verdict that is not kept: a restore would decide anew.
+            await asyncio.wait(self._audits)
         self._doubts.discard(entry.position)
 
     async def publish(self, events: Sequence[Event], ids: Sequence[str], cause: Cause) -> None:
@@ -366,6 +370,16 @@ class Commander:
             raise IdReused(f"{stream.stream} holds another wish with id {id}: use a fresh id for another wish")
         return Receipt(id, key, found[-1].version, found[-1].position, True)
 
+    async def _audited(self, entry: Entry) -> bool:
+        """Whether a wish that was sent has its verdict already: what was rejected once is not granted by a restore."""
+        looked, head = entry.position, await self._bus.commands.head()
+        while looked < head:
+            page = await self._bus.commands.read(Filter(entry.stream), after=looked, bodies=False)
+            if any(each.meta.verdict and each.meta.causation == entry.id for each in page.entries):
+                return True
+            looked = page.looked
+        return False
+
     async def _sure(self, key: str) -> None:
         """Wait for what was appended: the log keeps the order of what it is told, and a beat comes after all of it."""
         await self._facts.beat(self._claim(key))
@@ -442,6 +456,8 @@ class Commander:
         except Exception as error:
             _log.warning("no audit of %s for %s: %s", type, stream, error)
             return
+        self._audits.add(future)
+        future.add_done_callback(self._audits.discard)
         future.add_done_callback(_told)
 
 

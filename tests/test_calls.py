@@ -506,6 +506,18 @@ def test_a_sent_wish_is_not_fulfilled_after_it_expired_and_that_is_kept(
     virtual(main)
 
 
+async def test_what_was_rejected_when_it_was_sent_is_not_granted_when_it_is_read_again(bus_url: str) -> None:
+    async with running(service, bus=bus_url) as bus:
+        await bus.send(Take("a"))
+        await bus.settled()
+        assert [each.meta.verdict for each in await entries(bus.commands)] == ["", "rejected: there is nothing to take"]
+        await bus.call(Add("a"))
+    forget_places(bus_url, "counters")
+    async with running(service, bus=bus_url) as bus:
+        await bus.settled()
+        assert len(await entries(bus.facts)) == 1
+
+
 def test_what_was_accepted_in_time_is_not_called_expired_when_it_is_read_again(
     virtual: Callable[..., None], clock: VirtualClock, bus_url: str
 ) -> None:
