@@ -13,19 +13,21 @@ import msgspec
 from cauce.accept import check_body, check_value
 from cauce.backends import Backend, open_backend
 from cauce.bus import Ask, Bus, Cause, Context, Reply, error_name, own, owned
+from cauce.carried import LastOfEach, carried
 from cauce.clock import Clock, SystemClock
 from cauce.codec import Entry
 from cauce.commander import Commander, Decider
 from cauce.errors import CauceError, NoAnswer, NotOwner, Refused
 from cauce.fold import Folder, messages_of
 from cauce.lease import Leases, identity
-from cauce.messages import Command, Domain, Event, Message, Notice, declared
+from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
 from cauce.schema import Schema, encode
 from cauce.service import Bound, Service, bind
 from cauce.wire import Instance
 
 if TYPE_CHECKING:
     from cauce.consumer import Consumer
+    from cauce.copies import Copies
     from cauce.store import Store
 
 __all__ = ["DEFAULT_BUS", "connect", "running"]
@@ -81,7 +83,7 @@ async def running(
         stack.push_async_callback(_stop, each, tasks, drain)
         tasks.start("leases", leases.beat())
         # Each step for all, before the next for any: nobody owns half of what it says, or reacts before others answer.
-        for step in (_Running.look, _Running.own, _Running.lead, _Running.serve, _Running.consume):
+        for step in (_Running.look, _Running.own, _Running.lead, _Running.copy, _Running.serve, _Running.consume):
             for service in each:
                 await step(service)
         yield face
@@ -161,12 +163,17 @@ class _Running:
         self._schemas: dict[str, Schema] = {}
         self._consumers: list[Consumer] = []
         self._served: list[Callable[[], None]] = []
+        self._copies: Copies | None = None
         self._store: Store | None = None
 
     async def look(self) -> None:
         """Raises `NotOwner` before anything is written."""
         for domain in self._service.owns:
             await owned(self._bus.facts, domain.name, self._service.name)
+        if any(bound.part.kind in ("view", "replica") for bound in self._parts):
+            from cauce.copying import copies_of
+
+            self._copies = copies_of(self._service, self._parts, self._backend.store(self._service.name), self._bus)
 
     async def own(self) -> None:
         for domain in self._service.owns:
@@ -176,6 +183,16 @@ class _Running:
         """Become the one who decides, with all records written that a predecessor left behind."""
         for domain in self._service.owns:
             await self._lead(domain)
+
+    async def copy(self) -> None:
+        """Have all replicas complete, and feed them and the views from now on."""
+        if self._copies is None:
+            return
+        self._bus.copies[self._service.name] = self._copies
+        await self._copies.start(self._tasks.fail)
+        self._tasks.start(f"copies of {self._service.name}", self._copies.run())
+        self._bus.settles(self._copies.settled_views)
+        self._bus.settles(self._copies.settled_replicas, behind=True)
 
     async def serve(self) -> None:
         """Answer from now on."""
@@ -221,6 +238,8 @@ class _Running:
 
     async def close(self) -> None:
         """Write the last places, and let go of the store."""
+        if self._copies is not None:
+            await self._copies.close()
         if self._store is not None:
             try:
                 await self._store.flush()
@@ -262,7 +281,15 @@ class _Running:
                 bound.name, _wants(bound), self._reaction(bound), bus.facts, store, bus.clock,
                 begin=head if bound.part.start == "now" else 0, head=head, bodies=not bound.notice,
             )
-            for bound in self._parts if bound.part.kind == "on"
+            for bound in self._parts if bound.part.kind == "on" and not _is_record(bound)
+        ]  # fmt: skip
+        head = await bus.records.head()
+        changes = [
+            Consumer(
+                bound.name, {declared(bound.messages[0]).domain.name: frozenset()}, self._reaction(bound),
+                LastOfEach(bus.records), store, bus.clock, begin=head if bound.part.start == "now" else 0, head=head,
+            )
+            for bound in self._parts if bound.part.kind == "on" and _is_record(bound)
         ]  # fmt: skip
         head = await bus.commands.head()
         wishes = [
@@ -278,12 +305,12 @@ class _Running:
             )
             for domain, commander in self._commanders.items()
         ]
-        for log, consumers in ((bus.facts, reactions), (bus.commands, wishes)):
+        for log, consumers in ((bus.facts, reactions), (bus.records, changes), (bus.commands, wishes)):
             if consumers:
                 self._tasks.start("tail", Tail(log, consumers, bus.clock).run())
-        self._consumers = [*reactions, *wishes]
+        self._consumers = [*reactions, *changes, *wishes]
         for consumer in self._consumers:
-            bus.settles(consumer.settled)
+            bus.settles(consumer.settled, behind=consumer in changes)
             consumer.failed.add_done_callback(self._stopped)
 
     def _stopped(self, consumer: asyncio.Future[None]) -> None:
@@ -296,11 +323,15 @@ class _Running:
 
         async def handle(entry: Entry) -> None:
             meta = entry.meta if bound.notice else entry.checked().meta
-            message: Any = (
-                Notice(entry.type, entry.key, entry.version)
-                if bound.notice
-                else schema.decode(entry.domain, entry.type, meta.schema, entry.body or b"")
-            )
+            message: Any
+            if bound.notice:
+                message = Notice(entry.type, entry.key, entry.version)
+            elif _is_record(bound):
+                message = carried(bound.messages[0], schema, entry)
+                if message is None and not bound.gone:
+                    return
+            else:
+                message = schema.decode(entry.domain, entry.type, meta.schema, entry.body or b"")
             cause = Cause(entry.id, meta.correlation or entry.id, "", meta.trace, meta.tracestate)
             context = Context(bus, service, bound.name, entry, cause)
             await self._say(bound, context, await _run(bound, message, context))
@@ -365,11 +396,17 @@ class _Running:
         bound = answers.get(type(query))
         if bound is None:
             raise NoAnswer(f"service {self._service.name!r} does not answer {ask.type}: add an answer function for it")
+        if ask.after is not None and self._copies is not None:
+            await self._copies.passed(ask.after)
         cause = Cause(ask.id, ask.correlation or ask.id, ask.by, ask.trace, ask.tracestate)
         answer = await _run(bound, query, Context(self._bus, self._service.name, bound.name, None, cause))
         what = f"the answer of {self._service.name}.{bound.name}"
         check_value(msgspec.to_builtins(answer), what)
         return Reply(body=msgspec.Raw(check_body(_encode(answer), what)))
+
+
+def _is_record(bound: Bound) -> bool:
+    return issubclass(bound.messages[0], Record)
 
 
 def _wants(bound: Bound) -> dict[str, frozenset[str]]:
