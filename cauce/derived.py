@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -20,11 +21,11 @@ from cauce.errors import Busy, Damaged, Unavailable
 from cauce.log import Filter, Log
 from cauce.sql import Fetch
 
-__all__ = ["Derived", "Failed", "Shape", "feed", "filter_of"]
+__all__ = ["Derived", "Failed", "Shape", "Told", "feed", "filter_of", "schema_of"]
 
 _log = logging.getLogger("cauce")
-_BATCH = 5_000
-_CHUNK = 1_000
+_BATCH = 20_000
+_CHUNK = 250
 _PAGE = 2_000
 _LONGEST = 0.5
 _RARELY = 10_000
@@ -33,6 +34,9 @@ _LOOK = 1.0
 _POLL = 0.05
 _PAUSE = 0.25
 _LONGEST_PAUSE = 10.0
+
+
+Told = Callable[[int, int, int], None]
 
 
 class Failed(Exception):
@@ -120,6 +124,21 @@ class Derived:
             self._queue.append(entry)
             if len(self._queue) >= _BATCH:
                 await self._full()
+
+    async def take_all(self, entries: Sequence[Entry]) -> None:
+        """Queue entries that it wants, in order."""
+        if entries and not self.failed.done():
+            if entries[0].position <= self._given:
+                entries = [entry for entry in entries if entry.position > self._given]
+            self._given = max(self._given, entries[-1].position if entries else 0)
+            self._queue += entries
+            if len(self._queue) >= _BATCH:
+                await self._full()
+
+    def has(self, entry: Entry) -> bool:
+        """Whether it wants an entry."""
+        types = self.wants.get(entry.domain)
+        return types is not None and (not types or entry.type in types)
 
     def looked(self, position: int) -> None:
         """All that it wants up to a position was given to it."""
@@ -273,15 +292,10 @@ class Derived:
 
     async def close(self) -> None:
         """Write what was given and the place, and let go."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            if not self.failed.done():
-                try:
-                    await self._step(last=True)
-                except Exception as error:
-                    _log.warning("%s: what it read last is read again: %s", self.shape.what, error)
-            self._task = None
+        try:
+            await self._stop()
+        except Exception as error:
+            _log.warning("%s: what it read last is read again: %s", self.shape.what, error)
         self.reading.close()
         self._building.release()
         if self._file is not None:
@@ -462,7 +476,7 @@ class Derived:
 
     # ------------------------------------------------------------------------------------------------------- rebuild
 
-    async def rebuild(self, told: Callable[[int, int, int], None]) -> int:
+    async def rebuild(self, told: Told) -> int:
         """Build a new file beside the live one, or go on with one that was not finished, and switch. Effects stay off.
 
         Parameters:
@@ -470,35 +484,37 @@ class Derived:
 
         Returns that number. Raises `Busy` if it is being built already.
         """
-        head = await self._log.head()
-        if not await in_thread(self._beside, head):
+        if not await in_thread(self._beside, await self._log.head()):
             raise Busy(f"{self.shape.what} is being built by another process: wait until that is done, or stop it")
-        looked, entries = self._looked, 0
-        while looked < head:
-            page = await self._log.read(filter_of([self]), after=looked, limit=_PAGE)
-            looked, self._in_hand = page.looked, list(page.entries)
-            entries += len(self._in_hand)
-            while self._in_hand:
-                await self._commit(looked)
-            self._committed = max(self._committed, looked)
-            head = await self._log.head()
-            told(looked, head, entries)
-        await in_thread(self._write, [], looked)
-        assert self._file is not None
-        self._file.close()
-        self._file = None
+        # Only when it writes no more it goes live: from then on that is for who leads to do.
+        self._target = sys.maxsize
+        entries = await feed(self._log, [self], self._clock, told)
+        while self._committed < self._looked:
+            await self.moved()
+        await self._stop()
+        self.check()
         await in_thread(self._switch)
         return entries
 
+    async def _stop(self) -> None:
+        """Write no more than what was given, and the place."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+            if not self.failed.done():
+                await self._step(last=True)
 
-async def feed(log: Log, many: Sequence[Derived], clock: Clock) -> int:
-    """Give them all that they want up to the head, in one pass of large pages. Returns how far that is."""
-    looked = min((each.after for each in many), default=0)
-    table: dict[str, list[Derived]] = {}
+
+def _quiet(looked: int, head: int, entries: int) -> None:
+    """Nobody wants to know."""
+
+
+async def feed(log: Log, many: Sequence[Derived], clock: Clock, told: Told = _quiet) -> int:
+    """Give them all that they want up to the head, in one pass of large pages. Returns how many entries were read."""
+    looked, entries = min((each.after for each in many), default=0), 0
     for each in many:
         each.start()
-        for domain in each.wants:
-            table.setdefault(domain, []).append(each)
     wanted, head = filter_of(many), await log.head()
     while looked < head:
         try:
@@ -507,18 +523,22 @@ async def feed(log: Log, many: Sequence[Derived], clock: Clock) -> int:
             _log.warning("reading waits: %s", error)
             await clock.sleep(1.0)
             continue
-        for entry in page.entries:
-            for each in table.get(entry.domain, ()):
-                types = each.wants[entry.domain]
-                if not types or entry.type in types:
-                    await each.take(entry)
-        looked = page.looked
         for each in many:
-            each.looked(looked)
+            await each.take_all(
+                page.entries if len(many) == 1 else [entry for entry in page.entries if each.has(entry)]
+            )
+            each.looked(page.looked)
+        looked, entries = page.looked, entries + len(page.entries)
         # A read does not give up the loop.
         await clock.sleep(0)
         head = await log.head()
-    return looked
+        told(looked, head, entries)
+    return entries
+
+
+def schema_of(entry: Entry) -> int:
+    """The schema version of a body. Most envelopes do not name it, and need not be decoded for it."""
+    return entry.meta.schema if b'"schema":' in entry.raw else 1
 
 
 def filter_of(many: Sequence[Derived]) -> Filter:

@@ -23,7 +23,7 @@ __all__ = ["DerivedFile", "Files", "Lock", "Reading", "Unusable", "in_thread"]
 
 _log = logging.getLogger("cauce")
 _WRITE = apsw.SQLITE_OPEN_READWRITE
-_CHECKPOINT = 4_000
+_CHECKPOINT = 16_000
 _NAME = re.compile(r"([1-9][0-9]{0,17})\.db\Z")
 
 _PLACE = "create table cauce_place (log text not null, position integer not null, fingerprint text not null)"

@@ -13,7 +13,7 @@ import apsw
 import msgspec
 
 from cauce.codec import Entry
-from cauce.derived import Failed
+from cauce.derived import Failed, schema_of
 from cauce.errors import CauceError, Damaged, Refused
 from cauce.messages import Copy, copied, declared
 from cauce.schema import Schema
@@ -53,8 +53,7 @@ class Replica(Generic[C]):
         key = f'"{self._key}"'
         columns = [f"{name} text not null primary key" if name == key else name for name in names]
         self.schema = (
-            f'create table "{self.name}" ({", ".join(columns)}, '
-            f"{_VERSION} integer not null, {_GONE} integer not null) without rowid"
+            f'create table "{self.name}" ({", ".join(columns)}, {_VERSION} integer not null, {_GONE} integer not null)'
         )
         self._put = (
             f'insert into "{self.name}" ({", ".join(names)}, {_VERSION}, {_GONE}) '
@@ -90,12 +89,12 @@ class Replica(Generic[C]):
         connection.execute(self._put, row)
 
     def _row(self, entry: Entry) -> Row:
-        meta = entry.checked().meta
+        entry.checked()
         if not entry.body or entry.type != self._type:
             nothing: list[Any] = list(self._nothing)
             nothing[self._at] = entry.key
             return (*nothing, entry.version, 1)
-        values = self._take(self._known.decode(entry.domain, entry.type, meta.schema, entry.body))
+        values = self._take(self._known.decode(entry.domain, entry.type, schema_of(entry), entry.body))
         if self._single:
             values = (values,)
         if self._writers:

@@ -10,7 +10,7 @@ from typing import Any
 import apsw
 
 from cauce.codec import Entry
-from cauce.derived import Failed
+from cauce.derived import Failed, schema_of
 from cauce.errors import CauceError, Damaged, Refused, Unavailable
 from cauce.messages import Message, declared
 from cauce.schema import Schema
@@ -60,10 +60,11 @@ class View:
             _execute(connection, [statement for _, many in ready for _, statement in many])
             return
         store = Store(_no_fetch)
-        functions = self._functions
+        functions, decode = self._functions, self._known.decode
+        only = next(iter(self.wants)) if len(self.wants) == 1 else None
         for entry in ready:
-            domain, type = entry.domain, entry.type
-            event = self._known.decode(domain, type, entry.checked().meta.schema, entry.body or b"")
+            domain, type = only or entry.domain, entry.type
+            event = decode(domain, type, schema_of(entry.checked()), entry.body or b"")
             for function in functions[domain, type]:
                 function(event, store)
         _execute(connection, store.queued)
@@ -110,7 +111,7 @@ class View:
 
     def _event(self, entry: Entry) -> Message:
         try:
-            return self._known.decode(entry.domain, entry.type, entry.checked().meta.schema, entry.body or b"")
+            return self._known.decode(entry.domain, entry.type, schema_of(entry.checked()), entry.body or b"")
         except Damaged:
             raise
         except CauceError as error:
