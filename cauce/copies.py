@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -155,14 +155,11 @@ class Copies:
 
         Raises `Unavailable` if one of them has stopped.
         """
-        waits: list[Awaitable[None]] = [derived.wait(after.position) for derived in self.facts_side]
-        waits += [
-            self._holds(replica, derived, after)
-            for replica, derived in self._replicas.values()
-            if replica.domain == after.domain
-        ]
-        for wait in waits:
-            await wait
+        for derived in self.facts_side:
+            await derived.wait(after.position)
+        for replica, derived in self._replicas.values():
+            if replica.domain == after.domain:
+                await self._holds(replica, derived, after)
 
     async def _holds(self, replica: Replica[Any], derived: Derived, after: After) -> None:
         while after.version and after.key:

@@ -85,7 +85,7 @@ class Replica(Generic[C]):
         except Damaged:
             raise
         except CauceError as error:
-            raise Failed(f"{self.what}: position {entry.position} ({entry.stream}): {error}") from error
+            raise Failed(f"position {entry.position} ({entry.stream}): {error}") from error
         connection.execute(self._put, row)
 
     def _row(self, entry: Entry) -> Row:

@@ -115,11 +115,11 @@ class View:
         except Damaged:
             raise
         except CauceError as error:
-            raise Failed(f"{self.what}: position {entry.position} ({entry.stream}): {error}") from error
+            raise Failed(f"position {entry.position} ({entry.stream}): {error}") from error
 
     def _failed(self, function: _Function, entry: Entry, words: str) -> Failed:
         return Failed(
-            f"{self.what}: {getattr(function, '__name__', function)} failed at position {entry.position} ({entry.stream}, {entry.type}): {words}"
+            f"{getattr(function, '__name__', function)} failed at position {entry.position} ({entry.stream}, {entry.type}): {words}"
         )
 
 
