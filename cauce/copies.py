@@ -13,7 +13,7 @@ from cauce.clock import Clock
 from cauce.consumer import Tail
 from cauce.derived import Derived, feed
 from cauce.derived_file import Lock
-from cauce.errors import Damaged, Refused
+from cauce.errors import Damaged, Refused, Unavailable
 from cauce.log import Log
 from cauce.messages import Copy
 from cauce.replica import Replica
@@ -84,13 +84,24 @@ class Copies:
         for derived in (*self.facts_side, *self.records_side):
             derived.failed.add_done_callback(lambda failed: _told(failed, fail))
         head = await self._records.head()
-        if self._lead.take():
-            await self._open()
+        while not self._lead.take():
+            if await self._complete(head):
+                return
+            await self._clock.sleep(_POLL)
+        await self._open()
+        if self.records_side:
             await feed(self._records, self.records_side, self._clock)
         for derived in self.records_side:
-            while not (self._lead.held or derived.files.live()):
-                await self._clock.sleep(_POLL)
             await derived.wait(head)
+
+    async def _complete(self, head: int) -> bool:
+        """Whether who leads has all files there, and the replicas up to the head."""
+        try:
+            for derived in self.facts_side:
+                await derived.holds(0)
+            return all([await derived.holds(head) for derived in self.records_side])
+        except Unavailable:
+            return False
 
     async def _open(self) -> None:
         for derived in (*self.facts_side, *self.records_side):
@@ -103,10 +114,8 @@ class Copies:
                 await self._clock.sleep(_LOOK)
             _log.info("the views and replicas of %s are fed from here now", self._service)
             await self._open()
-        async with asyncio.TaskGroup() as group:
-            for log, many in ((self._facts, self.facts_side), (self._records, self.records_side)):
-                if many:
-                    group.create_task(self._feed(log, many))
+        sides = ((self._facts, self.facts_side), (self._records, self.records_side))
+        await asyncio.gather(*(self._feed(log, many) for log, many in sides if many))
 
     async def _feed(self, log: Log, many: list[Derived]) -> None:
         await feed(log, many, self._clock)

@@ -158,7 +158,7 @@ class Derived:
 
     async def wait(self, position: int) -> None:
         """Wait until what is read holds all up to a position. Raises `Unavailable` if it stopped."""
-        while not await self._holds(position):
+        while not await self.holds(position):
             await self.moved()
 
     async def moved(self) -> None:
@@ -178,7 +178,8 @@ class Derived:
         if self.failed.done() and (error := self.failed.exception()) is not None:
             raise Unavailable(f"{self.shape.what} has stopped: {error}")
 
-    async def _holds(self, position: int) -> bool:
+    async def holds(self, position: int) -> bool:
+        """Whether what is read holds all up to a position."""
         if self._task is not None:
             if self._committed < position and not self._queue and not self._in_hand:
                 # Its tail waits for what is wanted, and does not tell soon how far it saw nothing of that.
@@ -253,9 +254,8 @@ class Derived:
         if not self._building.take():
             return False
         number = max([self.files.live(), *self.files.numbers(), 0]) + 1
-        self._use(
-            DerivedFile.create(self.files.path(number), self.shape.schema, self._log.id, self.shape.fingerprint), number
-        )
+        path, shape = self.files.path(number), self.shape
+        self._use(DerivedFile.create(path, shape.schema, self._log.id, shape.fingerprint), number)
         if live:
             self._switch()
         return True
@@ -358,6 +358,11 @@ class Derived:
         """Write a part of what is in hand, as much as is done in time."""
         file = self._file
         assert file is not None
+        if self._in_hand[0].position <= file.position:
+            # Who was told to stop did not see how the thread ended: what is committed is not written a second time.
+            self._in_hand = [entry for entry in self._in_hand if entry.position > file.position]
+            if not self._in_hand:
+                return
         try:
             ready = await self.shape.ready(self._in_hand, self.reading.fetch)
             done = await in_thread(self._write, ready, looked)
@@ -471,7 +476,10 @@ class Derived:
             return
         if self._written < self._committed:
             await in_thread(self._write, [], self._committed)
-        await in_thread(self._switch)
+        try:
+            await in_thread(self._switch)
+        except OSError as error:
+            raise Unavailable(f"{self.files.folder} cannot be written: {error}") from None
         _log.info("%s is built: %s is live", self.shape.what, self.files.path(self._number))
 
     # ------------------------------------------------------------------------------------------------------- rebuild

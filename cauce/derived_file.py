@@ -64,10 +64,15 @@ class Lock:
         return self._number is not None
 
     def take(self) -> bool:
-        """Whether it is ours now."""
+        """Whether it is ours now. Raises `Refused` where its folder cannot be written."""
         if self._number is None:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            number = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                number = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise Refused(
+                    f"{self._path} cannot be made: {error.strerror}: make room, or change the mode or owner of its folder"
+                ) from None
             try:
                 fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

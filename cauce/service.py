@@ -195,6 +195,8 @@ def _check_copies(service: Service) -> None:
     for name, schema in service.views.items():
         if schema is None:
             raise Refused(f"{service.name}: view {name!r} has no schema: say once what tables it has, with schema=")
+        if not any(part.view == name for part in service.parts):
+            raise Refused(f"{service.name}: view {name!r} has no function: decorate one with service.view({name!r})")
     for part in service.parts:
         if part.kind == "replica":
             check_copy(typing.cast("type[Copy]", part.function))

@@ -29,6 +29,7 @@ from cauce import (
     Refused,
     Rejected,
     Service,
+    Store,
     connect,
     field,
     running,
@@ -263,7 +264,11 @@ def replace_is_frozen(copy: Any) -> bool:
 
 def test_two_that_would_share_a_file_are_refused() -> None:
     service = keeper()
-    service.view("small", schema="create table x (y)")
+
+    @service.view("small", schema="create table x (y)")
+    def small(event: Set, db: Store) -> None:
+        pass
+
     with pytest.raises(Refused, match="keeper has a replica Small beside view 'small'"):
         bind(service)
     service = keeper()

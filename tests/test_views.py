@@ -204,6 +204,13 @@ def test_a_view_without_a_schema_is_refused() -> None:
         bind(service)
 
 
+def test_a_view_that_nothing_builds_is_refused() -> None:
+    service = Service("viewer")
+    service.view("sums", schema=SUMS)
+    with pytest.raises(Refused, match="viewer: view 'sums' has no function"):
+        bind(service)
+
+
 async def test_a_schema_that_sqlite_does_not_take_is_refused_before_anything_is_made(bus_url: str) -> None:
     with pytest.raises(Refused, match='view sums of viewer: its schema is refused by SQLite: near "tabel"'):
         async with running(sums(schema="create tabel x (y)"), bus=bus_url):
@@ -319,6 +326,24 @@ async def test_settled_waits_for_views(bus_url: str) -> None:
         gate.set()
         await bus.settled()
         assert await bus.ask(Rows()) == [("a", 3)]
+
+
+async def test_a_batch_that_is_written_while_the_service_stops_is_written_once(bus_url: str) -> None:
+    gate, entered = threading.Event(), threading.Event()
+
+    def slow(event: Grown, db: Store) -> None:
+        entered.set()
+        gate.wait(20)
+        add(event, db)
+
+    async with running(owner, sums(slow), bus=bus_url) as bus:
+        await bus.call(Grow("a", 3))
+        assert await asyncio.to_thread(entered.wait, 20)
+        await bus.call(Grow("a", 4))
+        asyncio.get_running_loop().call_later(0.3, gate.set)
+    async with running(owner, sums(), bus=bus_url) as bus:
+        await bus.settled()
+        assert await bus.ask(Rows()) == [("a", 7)]
 
 
 async def test_a_handler_waits_until_a_view_has_passed_a_receipt(bus_url: str) -> None:
