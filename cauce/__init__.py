@@ -27,9 +27,10 @@ if TYPE_CHECKING:
         Unavailable,
         Unreadable,
     )
-    from cauce.messages import Command, Domain, Event, Notice, Query, Record, field, replace
+    from cauce.messages import Command, Copy, Domain, Event, Notice, Query, Record, field, replace
     from cauce.runtime import connect, running
     from cauce.service import Service
+    from cauce.sql import Store
 else:
     # A command line that only prints its help must not pay for asyncio and all messages: names are loaded when used.
     import importlib
@@ -56,9 +57,10 @@ else:
             "Unavailable",
             "Unreadable",
         ),
-        "messages": ("Command", "Domain", "Event", "Notice", "Query", "Record", "field", "replace"),
+        "messages": ("Command", "Copy", "Domain", "Event", "Notice", "Query", "Record", "field", "replace"),
         "runtime": ("connect", "running"),
         "service": ("Service",),
+        "sql": ("Store",),
     }
     _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -80,6 +82,7 @@ __all__ = [
     "Command",
     "Conflict",
     "Context",
+    "Copy",
     "Damaged",
     "Domain",
     "Event",
@@ -99,6 +102,7 @@ __all__ = [
     "Rejected",
     "Service",
     "StorageFull",
+    "Store",
     "SystemClock",
     "Unavailable",
     "Unreadable",

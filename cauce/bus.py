@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -15,14 +15,30 @@ from cauce.clock import Clock
 from cauce.codec import Entry, Meta, derive_id, micros, sealed
 from cauce.errors import CauceError, Conflict, Gone, NoAnswer, NotOwner, OutcomeUnknown, Refused, Unreadable
 from cauce.log import Filter, Log
-from cauce.messages import Command, Declared, Event, Message, Query, Record, declared
+from cauce.messages import Command, Copy, Declared, Event, Message, Query, Record, declared
 from cauce.schema import Schema, encode, key_of
 from cauce.sql import Store
 from cauce.wire import Wire
 
-__all__ = ["NOTHING", "Ask", "Bus", "Cause", "Context", "Receipt", "Reply", "error_name", "keep", "own", "owned"]
+__all__ = [
+    "NOTHING",
+    "After",
+    "Ask",
+    "Bus",
+    "Cause",
+    "Context",
+    "Copies",
+    "Reading",
+    "Receipt",
+    "Reply",
+    "error_name",
+    "keep",
+    "own",
+    "owned",
+]
 
 R = TypeVar("R", bound=Record)
+C = TypeVar("C", bound=Copy)
 Answer = TypeVar("Answer")
 
 TIMEOUT = 30.0
@@ -32,14 +48,24 @@ _LINE = 256
 
 
 class Receipt(msgspec.Struct, frozen=True):
-    """What `call` returns: the command's id, the thing, its version, the position of its last fact, and whether the
-    command made any."""
+    """What `call` returns: the command's id, the thing, its version, the position of its last fact, whether the
+    command made any, and the domain."""
 
     id: str
     key: str
     version: int
     position: int
     changed: bool
+    domain: str = ""
+
+
+class After(msgspec.Struct, frozen=True):
+    """What whoever answers must have seen before: the facts up to a position, and a version of one thing."""
+
+    position: int
+    domain: str = ""
+    key: str = ""
+    version: int = 0
 
 
 class Cause(msgspec.Struct, frozen=True):
@@ -72,6 +98,7 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
     tracestate: str = ""
     at_version: int | None = None
     at_time: int | None = None
+    after: After | None = None
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -99,6 +126,27 @@ def error_name(error: CauceError) -> str:
     return next((cls.__name__ for cls in type(error).__mro__ if _ERRORS.get(cls.__name__) is cls), "CauceError")
 
 
+class Reading(Protocol):
+    """A view, as handlers of its service read it."""
+
+    async def fetch(self, sql: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """The rows of a query, as last committed."""
+        ...
+
+    async def wait(self, receipt: Receipt) -> None:
+        """Wait until it holds all up to a receipt."""
+        ...
+
+
+class Copies(Protocol):
+    """The views and replicas of a service, as a handler's context reads them."""
+
+    def view(self, name: str) -> Reading: ...
+    async def get(self, copy: type[C], key: str) -> C | None: ...
+    async def find(self, copy: type[C], limit: int, equals: Mapping[str, Any]) -> list[C]: ...
+    async def count(self, copy: type[Copy], equals: Mapping[str, Any]) -> int: ...
+
+
 class Bus:
     """Three logs and a wire.
 
@@ -114,7 +162,9 @@ class Bus:
             wire,
             clock,
         )
+        self.copies: dict[str, Copies] = {}
         self._settled: list[Callable[[], Awaitable[None]]] = []
+        self._settled_behind: list[Callable[[], Awaitable[None]]] = []
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def call(
@@ -144,7 +194,7 @@ class Bus:
             raise OutcomeUnknown(asked, f"{what} had no verdict within {timeout:g} s") from None
         except ConnectionError as error:
             raise OutcomeUnknown(asked, f"{what} had no verdict: {error}") from None
-        return Receipt(asked, key, reply.version, reply.position, reply.changed)
+        return Receipt(asked, key, reply.version, reply.position, reply.changed, kind.domain.name)
 
     async def send(
         self,
@@ -176,8 +226,13 @@ class Bus:
         )
         return asked
 
-    async def ask(self, query: Query[Answer], *, timeout: float = TIMEOUT, cause: Cause = NOTHING) -> Answer:
+    async def ask(
+        self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT, cause: Cause = NOTHING
+    ) -> Answer:
         """The answer of the service that owns the query's domain, within so many seconds.
+
+        Parameters:
+            after: answered when all views and replicas of that service have passed this receipt.
 
         Raises `NoAnswer` if nobody serves it, the time is over, or who was asked went away.
         """
@@ -185,6 +240,7 @@ class Bus:
         ask = Ask(
             "ask", kind.name, self.clock.id(), "", kind.version, msgspec.Raw(encode(query)), False,
             cause.by, cause.correlation, cause.id, cause.trace, cause.tracestate,
+            after=None if after is None else After(after.position, after.domain, after.key, after.version),
         )  # fmt: skip
         try:
             reply = await self._ask(kind.domain.name, ask, timeout)
@@ -234,7 +290,7 @@ class Bus:
 
         Raises `TimeoutError` after so many seconds, and at once what stopped a consumer.
         """
-        waiting: asyncio.Future[Any] = asyncio.gather(*(each() for each in self._settled))
+        waiting: asyncio.Future[Any] = asyncio.ensure_future(self._all_settled())
         await asyncio.wait({waiting, self.failed}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if not waiting.done():
             waiting.cancel()
@@ -253,9 +309,13 @@ class Bus:
         except (TimeoutError, ConnectionError) as error:
             raise NoAnswer(f"{domain} did not record {ask.type} of {ask.key}: {error!r}") from None
 
-    def settles(self, wait: Callable[[], Awaitable[None]]) -> None:
-        """Let `settled` wait for this, too."""
-        self._settled.append(wait)
+    async def _all_settled(self) -> None:
+        await asyncio.gather(*(each() for each in self._settled))
+        await asyncio.gather(*(each() for each in self._settled_behind))
+
+    def settles(self, wait: Callable[[], Awaitable[None]], *, behind: bool = False) -> None:
+        """Let `settled` wait for this, too; `behind`: when all records are written."""
+        (self._settled_behind if behind else self._settled).append(wait)
 
     async def _state(
         self, how: str, record: type[R], key: str, timeout: float, cause: Cause, at: int | datetime | None
@@ -315,6 +375,11 @@ class Context:
         return self.cause.correlation
 
     @property
+    def key(self) -> str:
+        """Which thing the message is about; empty for a question."""
+        return "" if self._entry is None else self._entry.key
+
+    @property
     def position(self) -> int:
         """Where the message stands in its log; 0 for a question, which stands nowhere."""
         return 0 if self._entry is None else self._entry.position
@@ -332,13 +397,35 @@ class Context:
         """As `Bus.send`; made again for the same message, it is the same command."""
         return await self.bus.send(command, id=self.id_of(command), expires=expires, cause=self.cause)
 
-    async def ask(self, query: Query[Answer], *, timeout: float = TIMEOUT) -> Answer:
+    async def ask(self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT) -> Answer:
         """As `Bus.ask`."""
-        return await self.bus.ask(query, timeout=timeout, cause=self.cause)
+        return await self.bus.ask(query, after=after, timeout=timeout, cause=self.cause)
 
     async def fetch(self, record: type[R], key: str, *, timeout: float = TIMEOUT) -> R:
         """As `Bus.fetch`."""
         return await self.bus.fetch(record, key, timeout=timeout, cause=self.cause)
+
+    def view(self, name: str) -> Reading:
+        """A view of the own service: `fetch` reads it, `wait` waits until it has passed a receipt."""
+        return self._copies().view(name)
+
+    async def get(self, copy: type[C], key: str) -> C | None:
+        """The service's own copy of one thing; None if it does not stand."""
+        return await self._copies().get(copy, key)
+
+    async def find(self, copy: type[C], /, *, limit: int = 100, **equals: Any) -> list[C]:
+        """The service's own copies whose fields equal these values, in the order of their keys."""
+        return await self._copies().find(copy, limit, equals)
+
+    async def count(self, copy: type[Copy], /, **equals: Any) -> int:
+        """How many of the service's own copies have fields equal to these values."""
+        return await self._copies().count(copy, equals)
+
+    def _copies(self) -> Copies:
+        copies = self.bus.copies.get(self.service)
+        if copies is None:
+            raise Refused(f"service {self.service!r} has no views and no replicas: give it some, with view or replica")
+        return copies
 
     def id_of(self, message: Message) -> str:
         """The id this handler's next such message always has: the same when the handler runs again."""

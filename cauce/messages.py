@@ -17,6 +17,7 @@ from cauce.errors import Refused
 
 __all__ = [
     "Command",
+    "Copy",
     "Declared",
     "Domain",
     "Event",
@@ -24,6 +25,8 @@ __all__ = [
     "Notice",
     "Query",
     "Record",
+    "check_copy",
+    "copied",
     "declared",
     "field",
     "replace",
@@ -74,6 +77,12 @@ if TYPE_CHECKING:
             cls, *, domain: Domain | None = None, version: int = 1, name: str | None = None
         ) -> None: ...
 
+    @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
+    class Copy:
+        """Some fields of a record, as a service keeps them for itself: `class Holder(Copy, of=User)`."""
+
+        def __init_subclass__(cls, *, of: type[Record]) -> None: ...
+
 else:
 
     class _MessageType(msgspec.StructMeta):
@@ -87,6 +96,20 @@ else:
 
     class Message(msgspec.Struct, frozen=True, metaclass=_MessageType):
         """What events, commands, queries and records have in common."""
+
+    class _CopyType(msgspec.StructMeta):
+        def __new__(mcls, cls_name, bases, namespace, *, of=None, **options):
+            frame = sys._getframe(1)
+            if frame.f_locals is not frame.f_globals and "__annotations__" in namespace:
+                namespace["__annotations__"] = _resolved(namespace["__annotations__"], frame)
+            cls = super().__new__(mcls, cls_name, bases, namespace, **options)
+            cls.__of__ = of
+            if bases != (msgspec.Struct,) and not (isinstance(of, type) and issubclass(of, Record)):
+                raise Refused(f"{cls_name} does not say of what it is a copy: class {cls_name}(Copy, of=SomeRecord)")
+            return cls
+
+    class Copy(msgspec.Struct, frozen=True, metaclass=_CopyType):
+        """Some fields of a record, as a service keeps them for itself: `class Holder(Copy, of=User)`."""
 
 
 class Event(Message):
@@ -152,6 +175,42 @@ def declared(message: Message | type[Message]) -> Declared:
         cls = message if isinstance(message, type) else type(message)
         raise Refused(f"{cls.__name__} belongs to no domain: declare it with class {cls.__name__}(…, domain=…)")
     return found
+
+
+def copied(copy: type[Copy]) -> type[Record]:
+    """The record of which this is a copy. Raises `Refused` for what is none."""
+    found: type[Record] | None = getattr(copy, "__of__", None)
+    if found is None:
+        raise Refused(
+            f"{copy!r} is no copy: declare it with class {getattr(copy, '__name__', 'Holder')}(Copy, of=SomeRecord)"
+        )
+    return found
+
+
+def check_copy(copy: type[Copy]) -> None:
+    """Raises `Refused`, naming class and field, unless each field is one of the record's, and the key is among them."""
+    record = copied(copy)
+    kind = declared(record)
+    try:
+        whole = {each.name: each.type for each in msgspec.structs.fields(record)}  # type: ignore[arg-type]
+        part = {each.name: each.type for each in msgspec.structs.fields(copy)}  # type: ignore[arg-type]
+    except (NameError, TypeError) as error:
+        raise Refused(f"{copy.__name__}: the type of a field cannot be resolved: {error}") from None
+    for name, hint in part.items():
+        if name not in whole:
+            raise Refused(f"{copy.__name__}.{name}: {record.__name__} has no such field, only {', '.join(whole)}")
+        if hint != whole[name]:
+            raise Refused(
+                f"{copy.__name__}.{name} is {_named(hint)}, in {record.__name__} it is {_named(whole[name])}: give it the same type"
+            )
+    if kind.domain.key not in part:
+        raise Refused(
+            f"{copy.__name__} lacks the field {kind.domain.key!r}, the key of domain {kind.domain.name!r}: add it"
+        )
+
+
+def _named(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
 
 
 def replace(message: M, /, **changes: Any) -> M:

@@ -14,13 +14,14 @@ import msgspec
 from cauce.accept import SLOTS, check_body, check_value, slot_of
 from cauce.backends import Backend, open_backend
 from cauce.bus import Ask, Bus, Cause, Context, Reply, error_name, keep, own, owned
+from cauce.carried import LastOfEach, carried
 from cauce.clock import Clock, SystemClock, uuid7
 from cauce.codec import Entry, Meta, derive_id, seal
 from cauce.commander import Commander, Decider
 from cauce.errors import CauceError, NoAnswer, NotOwner, Refused, Unavailable
 from cauce.fold import Folder, messages_of
 from cauce.lease import Leases, identity
-from cauce.messages import Command, Domain, Event, Message, Notice, declared
+from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
 from cauce.schema import Schema, encode
 from cauce.service import ATTEMPTS, Bound, Service, bind
 from cauce.sql import Store as Sql
@@ -28,6 +29,7 @@ from cauce.wire import Instance, State
 
 if TYPE_CHECKING:
     from cauce.consumer import Consumer, Tail
+    from cauce.copies import Copies
     from cauce.shares import Shares
     from cauce.store import Share, Store, Unit
 
@@ -87,7 +89,7 @@ async def running(
         each = [_Running(service, parts, backend, face, tasks, tails) for service, parts in bounds]
         stack.push_async_callback(_stop, each, tasks, drain)
         # Each step for all, before the next for any: nobody owns half of what it says, or reacts before others answer.
-        for step in (_Running.look, _Running.open, _Running.own, _Running.join, _Running.serve):
+        for step in (_Running.look, _Running.open, _Running.own, _Running.join, _Running.copy, _Running.serve):
             for service in each:
                 await step(service)
         await tails.start(tasks)
@@ -168,10 +170,12 @@ class Tails:
     def __init__(self, bus: Bus) -> None:
         from cauce.consumer import Tail  # Opens SQLite; who only imports cauce must not pay for that.
 
-        self.facts, self.commands = Tail(bus.facts, bus.clock), Tail(bus.commands, bus.clock)
+        self.facts, self.commands, self.records = (
+            Tail(log, bus.clock) for log in (bus.facts, bus.commands, bus.records)
+        )
 
     async def start(self, tasks: _Tasks) -> None:
-        for tail in (self.facts, self.commands):
+        for tail in (self.facts, self.commands, self.records):
             await tail.start()
             if tail.consumers:
                 tasks.start("tail", tail.run())
@@ -193,6 +197,7 @@ class _Running:
         self._handlers: dict[str, Callable[[bytes], Coroutine[Any, Any, bytes]]] = {}
         self._consumers: list[tuple[Consumer, Tail]] = []
         self._served: dict[str, Callable[[], None]] = {}
+        self._copies: Copies | None = None
         self._since = bus.clock.now()
         self._in_hand = 0
         self._empty: asyncio.Future[None] | None = None
@@ -208,6 +213,10 @@ class _Running:
         """Raises `NotOwner` before anything is written."""
         for domain in self._service.owns:
             await owned(self._bus.facts, domain.name, self._service.name)
+        if any(bound.part.kind in ("view", "replica") for bound in self._parts):
+            from cauce.copying import copies_of
+
+            self._copies = copies_of(self._service, self._parts, self._backend.store(self._service.name), self._bus)
 
     async def open(self) -> None:
         """Open the store, and prepare all that this instance may be given to do."""
@@ -224,7 +233,10 @@ class _Running:
         caution = asyncio.Lock()
         self._consumers = [
             (consumer, tail)
-            for consumer, tail in ((self._reaction(bound, caution), self._tails.facts) for bound in self._of("on"))
+            for consumer, tail in (
+                (self._reaction(bound, caution), self._tails.records if _is_record(bound) else self._tails.facts)
+                for bound in self._of("on")
+            )
         ]
         self._consumers += [
             (self._decider(domain, commander, caution), self._tails.commands)
@@ -234,6 +246,7 @@ class _Running:
             tail.consumers.append(consumer)
             consumer.failed.add_done_callback(self._stopped)
         bus.settles(self._settled)
+        bus.settles(self._settled_behind, behind=True)
 
     async def own(self) -> None:
         for domain in self._service.owns:
@@ -247,6 +260,16 @@ class _Running:
         self._tasks.start("leases", self._leases.beat())
         for commander in self._commanders.values():
             self._tasks.start(f"records of {commander.domain}", commander.records.run())
+
+    async def copy(self) -> None:
+        """Have all replicas complete, and feed them and the views from now on."""
+        if self._copies is None:
+            return
+        self._bus.copies[self._service.name] = self._copies
+        await self._copies.start(self._tasks.fail)
+        self._tasks.start(f"copies of {self._service.name}", self._copies.run())
+        self._bus.settles(self._copies.settled_views)
+        self._bus.settles(self._copies.settled_replicas, behind=True)
 
     async def serve(self) -> None:
         """Answer from now on."""
@@ -268,9 +291,8 @@ class _Running:
         """React, and decide what was sent."""
         assert self._store is not None
         assert self._shares is not None
-        now = await self._bus.facts.head()
-        for consumer, _ in self._consumers:
-            consumer.begin_now(now)
+        for consumer, tail in self._consumers:
+            consumer.begin_now(tail.looked)
         self._running = True
         await self._hold(list(self._shares.held.values()))
         self._tasks.start("store", self._store.run())
@@ -396,6 +418,8 @@ class _Running:
     async def close(self) -> None:
         """Write the last places, and let go of everything."""
         try:
+            if self._copies is not None:
+                await self._copies.close()
             if self._store is not None:
                 try:
                     await self._store.flush()
@@ -459,23 +483,28 @@ class _Running:
 
         service, bus = self._service.name, self._bus
         schema = Schema(bound.messages)
+        log = LastOfEach(bus.records) if _is_record(bound) else bus.facts
         assert self._store is not None
         assert self._shares is not None
         store, shares = self._store, self._shares
 
         async def handle(entry: Entry, unit: Unit) -> None:
             meta = entry.meta if bound.notice else entry.checked().meta
-            message: Any = (
-                Notice(entry.type, entry.key, entry.version)
-                if bound.notice
-                else schema.decode(entry.domain, entry.type, meta.schema, entry.body or b"")
-            )
+            message: Any
+            if bound.notice:
+                message = Notice(entry.type, entry.key, entry.version)
+            elif _is_record(bound):
+                message = carried(bound.messages[0], schema, entry)
+                if message is None and not bound.gone:
+                    return
+            else:
+                message = schema.decode(entry.domain, entry.type, meta.schema, entry.body or b"")
             cause = Cause(entry.id, meta.correlation or entry.id, "", meta.trace, meta.tracestate)
             context = Context(bus, service, bound.name, entry, cause, Sql(store.fetch))
-            self._say(bound, context, unit, slot_of(entry.key), await _run(bound, message, context))
+            self._say(bound, context, unit, slot_of(entry.key), await _run(bound, (message,), context))
 
         return Consumer(
-            bound.name, _wants(bound), handle, bus.facts, store, bus.clock, bodies=not bound.notice,
+            bound.name, _wants(bound), handle, log, store, bus.clock, bodies=not bound.notice,
             attempts=bound.part.attempts, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
         )  # fmt: skip
 
@@ -511,7 +540,14 @@ class _Running:
 
     async def _settled(self) -> None:
         """Wait until its consumers have passed the heads as they are now, and what they said is in its log."""
-        await asyncio.gather(*(consumer.settled() for consumer, _ in self._consumers))
+        await asyncio.gather(
+            *(consumer.settled() for consumer, tail in self._consumers if tail is not self._tails.records)
+        )
+        await self._relayed()
+
+    async def _settled_behind(self) -> None:
+        """The same of those that react to records, which are written behind."""
+        await asyncio.gather(*(consumer.settled() for consumer, tail in self._consumers if tail is self._tails.records))
         await self._relayed()
 
     async def _relayed(self) -> None:
@@ -608,7 +644,7 @@ class _Running:
             context = Context(self._bus, self._service.name, name, None, Cause(id, id), Sql(store.fetch))
             unit = Unit(share)
             try:
-                self._say(bound, context, unit, 0, await _run(bound, None, context))
+                self._say(bound, context, unit, 0, await _run(bound, (), context))
                 # What was missed is made up for once.
                 unit.timer = name, due + step if due + step > clock.now() else clock.now() + step
                 await store.commit(unit)
@@ -670,8 +706,10 @@ class _Running:
         bound = answers.get(type(query))
         if bound is None:
             raise NoAnswer(f"service {self._service.name!r} does not answer {ask.type}: add an answer function for it")
+        if ask.after is not None and self._copies is not None:
+            await self._copies.passed(ask.after)
         cause = Cause(ask.id, ask.correlation or ask.id, ask.by, ask.trace, ask.tracestate)
-        answer = await _run(bound, query, Context(self._bus, self._service.name, bound.name, None, cause))
+        answer = await _run(bound, (query,), Context(self._bus, self._service.name, bound.name, None, cause))
         what = f"the answer of {self._service.name}.{bound.name}"
         check_value(msgspec.to_builtins(answer), what)
         return Reply(body=msgspec.Raw(check_body(_encode(answer), what)))
@@ -696,18 +734,24 @@ def _slots_of(shares: Iterable[Share]) -> list[int]:
     return [int(share.name.partition("/")[2]) for share in shares if share.name != _LEAD]
 
 
+def _is_record(bound: Bound) -> bool:
+    return issubclass(bound.messages[0], Record)
+
+
 def _wants(bound: Bound) -> dict[str, frozenset[str]]:
     wants: dict[str, set[str]] = {}
     for cls in bound.messages:
         kind = declared(cls)
-        wants.setdefault(kind.domain.name, set()).add(kind.name)
+        names = wants.setdefault(kind.domain.name, set())
+        if not _is_record(bound):
+            # Of records a deletion is wanted, too, which has a name of its own.
+            names.add(kind.name)
     return {domain: frozenset(types) for domain, types in wants.items()}
 
 
-async def _run(bound: Bound, message: Any, context: Context) -> Any:
+async def _run(bound: Bound, told: tuple[Any, ...], context: Context) -> Any:
     """Call a handler: a plain one in a thread, because it may block."""
     named = {} if bound.context is None else {bound.context: context}
-    told = () if message is None else (message,)
     if bound.is_async:
         return await bound.part.function(*told, **named)
     return await asyncio.to_thread(bound.part.function, *told, **named)

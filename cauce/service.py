@@ -11,14 +11,30 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from cauce.accept import check_domain
 from cauce.bus import Context, reply_type
 from cauce.errors import Refused
-from cauce.messages import Command, Declared, Domain, Event, Message, Notice, Query, Record, declared
+from cauce.messages import (
+    Command,
+    Copy,
+    Declared,
+    Domain,
+    Event,
+    Message,
+    Notice,
+    Query,
+    Record,
+    check_copy,
+    copied,
+    declared,
+)
+from cauce.sql import Store
 
 __all__ = ["Bound", "Part", "Service", "bind"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-Kind = Literal["decide", "evolve", "on", "answer", "every"]
+C = TypeVar("C", bound=Copy)
+Kind = Literal["decide", "evolve", "on", "answer", "every", "view", "replica"]
 Start = Literal["first", "now"]
 
 ATTEMPTS = 12
@@ -26,7 +42,7 @@ ATTEMPTS = 12
 
 
 class Part(msgspec.Struct, frozen=True):
-    """One function of a service, as the decorator found it."""
+    """One function of a service, as the decorator found it; of a replica, its class. `view`: for which it works."""
 
     kind: Kind
     function: Callable[..., Any]
@@ -34,6 +50,7 @@ class Part(msgspec.Struct, frozen=True):
     start: Start = "first"
     attempts: int = ATTEMPTS
     seconds: float = 0.0
+    view: str = ""
 
     @property
     def name(self) -> str:
@@ -56,6 +73,7 @@ class Service:
         self.owns = (owns,) if isinstance(owns, Domain) else tuple(owns)
         self.schema = (schema,) if isinstance(schema, str) else tuple(schema)
         self.parts: list[Part] = []
+        self.views: dict[str, str | None] = {}
 
     def __repr__(self) -> str:
         return f"Service({self.name!r}, owns={[domain.name for domain in self.owns]}, parts={[part.name for part in self.parts]})"
@@ -80,9 +98,11 @@ class Service:
     @typing.overload
     def on(self, function: None = None, *, start: Start = "first", attempts: int = ATTEMPTS) -> Callable[[F], F]: ...
     def on(self, function: F | None = None, *, start: Start = "first", attempts: int = ATTEMPTS) -> Any:
-        """Reacts to events, told by the type of the parameter: `UserRegistered`, or the thin `Notice[UserRegistered]`.
+        """Reacts, told by the type of the parameter: to events (`UserRegistered`), to their thin form
+        (`Notice[UserRegistered]`), or to each change of a record (`User`; with `User | None` also to its deletion).
 
-        Runs at least once for each; what it returns is sent (commands) or recorded (events of an own domain).
+        Runs at least once for each; what it returns is sent (commands) or recorded (events of an own domain). Of a
+        record that changes faster than it reacts it gets the last.
 
         Parameters:
             start: where a reaction that never ran before begins: at the `first` event ever recorded, or with what
@@ -102,10 +122,38 @@ class Service:
         """
         if not 0 < seconds < 1e9:
             raise Refused(f"{self.name}: every({seconds}): say a number of seconds above 0")
-        return lambda each: self._add("every", each, seconds=seconds)
+        return lambda function: self._add("every", function, seconds=seconds)
+
+    def view(self, name: str, *, schema: str | None = None) -> Callable[[F], F]:
+        """Builds a view: `function(event, db)` queues statements on the `Store` that it gets. Several may build one.
+
+        Parameters:
+            name: as a domain's; `ctx.view(name)` reads it.
+            schema: the SQL that makes its tables, said once. A changed one builds the view anew, beside the old one.
+        """
+        check_domain(name)
+        before = self.views.get(name)
+        if schema is not None and before is not None and schema != before:
+            raise Refused(f"{self.name}: view {name!r} has two schemas: say it once")
+        self.views[name] = before if schema is None else schema
+        return lambda function: self._add("view", function, view=name)
+
+    def replica(self, copy: type[C]) -> type[C]:
+        """Keep the service's own copy of these fields of another domain's records: `ctx.get(copy, key)` reads it."""
+        if not (isinstance(copy, type) and issubclass(copy, Copy)):
+            raise Refused(f"{self.name}: {copy!r} is no copy: declare it with class …(Copy, of=SomeRecord)")
+        copied(copy)
+        self.parts.append(Part("replica", copy, {}))
+        return copy
 
     def _add(
-        self, kind: Kind, function: F, start: Start = "first", attempts: int = ATTEMPTS, seconds: float = 0.0
+        self,
+        kind: Kind,
+        function: F,
+        start: Start = "first",
+        attempts: int = ATTEMPTS,
+        seconds: float = 0.0,
+        view: str = "",
     ) -> F:
         if not (inspect.isfunction(function) or inspect.ismethod(function)):
             raise Refused(
@@ -113,17 +161,19 @@ class Service:
             )
         frame = sys._getframe(2)
         names = {} if frame.f_locals is frame.f_globals else dict(frame.f_locals)
-        self.parts.append(Part(kind, function, names, start, attempts, seconds))
+        self.parts.append(Part(kind, function, names, start, attempts, seconds, view))
         return function
 
 
 class Bound(msgspec.Struct, frozen=True):
-    """A part, and what its annotations say: the messages it takes, whether by notice, and where the context goes."""
+    """A part, and what its annotations say: the messages it takes, whether by notice, where the context goes, and
+    whether it is told that a record is gone."""
 
     part: Part
     messages: tuple[type[Message], ...]
     notice: bool
     context: str | None
+    gone: bool = False
 
     @property
     def name(self) -> str:
@@ -138,13 +188,15 @@ _WANTED: dict[str, tuple[type, str]] = {
     "decide": (Command, "a command"),
     "evolve": (Event, "an event"),
     "answer": (Query, "a query"),
-    "on": (Event, "an event or Notice[event]"),
+    "on": (Event, "an event or Notice[event], or a record"),
+    "view": (Event, "an event"),
 }
 
 
 def bind(service: Service) -> list[Bound]:
     """Find out what each function takes. Raises `Refused`, naming function and parameter, for what cannot be right."""
     bounds = [_bind(service, part) for part in service.parts]
+    _check_copies(service)
     for kind in ("decide", "evolve", "answer"):
         seen: dict[type[Message], Bound] = {}
         for bound in bounds:
@@ -169,7 +221,26 @@ def bind(service: Service) -> list[Bound]:
     return bounds
 
 
+def _check_copies(service: Service) -> None:
+    names = {name.lower(): f"view {name!r}" for name in service.views}
+    for name, schema in service.views.items():
+        if schema is None:
+            raise Refused(f"{service.name}: view {name!r} has no schema: say once what tables it has, with schema=")
+        if not any(part.view == name for part in service.parts):
+            raise Refused(f"{service.name}: view {name!r} has no function: decorate one with service.view({name!r})")
+    for part in service.parts:
+        if part.kind == "replica":
+            check_copy(typing.cast("type[Copy]", part.function))
+            if part.name.lower() in names:
+                raise Refused(
+                    f"{service.name} has a replica {part.name} beside {names[part.name.lower()]}: rename one, files are kept by name"
+                )
+            names[part.name.lower()] = f"replica {part.name}"
+
+
 def _bind(service: Service, part: Part) -> Bound:
+    if part.kind == "replica":
+        return Bound(part, (), False, None)
     where = f"{service.name}.{part.name}"
     try:
         hints = typing.get_type_hints(part.function, localns=part.names)
@@ -179,6 +250,9 @@ def _bind(service: Service, part: Part) -> Bound:
     context = next((each.name for each in parameters if hints.get(each.name) is Context), None)
     told = [each for each in parameters if each.name != context]
     takes = {"decide": 2, "evolve": 2, "every": 0}.get(part.kind, 1)
+    if part.kind == "view":
+        _check_view(where, [hints.get(each.name) for each in parameters])
+        told = parameters[:1]
     if len(told) != takes:
         shape = ("nothing", "(message)", "(what stands, message)")[takes]
         raise Refused(
@@ -197,6 +271,8 @@ def _bind(service: Service, part: Part) -> Bound:
         raise Refused(f"{where} is an async generator, and what it yields would be lost: return a list")
     if part.kind == "every":
         return Bound(part, (), False, context)
+    if part.kind == "on" and (record := _record(where, told[0].name, hints[told[0].name])):
+        return Bound(part, record, False, context, type(None) in typing.get_args(hints[told[0].name]))
     messages, notice = _messages(where, part.kind, told[-1].name, hints[told[-1].name])
     if takes == 2:
         for message in messages:
@@ -209,6 +285,24 @@ def _bind(service: Service, part: Part) -> Bound:
         for message in messages:
             _check_reply(where, typing.cast("type[Query[Any]]", message))
     return Bound(part, messages, notice, context)
+
+
+def _check_view(where: str, hints: list[Any]) -> None:
+    if len(hints) != 2 or hints[1] is not Store:
+        raise Refused(f"{where}: a view function takes (event, db), and db is annotated with Store")
+
+
+def _record(where: str, name: str, hint: Any) -> tuple[type[Message], ...]:
+    """The record that a parameter asks for, alone or with None; nothing if it asks for something else."""
+    alternatives = typing.get_args(hint) if _is_union(hint) else (hint,)
+    told = [each for each in alternatives if each is not type(None)]
+    records = [each for each in told if isinstance(each, type) and issubclass(each, Record)]
+    if not records:
+        return ()
+    if len(told) > 1:
+        raise Refused(f"{where}: parameter {name} mixes a record and something else: write two functions")
+    _declared(where, name, records[0])
+    return (records[0],)
 
 
 def _check_reply(where: str, query: type[Query[Any]]) -> None:

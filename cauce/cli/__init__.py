@@ -25,6 +25,7 @@ COMMANDS = {
     "export": ("export:export", "Write a log as JSON lines of CloudEvents."),
     "verify": ("verify:verify", "Read all of a log and say what is not as it was written."),
     "backup": ("backup:backup", "Copy a log while it is written, and verify the copy."),
+    "rebuild": ("rebuild:rebuild", "Build a view or replica anew, beside the one in use."),
     "restore": ("restore:restore", "Put a backup in the place of a log, under a new id."),
 }
 

@@ -1,10 +1,12 @@
 """What type checkers infer of the public API: checked by mypy and pyright, and run like any test."""
 
-from typing import assert_type
+from typing import Any, assert_type
 
 import pytest
 
-from cauce import Bus, Domain, Query, Receipt, connect, replace, running
+from cauce import Bus, Context, Domain, Query, Receipt, Service, Store, connect, replace, running
+from shop.cards import Holder
+from shop.crm import WhoHas as InDirectory
 from shop.users import ChangeEmail, RegisterUser, User, service
 
 directory = Domain("directory")
@@ -22,6 +24,33 @@ async def asks(bus: Bus) -> None:
     assert_type(await bus.fetch(User, "42"), User)
     assert_type(await bus.record(User, "42"), User | None)
     assert_type(await bus.state(User, "42", at=3), User | None)
+
+
+async def reads(bus: Bus, ctx: Context, db: Store) -> None:
+    """Never run: only checked."""
+    receipt = await bus.call(ChangeEmail("42", "ana@example.org"))
+    assert_type(await bus.ask(InDirectory("example.org"), after=receipt), list[str])
+    assert_type(await ctx.ask(InDirectory("example.org"), after=receipt), list[str])
+    assert_type(await ctx.get(Holder, "42"), Holder | None)
+    assert_type(await ctx.find(Holder, name="Ana", limit=10), list[Holder])
+    assert_type(await ctx.count(Holder, name="Ana"), int)
+    assert_type(await ctx.view("directory").fetch("select 1 where 1 = ?", (1,)), list[tuple[Any, ...]])
+    await ctx.view("directory").wait(receipt)
+    assert_type(ctx.key, str)
+    assert_type(await db.fetch("select 1"), list[tuple[Any, ...]])
+    db.execute("delete from directory where user_id = ?", ("42",))
+
+
+def test_a_copy_is_frozen_and_its_constructor_is_checked() -> None:
+    holder = Holder("42", "Ana", "here")
+    assert_type(holder.name, str)
+    assert_type(Service("x").replica(Holder), type[Holder])
+    with pytest.raises(AttributeError):
+        holder.name = "Eve"  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TypeError):
+        Holder("42", "Ana")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError):
+        Holder("42", "Ana", email="x")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
 async def opens() -> None:

@@ -1,0 +1,215 @@
+"""All views and replicas of one service in this process: who leads, what feeds them, and how they are read."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cauce.bus import After, Receipt
+from cauce.clock import Clock
+from cauce.derived import Derived, feed, filter_of
+from cauce.derived_file import Lock
+from cauce.errors import Damaged, Refused, Unavailable
+from cauce.log import Log
+from cauce.messages import Copy
+from cauce.replica import Replica
+from cauce.sql import Row
+from cauce.view import View
+
+__all__ = ["Copies"]
+
+_log = logging.getLogger("cauce")
+C = TypeVar("C", bound=Copy)
+_LOOK = 1.0
+_POLL = 0.05
+_PAGE = 1_000
+_WAIT = 5.0
+
+
+class _Reading:
+    """One view, as handlers read it."""
+
+    def __init__(self, derived: Derived) -> None:
+        self._derived = derived
+
+    async def fetch(self, sql: str, params: Sequence[Any] = ()) -> list[Row]:
+        self._derived.check()
+        return await self._derived.reading.fetch(sql, tuple(params))
+
+    async def wait(self, receipt: Receipt) -> None:
+        await self._derived.wait(receipt.position)
+
+
+class Copies:
+    """The views and replicas of a service, kept in a folder. One process of this machine feeds them, all read them.
+
+    Who feeds holds a lock that the kernel frees with the process; the others watch, and one of them takes over.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        folder: Path,
+        views: Sequence[View],
+        replicas: Sequence[Replica[Any]],
+        facts: Log,
+        records: Log,
+        clock: Clock,
+    ) -> None:
+        self._service, self._facts, self._records, self._clock = service, facts, records, clock
+        folder = folder / "views"
+        self._views = {view.name: Derived(view, service, facts, folder, clock) for view in views}
+        self._replicas = {
+            replica.copy: (replica, Derived(replica, service, records, folder, clock)) for replica in replicas
+        }
+        self._lead = Lock(folder / "leader.lock")
+        self._readings = {name: _Reading(derived) for name, derived in self._views.items()}
+
+    @property
+    def facts_side(self) -> list[Derived]:
+        return list(self._views.values())
+
+    @property
+    def records_side(self) -> list[Derived]:
+        return [derived for _, derived in self._replicas.values()]
+
+    async def start(self, fail: Callable[[BaseException], None]) -> None:
+        """Return when all replicas are complete, by this process or by the one that leads.
+
+        Raises `Damaged` for a file of another log, or ahead of this one. What is found damaged later is given to
+        `fail`.
+        """
+        for derived in (*self.facts_side, *self.records_side):
+            derived.failed.add_done_callback(lambda failed: _told(failed, fail))
+        head = await self._records.head()
+        while not self._lead.take():
+            if await self._complete(head):
+                return
+            await self._clock.sleep(_POLL)
+        await self._open()
+        if self.records_side:
+            await feed(self._records, self.records_side, self._clock)
+        for derived in self.records_side:
+            await derived.wait(head)
+
+    async def _complete(self, head: int) -> bool:
+        """Whether who leads has all files there, and the replicas up to the head."""
+        try:
+            for derived in self.facts_side:
+                await derived.holds(0)
+            return all([await derived.holds(head) for derived in self.records_side])
+        except Unavailable:
+            return False
+
+    async def _open(self) -> None:
+        for derived in (*self.facts_side, *self.records_side):
+            await derived.open()
+
+    async def run(self) -> None:
+        """Feed them, for ever, as soon as this process leads."""
+        if not self._lead.held:
+            while not self._lead.take():
+                await self._clock.sleep(_LOOK)
+            _log.info("the views and replicas of %s are fed from here now", self._service)
+            await self._open()
+        sides = ((self._facts, self.facts_side), (self._records, self.records_side))
+        await asyncio.gather(*(self._feed(log, many) for log, many in sides if many))
+
+    async def _feed(self, log: Log, many: list[Derived]) -> None:
+        await feed(log, many, self._clock)
+        wanted, looked = filter_of(many), min(derived.after for derived in many)
+        for derived in many:
+            derived.start()
+            derived.looked(looked)
+        while True:
+            try:
+                page = await log.read(wanted, after=looked, limit=_PAGE, wait=_WAIT)
+            except Unavailable as error:
+                _log.warning("the views and replicas of %s wait: %s", self._service, error)
+                await self._clock.sleep(_LOOK)
+                continue
+            looked = page.looked
+            for derived in many:
+                await derived.take_all([entry for entry in page.entries if derived.has(entry)])
+                derived.looked(looked)
+
+    async def close(self) -> None:
+        for derived in (*self.facts_side, *self.records_side):
+            await derived.close()
+        self._lead.release()
+
+    # ------------------------------------------------------------------------------------------------------ reading
+
+    def view(self, name: str) -> _Reading:
+        """A view by its name."""
+        found = self._readings.get(name)
+        if found is None:
+            raise Refused(f"service {self._service!r} has no view {name!r}, only {', '.join(self._readings) or 'none'}")
+        return found
+
+    async def get(self, copy: type[C], key: str) -> C | None:
+        """The copy of one thing; None if it does not stand."""
+        replica, derived = self._of(copy)
+        derived.check()
+        # One row by its key takes less time than to tell a thread of it.
+        rows = derived.reading.rows(*replica.by_key(key))
+        return replica.made(rows[0]) if rows else None
+
+    async def find(self, copy: type[C], limit: int, equals: Mapping[str, Any]) -> list[C]:
+        """The copies whose fields have these values, in the order of their keys."""
+        if type(limit) is not int or limit < 0:
+            raise Refused(f"limit={limit!r}: pass a whole number from 0")
+        replica, derived = self._of(copy)
+        derived.check()
+        return [replica.made(row) for row in await derived.reading.fetch(*replica.equal(equals, limit))]
+
+    async def count(self, copy: type[Copy], equals: Mapping[str, Any]) -> int:
+        """How many copies have these values."""
+        replica, derived = self._of(copy)
+        derived.check()
+        ((number,),) = await derived.reading.fetch(*replica.number(equals))
+        return int(number)
+
+    async def passed(self, after: After) -> None:
+        """Wait until all views have passed a receipt, and the replicas of its domain hold its version or a newer one.
+
+        Raises `Unavailable` if one of them has stopped.
+        """
+        for derived in self.facts_side:
+            await derived.wait(after.position)
+        for replica, derived in self._replicas.values():
+            if replica.domain == after.domain:
+                await self._holds(replica, derived, after)
+
+    async def _holds(self, replica: Replica[Any], derived: Derived, after: After) -> None:
+        while after.version and after.key:
+            rows = derived.reading.rows(*replica.version_of(after.key))
+            if rows and rows[0][0] >= after.version:
+                return
+            await derived.moved()
+
+    async def settled_views(self) -> None:
+        """Wait until all views have passed the head of the facts as it is now."""
+        for derived in self.facts_side:
+            await derived.settled()
+
+    async def settled_replicas(self) -> None:
+        """Wait until all replicas have passed the head of the records as it is now."""
+        for derived in self.records_side:
+            await derived.settled()
+
+    def _of(self, copy: type[C]) -> tuple[Replica[C], Derived]:
+        found = self._replicas.get(copy)
+        if found is None:
+            name = getattr(copy, "__name__", copy)
+            raise Refused(f"service {self._service!r} keeps no replica {name}: say so with service.replica({name})")
+        return found
+
+
+def _told(failed: asyncio.Future[None], fail: Callable[[BaseException], None]) -> None:
+    """A view that is wrong stops alone; a damaged log stops the service."""
+    if not failed.cancelled() and isinstance(error := failed.exception(), Damaged):
+        fail(error)
