@@ -364,7 +364,7 @@ async def test_a_call_whose_time_is_over_tells_the_id_by_which_the_first_accepta
         receipt = await bus.call(Add("a"), id=unknown.value.id)
         again = await bus.call(Add("a"), id=unknown.value.id)
         (fact,) = await entries(bus.facts)
-        assert receipt == again == Receipt(unknown.value.id, "a", 1, fact.position, True)
+        assert receipt == again == Receipt(unknown.value.id, "a", 1, fact.position, True, "counters")
 
 
 async def test_an_id_asked_again_while_its_append_is_under_way_is_accepted_once(bus_url: str) -> None:
