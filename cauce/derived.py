@@ -97,6 +97,7 @@ class Derived:
         self._number = 0
         self._stamp: Stamp = None
         self._target: int | None = None
+        self._gap = 0
         self._queue: list[Entry] = []
         self._in_hand: list[Entry] = []
         self._upto = self._given = self._looked = self._committed = self._written = 0
@@ -181,10 +182,10 @@ class Derived:
     async def holds(self, position: int) -> bool:
         """Whether what is read holds all up to a position."""
         if self._task is not None:
-            if self._committed < position and not self._queue and not self._in_hand:
+            if self._committed < position and self._is_idle():
                 # Its tail waits for what is wanted, and does not tell soon how far it saw nothing of that.
                 looked = await self._nothing(self._looked)
-                if not self._queue and not self._in_hand:
+                if self._is_idle():
                     self._looked = max(self._looked, looked)
                     self._committed = max(self._committed, self._looked)
             if not self.passed(position):
@@ -196,6 +197,10 @@ class Derived:
         place: Any = await self.reading.fetch("select position from cauce_place")
         self.reading.reached(min(position, place[0][0]))
         return place[0][0] >= position or await self._nothing(place[0][0]) >= position
+
+    def _is_idle(self) -> bool:
+        """Whether all that it was given is committed."""
+        return not (self._queue or self._in_hand or self._committed < self._gap)
 
     async def _nothing(self, after: int) -> int:
         """How far after a position there is nothing that it wants."""
@@ -264,9 +269,12 @@ class Derived:
 
     def _use(self, file: DerivedFile, number: int) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(apsw.Error):
+                # It may be broken, and is not needed any more.
+                self._file.close()
         self._file, self._number = file, number
-        self._given = self._looked = self._committed = self._written = file.position
+        self._committed = self._written = file.position
+        self._given, self._looked = max(self._given, file.position), max(self._looked, file.position)
 
     def _switch(self) -> None:
         """What was built is what is read from now on."""
@@ -339,7 +347,25 @@ class Derived:
     async def _step(self, *, last: bool = False) -> None:
         """Commit what was given."""
         self._bell.clear()
-        await self._follow()
+        try:
+            await self._follow()
+            if self._committed < self._gap:
+                if last:
+                    return
+                await self._reach()
+            await self._commit_all(last=last)
+        except Unusable as error:
+            if last:
+                raise
+            await self._anew(error)
+            self._bell.set()
+        if self._target is not None and self._committed >= self._target and not last:
+            await self._caught_up()
+        self._moved.set()
+        if self._queue:
+            self._bell.set()
+
+    async def _commit_all(self, *, last: bool) -> None:
         if not self._in_hand:
             self._in_hand, self._queue = self._queue, []
             self._upto = max(self._looked, self._in_hand[-1].position if self._in_hand else 0)
@@ -350,11 +376,6 @@ class Derived:
         if upto - self._written >= _RARELY or (last and upto > self._written):
             await in_thread(self._write, [], upto)
         self._committed = max(self._committed, upto)
-        if self._target is not None and self._committed >= self._target and not last:
-            await self._caught_up()
-        self._moved.set()
-        if self._queue:
-            self._bell.set()
 
     async def _commit(self, looked: int) -> None:
         """Write a part of what is in hand, as much as is done in time."""
@@ -369,15 +390,13 @@ class Derived:
             ready = await self.shape.ready(self._in_hand, self.reading.fetch)
             done = await in_thread(self._write, ready, looked)
         except (apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError) as error:
-            await self._anew(error)
-            return
+            raise Unusable(str(error)) from error
         except apsw.Error as error:
             told = translate(error, file.path)
             if isinstance(told, Unavailable):
                 raise told from error
             if isinstance(error, apsw.IOError):
-                await self._anew(error)
-                return
+                raise Unusable(str(error)) from error
             await self._one_by_one()
             return
         except (Unavailable, Damaged):
@@ -425,50 +444,44 @@ class Derived:
             self._committed = max(self._committed, entry.position)
             del self._in_hand[0]
 
-    async def _anew(self, error: Exception) -> None:
+    async def _follow(self) -> None:
+        """Go on with another file, if somebody has switched."""
+        if self._target is not None or self.files.stamp() == self._stamp:
+            return
+        number = self.files.live()
+        if not number:
+            raise Unusable(f"{self.files.folder / 'live'} is missing")
+        file = self._checked(await in_thread(DerivedFile.open, self.files.path(number)), await self._log.head())
+        _log.info("%s goes on with %s", self.shape.what, file.path)
+        self._gap = max(self._gap, self._committed)
+        self._use(file, number)
+        self._stamp = self.files.stamp()
+        self._clear()
+
+    async def _anew(self, error: Unusable) -> None:
+        """Begin another file, because the one in use is gone or broken."""
         _log.warning("%s: %s: it is built anew", self.shape.what, error)
-        upto = self._committed
+        self._gap = max(self._gap, self._committed)
         while not await in_thread(self._make_live):
             await self._clock.sleep(_POLL)
-        await self._reach(upto)
 
     def _make_live(self) -> bool:
         return self._make(live=True)
 
-    async def _follow(self) -> None:
-        """Go on with another file, if somebody has switched, or the one in use is gone."""
-        if self._target is not None or self.files.stamp() == self._stamp:
-            return
-        upto = self._committed
-        number = self.files.live()
+    async def _reach(self) -> None:
+        """Read by itself what the new file lacks of what the old one held; what was given comes after that."""
+        self._queue[:0] = self._in_hand
+        self._in_hand = []
         try:
-            if not number:
-                raise Unusable(f"{self.files.folder / 'live'} is missing")
-            file = self._checked(await in_thread(DerivedFile.open, self.files.path(number)), await self._log.head())
-        except Unusable as error:
-            await self._anew(error)
-            return
-        _log.info("%s goes on with %s", self.shape.what, file.path)
-        self._use(file, number)
-        self._stamp = self.files.stamp()
-        self._clear()
-        await self._reach(upto)
-
-    async def _reach(self, upto: int) -> None:
-        """Read by itself what the new file lacks of what was given before; what was queued comes after that."""
-        queue = [*self._in_hand, *self._queue]
-        self._in_hand, self._queue = [], []
-        looked = self._committed
-        while looked < upto:
-            page = await self._log.read(filter_of([self]), after=looked, limit=_PAGE)
-            self._in_hand = [entry for entry in page.entries if entry.position <= upto]
-            looked = min(page.looked, upto)
-            while self._in_hand:
-                await self._commit(looked)
-            self._committed = max(self._committed, looked)
-        self._looked = max(self._looked, self._committed)
-        self._queue[:0] = [entry for entry in queue if entry.position > self._committed]
-        self._given = max([self._given, self._committed, *(entry.position for entry in self._queue[-1:])])
+            while (looked := self._committed) < self._gap:
+                page = await self._log.read(filter_of([self]), after=looked, limit=_PAGE)
+                self._in_hand = [entry for entry in page.entries if entry.position <= self._gap]
+                looked = min(page.looked, self._gap)
+                while self._in_hand:
+                    await self._commit(looked)
+                self._committed = max(self._committed, looked)
+        finally:
+            self._in_hand = []
 
     async def _caught_up(self) -> None:
         """It goes live if it is near the head, which may have moved on meanwhile."""
@@ -499,12 +512,31 @@ class Derived:
         # Only when it writes no more it goes live: from then on that is for who leads to do.
         self._target = sys.maxsize
         entries = await feed(self._log, [self], self._clock, told)
-        while self._committed < self._looked:
-            await self.moved()
-        await self._stop()
-        self.check()
-        await in_thread(self._switch)
+        # What somebody has read must not be gone again: nothing new comes into the old file until the new one has all.
+        old = await in_thread(self._hold_live)
+        try:
+            entries += await feed(self._log, [self], self._clock, told)
+            while self._committed < self._looked:
+                await self.moved()
+            await self._stop()
+            self.check()
+            await in_thread(self._switch)
+        finally:
+            if old is not None:
+                old.close()
         return entries
+
+    def _hold_live(self) -> DerivedFile | None:
+        """The live file, kept from being written until it is closed; None if there is none that is of use."""
+        with suppress(Unusable):
+            file = DerivedFile.open(self.files.path(self.files.live()))
+            try:
+                file.connection.execute("begin immediate")
+            except apsw.Error as error:
+                file.close()
+                raise translate(error, file.path) from error
+            return file
+        return None
 
     async def _stop(self) -> None:
         """Write no more than what was given, and the place."""

@@ -35,8 +35,10 @@ from cauce import (
     running,
 )
 from cauce.backends.sqlite.file import folder_of
+from cauce.bus import After
 from cauce.clock import SystemClock
 from cauce.codec import Entry, Meta, digest, sealed
+from cauce.copies import Copies
 from cauce.derived import Derived
 from cauce.derived_file import Lock
 from cauce.messages import check_copy
@@ -729,3 +731,42 @@ async def test_a_replica_is_rebuilt_to_the_same_copies(bus_url: str) -> None:
         assert await bus.ask(HowMany()) == 199
         assert await bus.ask(Get("t100"), after=await bus.call(SetTo("t100", 5))) == 5
         assert (folder(bus_url) / "live").read_text() == "2\n"
+
+
+# ------------------------------------------------------------------------------------------------- leader and others
+
+
+async def test_a_process_that_only_reads_waits_until_the_one_that_feeds_is_complete(bus_url: str) -> None:
+    await filled(bus_url, 200)
+
+    def fail(error: BaseException) -> None:
+        raise error
+
+    async with running(owner, bus=bus_url) as bus:
+
+        def copies() -> Copies:
+            store, replica = folder(bus_url).parent.parent, Replica("keeper", Small)
+            return Copies("keeper", store, [], [replica], bus.facts, bus.records, bus.clock)
+
+        one, two = copies(), copies()
+        lead = Lock(folder(bus_url).parent / "leader.lock")
+        assert lead.take()
+        second = asyncio.create_task(two.start(fail))
+        await asyncio.sleep(0.1)
+        assert not second.done()
+        lead.release()
+        await asyncio.gather(one.start(fail), second)
+        tasks = [asyncio.create_task(each.run()) for each in (one, two)]
+        try:
+            receipt = await bus.call(SetTo("t7", 70))
+            after = After(receipt.position, receipt.domain, receipt.key, receipt.version)
+            for each in (one, two):
+                await each.passed(after)
+                assert await each.get(Small, "t7") == Small("t7", 70)
+                assert await each.count(Small, {}) == 200
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await one.close()
+            await two.close()
