@@ -34,6 +34,7 @@ _FIRST_DELAY = 0.1
 _LONGEST_DELAY = 60.0
 _DOUBLINGS = 10
 _OFTEN = 10_000
+_MOMENT = 0.05
 _CAUTION = 10.0
 """Seconds for which a message that may have killed the process keeps others of its kind from beginning."""
 
@@ -151,6 +152,7 @@ class Consumer:
         """Finish what is in hand in these slots, begin nothing more there, and note the places."""
         gone = set(slots)
         self._leaving |= gone
+        self._moved.set()
         lanes = [lane for lane in self._lanes.values() if lane.slot[1] in gone]
         for lane in lanes:
             lane.joined = False
@@ -165,7 +167,7 @@ class Consumer:
         await asyncio.gather(*running, *retries, return_exceptions=True)
         for lane in lanes:
             self._note(lane, self._handed(lane) if not lane.queue else lane.place)
-            del self._lanes[lane.slot]
+            self._lanes.pop(lane.slot, None)
         for stream in [each for each in self._waiting if slot_of(each.partition("/")[2]) in gone]:
             self._many -= len(self._waiting.pop(stream))
             self._retries.pop(stream, None)
@@ -309,7 +311,8 @@ class Consumer:
     async def _run(self, lane: _Lane) -> None:
         try:
             while lane.queue and lane.slot[1] not in self._leaving:
-                await self._one(lane, lane.queue[0])
+                if not await self._one(lane, lane.queue[0]):
+                    break
                 lane.queue.popleft()
                 lane.room.set()
         except Exception as error:
@@ -318,11 +321,16 @@ class Consumer:
             lane.task = None
             self._moved.set()
 
-    async def _one(self, lane: _Lane, entry: Entry) -> None:
+    async def _one(self, lane: _Lane, entry: Entry) -> bool:
+        """Handle an entry, or set it aside. False: its slot was given up before it began."""
         domain, slot = lane.slot
         while not self._may_begin():
-            await self._clock.sleep(0.05)
+            if slot in self._leaving:
+                return False
+            await self._clock.sleep(_MOMENT)
         while self._many >= _MOST_WAITING and entry.stream not in self._waiting:
+            if slot in self._leaving:
+                return False
             self._moved.clear()
             await self._moved.wait()
         ahead, waiting = self._waiting.get(entry.stream), None
@@ -347,6 +355,7 @@ class Consumer:
         lane.place = lane.written = entry.position
         if waiting is not None:
             self._set_aside(waiting)
+        return True
 
     async def _tried(self, entry: Entry, unit: Unit, slot: int) -> Waiting | None:
         error = await self._handled(entry, unit)
@@ -488,7 +497,7 @@ class Consumer:
             await self._park(share, waiting)
             return False
         while not self._may_begin():
-            await self._clock.sleep(0.05)
+            await self._clock.sleep(_MOMENT)
         self._in_hand.add(waiting.stream)
         try:
             waiting.attempts, waiting.due = waiting.attempts + 1, -1

@@ -310,8 +310,14 @@ class _Running:
 
     async def _gain(self, shares: Sequence[Share]) -> None:
         slots, before = _slots_of(shares), frozenset(share.before for share in shares if share.before)
-        for commander in self._commanders.values():
-            await commander.take_over(slots, before)
+        try:
+            for commander in self._commanders.values():
+                await commander.take_over(slots, before)
+        except BaseException:
+            # One domain without the other is nobody's: who holds a slot holds it in all.
+            for commander in self._commanders.values():
+                await commander.let_go(slots)
+            raise
         if self._running:
             await self._serve_slots(slots)
             await self._announce("running")

@@ -7,6 +7,7 @@ fair share and no more, so a newcomer is given its part by those who have too mu
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -55,6 +56,7 @@ class Shares:
         self._gain, self._lose = gain, lose
         self.held: dict[str, Share] = {}
         self._seen: dict[str, tuple[int, float]] = {}
+        self._moving: asyncio.Task[None] | None = None
         self._beaten = 0.0
         self._joined, self._is_settled, self._closing = False, True, False
         self.touched: Callable[[], None] = lambda: None
@@ -67,8 +69,10 @@ class Shares:
     async def start(self) -> None:
         """Join, and take what is free, also from those who are proved dead. Raises what stands in the way."""
         await self._step()
+        await self._moved()
         if self._dead(self._clock.monotonic()):
             await self._step()
+            await self._moved()
 
     async def run(self) -> None:
         """Beat, look, take and give, for ever. Raises `Fenced` when this instance was struck off."""
@@ -87,6 +91,9 @@ class Shares:
 
     async def stop(self) -> None:
         """Leave: all that is still held is let go of in good order."""
+        if self._moving is not None:
+            self._moving.cancel()
+            await asyncio.gather(self._moving, return_exceptions=True)
         shares = list(self.held.values())
         self.held.clear()
         await self._store.release(shares, owner=self.owner)
@@ -102,8 +109,17 @@ class Shares:
         self._watch(standing, began)
         if standing.touched:
             self.touched()
-        if not self._closing:
-            await self._share_out(standing)
+        if self._moving is not None and self._moving.done():
+            await self._moved()
+        if self._moving is None and not self._closing:
+            # What is given away may take long to finish, and the beat must not wait for that.
+            self._moving = asyncio.get_running_loop().create_task(self._share_out(standing))
+
+    async def _moved(self) -> None:
+        """Raises what went wrong while slots were taken or given."""
+        moving, self._moving = self._moving, None
+        if moving is not None:
+            await moving
 
     def _watch(self, standing: Standing, now: float) -> None:
         """Note since when each beat has not changed."""

@@ -51,11 +51,11 @@ create table if not exists cauce_timers (name text primary key, due integer not 
 
 _OURS = "cauce_"
 _FORBIDDEN = {
-    apsw.SQLITE_ATTACH: "attach",
-    apsw.SQLITE_DETACH: "detach",
-    apsw.SQLITE_PRAGMA: "pragma",
-    apsw.SQLITE_TRANSACTION: "begin, commit or rollback",
-    apsw.SQLITE_SAVEPOINT: "savepoint",
+    apsw.SQLITE_ATTACH,
+    apsw.SQLITE_DETACH,
+    apsw.SQLITE_PRAGMA,
+    apsw.SQLITE_TRANSACTION,
+    apsw.SQLITE_SAVEPOINT,
 }
 _STATEMENT_ERRORS = (
     apsw.SQLError, apsw.ConstraintError, apsw.MismatchError, apsw.TooBigError, apsw.RangeError, apsw.BindingsError,
@@ -177,7 +177,7 @@ class _Journal:
 
     def _may(self, action: int, one: str | None, two: str | None, _database: str | None, _inner: str | None) -> int:
         """A handler's SQL must not end our transaction, nor change what we keep about it."""
-        if self.handler and (action in _FORBIDDEN or (one or "").startswith(_OURS)):
+        if self.handler and (action in _FORBIDDEN or (one or "").startswith(_OURS) or (two or "").startswith(_OURS)):
             return apsw.SQLITE_DENY
         return apsw.SQLITE_OK
 
