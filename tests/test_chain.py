@@ -12,7 +12,7 @@ from cauce.backends import sqlite
 from cauce.backends.sqlite import chain, table
 from cauce.backends.sqlite.upkeep import verify
 from cauce.codec import Entry, Meta, sealed
-from cauce.errors import Damaged
+from cauce.errors import Damaged, Refused
 from cauce.log import Filter, Log
 
 LONG = "users/long"
@@ -159,3 +159,152 @@ async def test_the_beginning_of_the_commands_may_be_gone(tmp_path: Path) -> None
     assert found[0] > 1
     await bus.close()
     assert verify(tmp_path / "bus.db").ok
+
+
+def change(path: Path, *statements: str) -> None:
+    """What happens to a file behind our back, or is done to it by a later version."""
+    with apsw.Connection(str(path)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+            assert connection.changes(), statement
+    connection.close()
+
+
+@pytest.mark.parametrize("log", ["facts", "commands"])
+@pytest.mark.parametrize("previous", [0, 50, 150, 298, 300, 301, 900])
+async def test_a_pointer_that_skips_a_part_of_a_stream_is_found_wherever_one_reads_from(
+    previous: int, log: str, tmp_path: Path
+) -> None:
+    bus = await sqlite.open(tmp_path / "bus.db")
+    await asyncio.gather(*(getattr(bus, log).append(LONG, [entry(LONG, n)]) for n in range(1, 601)))
+    await bus.close()
+    change(tmp_path / "bus.db", f"update {log} set previous = {previous} where position = 300")
+    bus = await sqlite.open(tmp_path / "bus.db")
+    for after, limit in ((0, 1000), (100, 1000), (100, 300), (298, 1), (299, 1000)):
+        with pytest.raises(Damaged, match=LONG):
+            await getattr(bus, log).read(Filter(LONG), after=after, limit=limit)
+    page = await getattr(bus, log).read(Filter(LONG), after=300, limit=1000)
+    assert [each.version for each in page.entries] == list(range(301, 601)), "what lies behind is still read"
+    await bus.close()
+
+
+async def test_a_chapter_that_is_said_to_end_too_early_cuts_nothing_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "TAIL", 100)
+    monkeypatch.setattr(chain, "CHAPTER_BITS", 3)
+    bus = await sqlite.open(tmp_path / "bus.db")
+    await asyncio.gather(*(bus.facts.append(LONG, [entry(LONG, n)]) for n in range(1, 601)))
+    await bus.close()
+    change(tmp_path / "bus.db", "update facts_chapters set position = 10 where stream > 0 and chapter = 3")
+    bus = await sqlite.open(tmp_path / "bus.db")
+    with pytest.raises(Damaged, match=LONG):
+        await bus.facts.read(Filter(LONG), after=7, limit=15)
+    await bus.close()
+
+
+@pytest.mark.parametrize(
+    "change_", ["delete from facts where position = 600", "update facts set stream = 1000 where position = 600"]
+)
+async def test_a_stream_whose_end_is_not_where_its_chapter_says_takes_no_more(
+    change_: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "TAIL", 100)
+    bus = await sqlite.open(tmp_path / "bus.db")
+    await bus.facts.append(LONG, [entry(LONG, n) for n in range(1, 601)])
+    await bus.facts.append("users/1", [entry("users/1", n) for n in range(1, 201)])
+    await bus.close()
+    change(tmp_path / "bus.db", change_)
+    bus = await sqlite.open(tmp_path / "bus.db")
+    with pytest.raises(Damaged, match="position 600"):
+        await bus.facts.append(LONG, [entry(LONG, 601)])
+    await bus.close()
+
+
+# ---------------------------------------------------------------------------------- commands that lost their beginning
+
+
+@pytest.mark.usefixtures("chapters")
+@pytest.mark.parametrize("gone", [1, 255, 299, 300, 399])
+async def test_what_is_left_of_the_commands_is_read_whole_with_pages_of_any_size(gone: int, tmp_path: Path) -> None:
+    bus = await sqlite.open(tmp_path / "bus.db")
+    await asyncio.gather(*(bus.commands.append(LONG, [entry(LONG, n)]) for n in range(1, 401)))
+    await bus.close()
+    change(tmp_path / "bus.db", f"delete from commands where position <= {gone}")
+    bus = await sqlite.open(tmp_path / "bus.db")
+    for limit in (1, 2, 10, 1000):
+        assert await versions(bus.commands, LONG, limit=limit) == list(range(gone + 1, 401))
+        assert await versions(bus.commands, LONG, after=gone - 1, limit=limit) == list(range(gone + 1, 401))
+    assert (await bus.commands.append(LONG, [entry(LONG, 401)])).version == 401
+    await bus.close()
+    assert verify(tmp_path / "bus.db").findings == []
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+async def test_a_stream_of_which_nothing_is_left_begins_again(
+    bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chain, "CHAPTER_BITS", bits)
+    monkeypatch.setattr(table, "TAIL", 20)
+    one, two = [await sqlite.open(tmp_path / "bus.db") for _ in range(2)]
+    for n in range(1, 21):
+        await one.commands.append(LONG, [entry(LONG, n)])
+    for n in range(1, 41):
+        await two.commands.append("users/2", [entry("users/2", n)])
+    change(tmp_path / "bus.db", "delete from commands where position <= 30")
+    assert verify(tmp_path / "bus.db").findings == []
+    assert await versions(two.commands, LONG) == []
+    # Who knew the stream, and who did not, are of one mind.
+    for version in range(1, 7):
+        bus = one if version % 2 else two
+        assert (await bus.commands.append(LONG, [entry(LONG, 100 + version)])).version == version
+    for n in range(41, 81):
+        await one.commands.append("users/2", [entry("users/2", n)])
+    for bus in (one, two):
+        for limit in (1, 3, 100):
+            assert await versions(bus.commands, LONG, limit=limit) == list(range(1, 7))
+            assert await versions(bus.commands, "users/2", limit=limit) == list(range(11, 81))
+        await bus.close()
+    bus = await sqlite.open(tmp_path / "bus.db")
+    assert (await bus.commands.append(LONG, [entry(LONG, 200)])).version == 7, "the new end, not that of an old chapter"
+    await bus.close()
+    assert verify(tmp_path / "bus.db").findings == []
+
+
+# ------------------------------------------------------------------------------------------------ what is remembered
+
+
+async def test_no_more_streams_are_remembered_than_there_is_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "_CACHED", 100)
+    monkeypatch.setattr(table, "TAIL", 20)
+    bus = await sqlite.open(tmp_path / "bus.db")
+    for turn in range(20):
+        await asyncio.gather(
+            *(bus.facts.append(f"users/{turn}-{n}", [entry(f"users/{turn}-{n}", 1)]) for n in range(50))
+        )
+        for kept in bus._writer._journal.tables:  # type: ignore[attr-defined]
+            assert len(kept._heads) <= 150
+    for turn in range(20):
+        assert (await bus.facts.append(f"users/{turn}-7", [entry(f"users/{turn}-7", 2)])).version == 2
+    await bus.close()
+    assert verify(tmp_path / "bus.db").ok
+
+
+async def test_what_was_refused_leaves_no_name_behind(tmp_path: Path) -> None:
+    bus = await sqlite.open(tmp_path / "bus.db")
+    good = entry("users/1", 1)
+    for bad in (
+        sealed("users/1", "Other", "\ud800", Meta(1), b"{}"),
+        sealed("users/1", "No Type!\n", "id", Meta(1), b"{}"),
+    ):
+        for entries in ([bad], [good, bad]):
+            with pytest.raises(Refused):
+                await bus.facts.append("users/1", entries)
+        with pytest.raises(Refused):
+            await bus.records.put("users/1", 1, bad)
+    await bus.close()
+    with apsw.Connection(str(tmp_path / "bus.db")) as connection:
+        assert connection.execute("select name from streams union all select name from types").fetchall() == []
+    connection.close()

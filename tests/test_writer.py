@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import apsw
 import pytest
 
 from cauce.backends import sqlite
+from cauce.backends.sqlite import chain, table
 from cauce.backends.sqlite.runway import Runway
 from cauce.backends.sqlite.table import Table
+from cauce.backends.sqlite.upkeep import verify
+from cauce.backends.sqlite.wake import Wake
+from cauce.backends.sqlite.writer import Writer
 from cauce.clock import SystemClock
 from cauce.codec import Entry, Meta, sealed
-from cauce.errors import Busy, Conflict
+from cauce.errors import Busy, Conflict, Damaged, Refused
+from cauce.log import Appended, Filter
 
 Program = Callable[..., subprocess.Popen[str]]
 
@@ -33,8 +41,69 @@ sys.stdin.read()
 """
 
 
-def fact(stream: str = "things/1") -> Entry:
-    return sealed(stream, "Counted", SystemClock().id(), Meta(1), b"{}")
+SPOILER = """
+import os, sys, apsw
+connection = apsw.Connection(sys.argv[1])
+connection.execute("insert into types (domain, name) values ('other', 'Other')")
+connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+with open(sys.argv[1], "r+b") as file:
+    file.write(bytes(100))
+os._exit(0)
+"""
+
+SIGNALLED = """
+import asyncio, json, os, signal, sys
+from cauce.backends import sqlite
+from cauce.backends.sqlite.table import Table
+from cauce.backends.sqlite.writer import Writer
+from cauce.backends.sqlite.witness import Witness
+from cauce.clock import SystemClock
+from cauce.codec import Meta, sealed
+
+path, name, where = sys.argv[1:]
+number = signal.Signals[name]
+PLACES = {"before": (Table, "flush"), "commit": (Writer, "_wal_grew"), "after": (Witness, "write")}
+armed = []
+
+class Still(SystemClock):
+    def monotonic(self):
+        return 0.0
+
+def arm(kind, name):
+    plain = getattr(kind, name)
+    def signalled(self, *arguments):
+        if armed:
+            armed.clear()
+            os.kill(os.getpid(), number)
+        return plain(self, *arguments)
+    setattr(kind, name, signalled)
+
+async def main():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+    bus = await sqlite.open(path, clock=Still())
+    def append():
+        return bus.facts.append("things/1", [sealed("things/1", "Counted", SystemClock().id(), Meta(1), b"{}")])
+    for _ in range(20):
+        await append()
+    armed.append(True)
+    last = append()
+    try:
+        await asyncio.shield(last)
+    finally:
+        await asyncio.wait([last], timeout=20)
+        told = last.result().version if last.done() and last.exception() is None else repr(last)
+        next = (await append()).version
+        await bus.close()
+        print(json.dumps([not armed, told, next]), flush=True)
+
+arm(*PLACES[where])
+asyncio.run(main())
+"""
+
+
+def fact(stream: str = "things/1", body: bytes = b"{}") -> Entry:
+    return sealed(stream, "Counted", SystemClock().id(), Meta(1), body)
 
 
 class Flushes(SystemClock):
@@ -64,6 +133,16 @@ def where(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Table, "flush", seen)
     return found
+
+
+async def alone(bus: sqlite.SQLiteBus, where: list[str]) -> None:
+    """Write until it is done on the loop: the thread may be busy for a moment longer than its callers know."""
+    for _ in range(100):
+        await bus.facts.append("things/0", [fact("things/0")])
+        if where[-1] == "loop":
+            where.clear()
+            return
+    raise AssertionError("the loop never writes")
 
 
 @pytest.fixture
@@ -138,6 +217,249 @@ async def test_a_lone_write_and_a_close_in_the_same_round_are_both_done(path: Pa
     assert (await last).version == CALM + 1
 
 
+async def test_what_is_large_is_never_written_on_the_loop(path: Path, where: list[str]) -> None:
+    bus = await sqlite.open(path, clock=Flushes(1e-6))
+    for _ in range(CALM):
+        await bus.facts.append("things/1", [fact()])
+    for entries, expected in (
+        ([fact() for _ in range(100)], "loop"),
+        ([fact() for _ in range(400)], "thread"),
+        ([fact(body=b'"%s"' % (b"x" * 10_000))], "loop"),
+        ([fact(body=b'"%s"' % (b"x" * 70_000))], "thread"),
+    ):
+        await alone(bus, where)
+        await bus.facts.append("things/1", entries)
+        assert where == [expected], len(entries)
+    await bus.close()
+
+
+async def test_the_loop_leaves_it_to_the_thread_to_catch_up_with_much_that_others_wrote(
+    path: Path, where: list[str]
+) -> None:
+    one, two = [await sqlite.open(path, clock=Flushes(1e-6)) for _ in range(2)]
+    for _ in range(CALM):
+        await one.facts.append("things/1", [fact()])
+        await two.facts.append("things/2", [fact("things/2")])
+    await alone(one, where)
+    await two.facts.append("things/2", [fact("things/2")])
+    where.clear()
+    await one.facts.append("things/1", [fact()])
+    assert where == ["loop"], "a little is read on the loop"
+    await two.facts.append("things/2", [fact("things/2") for _ in range(900)])
+    where.clear()
+    assert (await one.facts.append("things/1", [fact()])).version == CALM + 2
+    assert where == ["thread"]
+    await alone(one, where)
+    await one.close()
+    await two.close()
+
+
+async def test_the_loop_leaves_it_to_the_thread_to_read_all_anew_after_a_rollback(
+    path: Path, where: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = await sqlite.open(path, clock=Flushes(1e-6))
+    for _ in range(CALM):
+        await bus.facts.append("things/1", [fact()])
+    plain, failing = Table.append, [True]
+
+    def full(self: Table, *arguments: Any) -> Any:
+        if failing:
+            failing.clear()
+            assert threading.current_thread() is threading.main_thread()
+            raise apsw.FullError("injected")
+        return plain(self, *arguments)
+
+    await alone(bus, where)
+    monkeypatch.setattr(Table, "append", full)
+    assert (await bus.facts.append("things/1", [fact()])).version == CALM + 1
+    assert where == ["thread"], "what failed on the loop is tried once more in the thread"
+    await alone(bus, where)
+    await bus.close()
+
+
+async def test_chapters_are_written_in_the_thread_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "TAIL", table._FEW + 30)
+    wrote: list[bool] = []
+    plain = chain.write_chapters
+
+    def seen(*arguments: Any) -> None:
+        wrote.append(threading.current_thread() is threading.main_thread())
+        plain(*arguments)
+
+    monkeypatch.setattr(table, "write_chapters", seen)
+    bus = await sqlite.open(path, clock=Flushes(1e-6))
+    for _ in range(100):
+        await bus.facts.append("things/1", [fact() for _ in range(20)])
+    assert wrote
+    assert not any(wrote)
+    await bus.close()
+
+
+# ------------------------------------------------------------------------------------- what befalls a lone write
+
+
+@pytest.mark.parametrize("calm", [CALM, 1], ids=["on the loop", "in the thread"])
+async def test_a_file_spoilt_by_another_program_leaves_nobody_waiting(program: Program, path: Path, calm: int) -> None:
+    bus = await sqlite.open(path, clock=Flushes(1e-6), patience=0.4)
+    for _ in range(calm):
+        await bus.facts.append("things/1", [fact()])
+    assert program(SPOILER, str(path)).wait(30) == 0
+    for _ in range(2):
+        with pytest.raises(Refused, match="no Cauce log"):
+            await asyncio.wait_for(bus.facts.append("things/1", [fact()]), 20)
+    await bus.close()
+
+
+@pytest.mark.parametrize("step", ["begin", "is_due"])
+async def test_what_fails_before_the_first_write_of_a_transaction_is_told(
+    path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = await sqlite.open(path, clock=Flushes(1e-6))
+    for _ in range(CALM):
+        await bus.facts.append("things/1", [fact()])
+
+    def broken(self: Table, **_: Any) -> Any:
+        raise apsw.CorruptError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "begin", broken)
+        patch.setattr(Table, step, broken)
+        with pytest.raises(Damaged):
+            await asyncio.wait_for(bus.facts.append("things/1", [fact()]), 20)
+    assert (await bus.facts.append("things/1", [fact()])).version == CALM + 1
+    await bus.close()
+
+
+@pytest.mark.parametrize("calm", [CALM, 1], ids=["on the loop", "in the thread"])
+async def test_what_goes_wrong_in_waking_others_is_no_matter_of_the_writer(
+    path: Path, calm: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = await sqlite.open(path, clock=Flushes(1e-6))
+    for _ in range(calm):
+        await bus.facts.append("things/1", [fact()])
+    (path.with_name(path.name + ".d") / "wake" / "folder").mkdir()
+    assert (await asyncio.wait_for(bus.facts.append("things/1", [fact()]), 20)).version == calm + 1
+
+    def broken(self: Wake) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Wake, "_list", broken)
+    monkeypatch.setattr(Wake, "tell", broken)
+    for n in (2, 3):
+        assert (await asyncio.wait_for(bus.facts.append("things/1", [fact()]), 20)).version == calm + n
+    await bus.close()
+
+
+@pytest.mark.parametrize("calm", [CALM, 1], ids=["on the loop", "in the thread"])
+async def test_what_is_committed_is_told_as_committed_whatever_comes_after(
+    path: Path, calm: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[BaseException] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context["exception"]))
+    bus = await sqlite.open(path, clock=Flushes(1e-6))
+    for _ in range(calm):
+        await bus.facts.append("things/1", [fact()])
+
+    def broken(self: Table) -> Any:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "committed", broken)
+        assert (await asyncio.wait_for(bus.facts.append("things/1", [fact()]), 20)).version == calm + 1
+    if calm == CALM:
+        assert [type(each) for each in said] == [ZeroDivisionError]
+        assert (await asyncio.wait_for(bus.facts.append("things/1", [fact()]), 20)).version == calm + 2
+    await bus.close()
+    assert verify(path).entries["facts"] == calm + (2 if calm == CALM else 1)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("place", ["before", "commit", "after"])
+def test_a_lone_write_into_which_a_signal_comes_is_made_once_and_told_so(
+    program: Program, path: Path, place: str, name: str
+) -> None:
+    process = program(SIGNALLED, str(path), name, place)
+    said, _ = process.communicate(timeout=60)
+    assert said == "[true, 21, 22]\n"
+    assert process.returncode == (3 if name == "SIGTERM" else -signal.SIGINT)
+    assert verify(path).ok
+    assert verify(path).entries["facts"] == 22
+
+
+class Signals:
+    """Sends this process a signal when so many steps have been made inside `Writer._go`.
+
+    A signal handler runs where a function of Python begins and where one of C has returned, and nowhere else.
+    """
+
+    def __init__(self, step: int) -> None:
+        self._step, self.made, self._inside = step, 0, False
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> None:
+        outermost = frame.f_code is Writer._go.__code__
+        if outermost and event == "call":
+            self._inside = True
+        if self._inside and event in {"call", "c_return"}:
+            self.made += 1
+            if self.made == self._step:
+                signal.raise_signal(signal.SIGUSR1)
+        if outermost and event == "return":
+            self._inside = False
+
+
+@pytest.fixture
+def exits() -> Iterator[None]:
+    """SIGUSR1 means to exit."""
+    before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.usefixtures("exits")
+def test_wherever_a_signal_handler_raises_in_a_lone_write_it_is_made_once_and_told_so(
+    path: Path, where: list[str]
+) -> None:
+    written, waiting = list[str](), list[asyncio.Future[Appended]]()
+
+    async def begin(bus: sqlite.SQLiteBus) -> None:
+        written.append((entry := fact()).id)
+        waiting[:] = [bus.facts.append("things/1", [entry])]
+        await asyncio.sleep(0)
+
+    async def end() -> None:
+        assert (await asyncio.wait_for(waiting[0], 20)).version == len(written), step
+        await asyncio.wait_for(other.facts.append("things/2", [fact("things/2")]), 20)
+        for _ in range(2):
+            await begin(bus)
+            assert (await asyncio.wait_for(waiting[0], 20)).version == len(written), step
+        await alone(bus, where)
+
+    with asyncio.Runner() as runner:
+        bus, other = [runner.run(sqlite.open(path, clock=Flushes(1e-6), patience=0.4)) for _ in range(2)]
+        for _ in range(CALM):
+            runner.run(begin(bus))
+        step, whole = 1, False
+        runner.run(end())
+        while not whole:
+            signals = Signals(step)
+            sys.setprofile(signals)
+            try:
+                runner.run(begin(bus))
+                whole = where == ["loop"]
+            except SystemExit:
+                step += 1
+            finally:
+                sys.setprofile(None)
+            runner.run(end())
+        assert step > 80
+        assert bus._writer._bytes == 0
+        entries = runner.run(bus.facts.read(Filter("things/1"), limit=5000)).entries
+        assert [entry.id for entry in entries] == written
+        runner.run(bus.close())
+        runner.run(other.close())
+    assert verify(path).ok
+
+
 # ------------------------------------------------------------------------------------------- zeros ahead in the WAL
 
 
@@ -199,4 +521,26 @@ def test_a_full_disk_only_makes_commits_slower(path: Path, monkeypatch: pytest.M
     runway.keep(1)
     runway.keep(2)
     assert len(tried) == 1, "not tried again until as much has been written"
+    runway.close()
+
+
+def test_zeros_leave_the_last_room_of_a_disk_to_the_checkpoint(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = connection(path)
+    first.execute("create table numbers (n integer)")
+    size = wal_of(path).stat().st_size
+    plain = os.fstatvfs
+
+    def small(file: int) -> os.statvfs_result:
+        found = list(plain(file))
+        found[4] = 200 * 1024 * 1024 // found[1]
+        return os.statvfs_result(found)
+
+    runway = Runway(wal_of(path), 4096)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstatvfs", small)
+        runway.keep(1)
+        assert wal_of(path).stat().st_size == size
+        assert not runway.is_short(1), "a lone write goes on without"
+    runway.keep(1000)
+    assert wal_of(path).stat().st_size > size + 500_000
     runway.close()

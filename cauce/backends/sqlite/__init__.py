@@ -55,7 +55,8 @@ class _Journal:
             table.flush()
 
     def is_due(self) -> bool:
-        return any(table.is_due() for table in self.tables)
+        (version,) = self._connection.execute("pragma data_version").fetchone() or (0,)
+        return any(table.is_due(others=version != self._seen) for table in self.tables)
 
     def committed(self) -> Callable[[], None]:
         facts, commands, records = self.tables
@@ -64,7 +65,9 @@ class _Journal:
             # What is committed stays so: a full disk here leaves the witness older than it could be, which is no harm.
             with suppress(OSError):
                 self._witness.write(self._id, (facts.position, commands.position, records.position))
-            self._wake.tell()
+            with suppress(OSError):
+                # They look for themselves, only later.
+                self._wake.tell()
         return lambda: self._told(rows)
 
     def rolled_back(self) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 
 import apsw
 
-__all__ = ["CHAPTER_BITS", "TAIL", "Chain", "write_chapters", "written_upto", "wrong_chapters"]
+from cauce.errors import Damaged
+
+__all__ = ["CHAPTER_BITS", "TAIL", "Chain", "first_of", "last_of", "write_chapters", "written_upto", "wrong_chapters"]
 
 CHAPTER_BITS = 8
 
@@ -27,6 +29,34 @@ def written_upto(connection: apsw.Connection, log: str) -> int:
     return row[0] if row else 0
 
 
+def first_of(connection: apsw.Connection, log: str) -> int:
+    """The first position of a log that may have lost its beginning, as only the commands may; of others 0.
+
+    Nothing before it counts: neither the pointers that lead there nor the chapters that end there. A stream that has
+    nothing else begins again at version 1.
+    """
+    row = connection.execute(f"select min(position) from {log}").fetchone() if log == "commands" else None
+    return (row and row[0]) or 0
+
+
+def last_of(connection: apsw.Connection, log: str, stream: int, first: int) -> tuple[int, int] | None:
+    """Version and position of a stream's last entry in the chapters, of a log that begins at `first`.
+
+    Raises `Damaged` where another stream, or nothing, stands there.
+    """
+    row = connection.execute(
+        # Chapters of a stream that began again may have higher numbers than the new ones.
+        f"select c.position, f.stream, f.version from {log}_chapters c left join {log} f on f.position = c.position "
+        "where c.stream = ? and c.position >= ? order by c.chapter desc limit 1",
+        (stream, first),
+    ).fetchone()
+    if row is None:
+        return None
+    if row[1] != stream:
+        raise Damaged(f"stream {stream} of {log} does not end at position {row[0]}, as it should: run cauce verify")
+    return row[2], row[0]
+
+
 def write_chapters(connection: apsw.Connection, log: str, position: int) -> None:
     """Bring the chapters up to a position, the last of the log."""
     connection.execute(
@@ -38,11 +68,15 @@ def write_chapters(connection: apsw.Connection, log: str, position: int) -> None
 
 
 def wrong_chapters(connection: apsw.Connection, log: str, upto: int) -> Iterator[Any]:
-    """Each chapter that does not end where it is said: stream, chapter, where it ends, what is said."""
+    """Each chapter that does not end where it is said: stream, chapter, where it ends, what is said.
+
+    What ends before the log begins is left out: it is of no use any more, and of no harm.
+    """
     return connection.execute(
         "select coalesce(f.stream, c.stream), coalesce(f.chapter, c.chapter), f.position, c.position from "
         f"(select stream, version >> {CHAPTER_BITS} as chapter, max(position) as position from {log} "
-        f"where position <= ? group by 1, 2) f full join (select * from {log}_chapters where stream > 0) c "
+        f"where position <= ? group by 1, 2) f full join (select * from {log}_chapters where stream > 0 "
+        f"and position >= (select min(position) from {log})) c "
         "on f.stream = c.stream and f.chapter = c.chapter where f.position is not c.position",
         (upto,),
     )
@@ -64,8 +98,24 @@ class Chain:
             f"join {self._log} on position = at order by at"
         )
 
-    def end(self, stream: int, after: int, limit: int) -> int:
-        """The position from which a walk back to `after` meets so many entries, or all (0: there is none)."""
+    def first(self) -> int:
+        return first_of(self._connection, self._log)
+
+    def before(self, position: int) -> tuple[int, int | None, int | None]:
+        """Where the entry at a position says that its stream's one before it lies, and the stream and version there."""
+        row: Any = self._connection.execute(
+            f"select f.previous, p.stream, p.version from {self._log} f left join {self._log} p "
+            "on p.position = f.previous where f.position = ?",
+            (position,),
+        ).fetchone()
+        found: tuple[int, int | None, int | None] = row
+        return found
+
+    def end(self, stream: int, after: int, limit: int) -> tuple[int, bool]:
+        """The position from which a walk back to `after` meets so many entries, or all (0: there is none).
+
+        And whether it is a place on the way, so that there must be as many.
+        """
         chapters = (limit >> CHAPTER_BITS) + 3
         ends: list[Any] = self._connection.execute(
             f"select position from {self._log}_chapters where stream = ? and position > ? order by chapter limit ?",
@@ -73,10 +123,10 @@ class Chain:
         ).fetchall()
         if len(ends) == chapters:
             found: int = ends[-2][0]
-            return found
+            return found, True
         self._catch_up()
         # The last chapter may have grown since it was written.
-        return self._tail.get(stream, ends[-1][0] if ends else 0)
+        return self._tail.get(stream, ends[-1][0] if ends else 0), False
 
     def _catch_up(self) -> None:
         upto = written_upto(self._connection, self._log)

@@ -24,6 +24,8 @@ __all__ = ["Reader", "SQLiteLog"]
 _POLL = 0.5
 _WINDOW = 50_000
 _LONGEST = 5_000
+_OVERHEAD = 200
+"""About as many bytes as an entry of nothing is worth, in memory and in time."""
 
 
 class Reader:
@@ -110,7 +112,7 @@ class SQLiteLog:
             raise Refused(f"{self._table.name} keeps only the last of each stream: put there, do not append")
         size = 0
         for entry in entries:
-            size += _size(stream, entry)
+            size += _size(stream, entry) + _OVERHEAD
         return self._writer.submit(self._table.append, stream, entries, expect, fence, repeat, size=size)
 
     def put(self, stream: str, version: int, entry: Entry) -> asyncio.Future[Appended]:
@@ -223,14 +225,22 @@ class SQLiteLog:
         """The entries of one stream, found by their chain."""
         assert filter.stream is not None
         stream = self._reader.stream(filter.stream)
-        end = 0 if stream is None else self._chain.end(stream, after, limit)
-        if end <= after:
+        begin = self._chain.first()
+        # What lay before the beginning of the log is gone, and pointers to it are none.
+        behind = max(after, begin - 1)
+        end, on = (0, False) if stream is None else self._chain.end(stream, behind, limit)
+        if end <= behind:
             return Page([], head)
-        entries = self._entries(self._chain.walk(self._columns(bodies)), (end, after, limit))
+        entries = self._entries(self._chain.walk(self._columns(bodies)), (end, behind, limit))
         # A pointer is in no digest, so what it leads to is looked at.
-        first = entries[0].version if entries and (after or self._table.name != "facts") else 1
-        if not entries or any(
-            entry.stream != filter.stream or entry.version != version for version, entry in enumerate(entries, first)
+        if (
+            not entries
+            or (on and len(entries) < limit)
+            or any(
+                entry.stream != filter.stream or entry.version != version
+                for version, entry in enumerate(entries, entries[0].version)
+            )
+            or not self._begins(stream, entries[0], behind, begin)
         ):
             raise Damaged(f"{filter.stream} breaks off behind position {after} of {self._table.name}: run cauce verify")
         looked = entries[-1].position if len(entries) == limit else head
@@ -240,6 +250,13 @@ class SQLiteLog:
         ):
             return Page([], looked)
         return Page([entry for entry in entries if not filter.types or entry.type in filter.types], looked)
+
+    def _begins(self, stream: int | None, entry: Entry, behind: int, begin: int) -> bool:
+        """Whether nothing of the stream can lie between a position and this entry."""
+        previous, before, version = self._chain.before(entry.position)
+        if entry.version == 1 or not previous:
+            return entry.version == 1 and not previous
+        return previous < begin or (previous <= behind and (before, version) == (stream, entry.version - 1))
 
     @staticmethod
     def _columns(bodies: bool) -> str:

@@ -14,6 +14,9 @@ __all__ = ["Runway"]
 
 _LEAST = 1024 * 1024
 _MOST = 16 * _LEAST
+_ROOM = 256 * _LEAST
+"""Bytes that the file system must have free beside. On a disk that is filling up, zeros would take the last room, which
+the checkpoint needs that gives room back."""
 
 
 class Runway:
@@ -42,10 +45,18 @@ class Runway:
             self._size = os.fstat(self._file).st_size
             # An empty file means that somebody just cut it off: it must begin with its head.
             if 0 < self._size < end + wanted // 2:
-                self._size += os.write(self._file, bytes(wanted))
+                if _free(self._file) < _ROOM:
+                    self._size = end + wanted
+                else:
+                    self._size += os.write(self._file, bytes(wanted))
         except OSError:
             self._size = end + wanted
 
     def close(self) -> None:
         if self._file >= 0:
             os.close(self._file)
+
+
+def _free(file: int) -> int:
+    found = os.fstatvfs(file)
+    return found.f_bavail * found.f_frsize

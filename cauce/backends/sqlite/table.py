@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import apsw
 import msgspec
 
 from cauce.accept import check_name, check_stream, slot_of
-from cauce.backends.sqlite.chain import TAIL, write_chapters, written_upto
+from cauce.backends.sqlite.chain import TAIL, first_of, last_of, write_chapters, written_upto
 from cauce.codec import Entry, digest
 from cauce.errors import Conflict, Damaged, Fenced, Held, IdReused, Refused
 from cauce.log import Appended, Claim
@@ -17,6 +17,8 @@ from cauce.log import Appended, Claim
 __all__ = ["Names", "Table"]
 
 _CACHED = 200_000
+_FEW = 400
+"""Rows that may be looked at, or come up to the next chapters, while the loop stands still."""
 
 
 class _Head(msgspec.Struct, gc=False):
@@ -76,9 +78,17 @@ class Names:
         self._connection.execute("insert into streams values (?, ?)", (id, name))
         return self._remember(name, id)
 
-    def type(self, domain: str, name: str) -> int:
-        """The number of a type, made now if it is new. Raises `Refused` for a name that no log takes."""
-        check_name(name)
+    def types_of(self, domain: str, entries: Sequence[Entry]) -> list[int]:
+        """The numbers of their types, made now if they are new. Raises `Refused` for a name that no log takes."""
+        types = self.types.get(domain, {})
+        found = [types.get(entry.type) for entry in entries]
+        if None in found:
+            for entry in entries:
+                check_name(entry.type)
+            return [self.types.get(domain, {}).get(entry.type) or self._type(domain, entry.type) for entry in entries]
+        return cast(list[int], found)
+
+    def _type(self, domain: str, name: str) -> int:
         row = self._connection.execute("select id from types where domain = ? and name = ?", (domain, name)).fetchone()
         if row is None:
             row = self._connection.execute(
@@ -107,6 +117,7 @@ class Table:
         self._connection, self._names, self.name, self.last = connection, names, name, last
         self._insert = f"insert {'or replace ' if last else ''}into {name} values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
         self._heads: dict[int, _Head] = {}
+        self._first = 0
         self._rows: list[tuple[Any, ...]] = []
         self._flushed: list[tuple[Any, ...]] = []
         self._ids: dict[str, int] = {}
@@ -127,17 +138,19 @@ class Table:
         Parameters:
             others: whether another process may have written since the last transaction.
         """
-        if self.position >= 0 and not others:
+        full = len(self._heads) >= _CACHED
+        if self.position >= 0 and not others and not full:
             return
         position = self._connection.execute(f"select coalesce(max(position), 0) from {self.name}").get
         self._chapters = position if self.last else written_upto(self._connection, self.name)
-        if self.position < self._chapters:
+        first = first_of(self._connection, self.name)
+        if self.position < self._chapters or full or first != self._first:
             # The rows between say too little: a stream may have moved on before them, and its row be gone since.
             self._heads.clear()
             self._know(self._chapters)
         else:
             self._know(self.position)
-        self.position = position
+        self.position, self._first = position, first
 
     def _know(self, after: int) -> None:
         """Where the streams stand that have rows behind a position."""
@@ -153,13 +166,19 @@ class Table:
             self._flushed += self._rows
             self._rows = []
             self._ids.clear()
-            if self.is_due():
+            if not self.last and self.position - self._chapters >= TAIL:
                 write_chapters(self._connection, self.name, self.position)
                 self._chapters = self.position
 
-    def is_due(self) -> bool:
-        """Whether it is time to write the chapters."""
-        return not self.last and self.position - self._chapters >= TAIL
+    def is_due(self, *, others: bool) -> bool:
+        """Whether the next transaction has much to look at, or may have to write the chapters."""
+        if self.position < 0 or len(self._heads) >= _CACHED:
+            return True
+        if others:
+            head = self._connection.execute(f"select coalesce(max(position), 0) from {self.name}").get
+            if head - self.position > _FEW or first_of(self._connection, self.name) != self._first:
+                return True
+        return not self.last and self.position - self._chapters >= TAIL - _FEW
 
     def committed(self) -> list[tuple[Any, ...]]:
         """What the transaction that just ended has written."""
@@ -182,20 +201,20 @@ class Table:
         version, previous, position = head.version, head.position, self.position
         if expect is not None and expect != version:
             raise Conflict(stream, expect, version)
+        # Whatever can be refused comes first, so that what was refused leaves no name behind.
+        checks = [_digest(entry, number) for number, entry in enumerate(entries, version + 1)]
+        if len(entries) == 1 and (type := types.get(entries[0].type)):
+            numbers = [type]
+        else:
+            numbers = self._names.types_of(entries[0].domain, entries)
         if not id:
-            # Given with the first entry only, so that what was refused leaves no name behind.
-            id, types = self._names.new_stream(stream)
-            self._heads[id] = head
+            id = self._new(stream, head)
         rows = []
-        for entry in entries:
+        for entry, type, check in zip(entries, numbers, checks, strict=True):
             version += 1
             position += 1
-            type = types.get(entry.type) or self._names.type(entry.domain, entry.type)
             rows.append(
-                (
-                    position, id, version, previous, type, entry.id, entry.raw, entry.wish, entry.body,
-                    _digest(entry, version),
-                )
+                (position, id, version, previous, type, entry.id, entry.raw, entry.wish, entry.body, check)
             )  # fmt: skip
             previous = position
         self._rows += rows
@@ -207,31 +226,29 @@ class Table:
         head = self._heads.get(id) or self._head(id)
         if version <= head.version:
             return Appended(head.version, head.position, True)
+        check = _digest(entry, version)
+        type = types.get(entry.type) or self._names.types_of(entry.domain, [entry])[0]
         if not id:
-            id, types = self._names.new_stream(stream)
-            self._heads[id] = head
-        type = types.get(entry.type) or self._names.type(entry.domain, entry.type)
+            id = self._new(stream, head)
         position = self.position + 1
-        digest = _digest(entry, version)
-        self._rows.append((position, id, version, 0, type, entry.id, entry.raw, entry.wish, entry.body, digest))
+        self._rows.append((position, id, version, 0, type, entry.id, entry.raw, entry.wish, entry.body, check))
         head.version, head.position, self.position = version, position, position
         return Appended(version, position)
+
+    def _new(self, stream: str, head: _Head) -> int:
+        id, _ = self._names.new_stream(stream)
+        self._heads[id] = head
+        return id
 
     def _head(self, id: int) -> _Head:
         if not id:
             return _Head()
-        where = (
-            "stream = ?"
-            if self.last
-            else f"position = (select position from {self.name}_chapters where stream = ? order by chapter desc limit 1)"
-        )
-        row = self._connection.execute(f"select version, position from {self.name} where {where}", (id,)).fetchone()
-        if len(self._heads) >= _CACHED:
-            # What waits to be written is known to this cache only, and so is the tail of the chapters.
-            self.flush()
-            self._heads.clear()
-            if not self.last:
-                self._know(self._chapters)
+        if self.last:
+            row = self._connection.execute(
+                f"select version, position from {self.name} where stream = ?", (id,)
+            ).fetchone()
+        else:
+            row = last_of(self._connection, self.name, id, self._first)
         head = self._heads[id] = _Head(*row) if row else _Head()
         return head
 

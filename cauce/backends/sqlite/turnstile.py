@@ -37,13 +37,11 @@ class Turnstile:
         """Take the turn if nobody has it or waits for it."""
         try:
             fcntl.flock(self._next, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        try:
             fcntl.flock(self._main, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         finally:
+            # Also where a signal handler raised as soon as it was taken.
             fcntl.flock(self._next, fcntl.LOCK_UN)
         return True
 

@@ -9,6 +9,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from cauce.backends.sqlite.short import short
@@ -57,7 +58,8 @@ class Wake:
                 self._out.sendto(b"", self._address(name))
             except ConnectionRefusedError:
                 # Nobody listens there any more: its process was killed.
-                (self._folder / name).unlink(missing_ok=True)
+                with suppress(OSError):
+                    (self._folder / name).unlink()
             except OSError:
                 # Its queue is full, so it will look anyway; or it has just gone.
                 continue

@@ -1,7 +1,8 @@
 """Group commit: one thread per file takes what waits into one transaction, one flush for all, each with its verdict.
 
 A write that is alone when the loop has gone round needs no thread, whose waking twice costs as much as the flush: the
-loop writes it itself, as long as flushes are short here and nobody else is in turn.
+loop writes it itself, as long as flushes are short here and nobody else is in turn. There a signal handler may raise
+after any step, which is why the steps there are made so that each can be taken back, or done again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
@@ -36,6 +37,9 @@ _SHORT = 0.001
 _CALM = 16
 """So many transactions must have been short, one after the other, before the loop writes itself."""
 
+_SMALL = 64 * 1024
+"""Bytes that the loop writes itself at most."""
+
 _Job = tuple["asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...], int]
 
 
@@ -55,7 +59,7 @@ class Journal(Protocol):
         ...
 
     def is_due(self) -> bool:
-        """Whether the next flush has more to write than the jobs."""
+        """Whether the next transaction has more to do than the jobs, and so is none for the loop. Called in turn."""
         ...
 
     def committed(self) -> Callable[[], None]:
@@ -65,6 +69,26 @@ class Journal(Protocol):
     def rolled_back(self) -> None:
         """Nothing of the transaction remains."""
         ...
+
+
+class _Outcome:
+    """One transaction, how far it came, and what its callers are told. Telling it twice does no harm."""
+
+    __slots__ = ("after", "announced", "begun", "commits", "committed", "jobs", "size", "verdicts")
+
+    def __init__(self) -> None:
+        self.jobs: list[_Job] = []
+        self.verdicts: list[tuple[asyncio.Future[Any], bool, Any]] = []
+        self.size = 0
+        self.after: Callable[[], None] | None = None
+        self.begun = self.commits = self.committed = self.announced = False
+
+    def take(self, job: _Job) -> None:
+        self.jobs.append(job)
+        self.size += job[3]
+
+    def fail(self, error: Exception) -> None:
+        self.verdicts = [(job[0], False, error) for job in self.jobs]
 
 
 class Writer:
@@ -96,7 +120,7 @@ class Writer:
         self._bell: SimpleQueue[None] = SimpleQueue()
         self._idle = False
         self._called = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._calm = 0
         self._closing = False
         self._bytes = 0
@@ -142,6 +166,8 @@ class Writer:
         future: asyncio.Future[T] = self._loop.create_future()
         self._bytes += size
         self._queue.append((future, job, arguments, size))
+        if self._watch is None:
+            self._watch = self._loop.call_later(self._patience / 4, self._look)
         if not self._called:
             self._called = True
             self._loop.call_soon(self._go)
@@ -150,39 +176,81 @@ class Writer:
     def _go(self) -> None:
         """All who had something to write in this round of the loop have said it by now."""
         self._called = False
-        if not self._queue or (len(self._queue) == 1 and self._alone()):
-            return
-        if self._idle:
+        try:
+            if len(self._queue) == 1:
+                self._alone()
+        finally:
+            self._ring()
+
+    def _ring(self) -> None:
+        """Whatever still waits, waits for the thread."""
+        if self._queue and self._idle:
             self._idle = False
             self._bell.put(None)
-        if self._watch is None:
-            self._watch = self._loop.call_later(self._patience / 4, self._look)
 
-    def _alone(self) -> bool:
-        """Write here, on the loop, if that is sure to be short."""
+    def _alone(self) -> None:
+        """Write here, on the loop, if that is sure to be short. What does not come through is left to the thread."""
         if (
             self._calm < _CALM
+            or self._bytes > _SMALL
             or self._wal_pages > _CHECKPOINT_PAGES
             or self._runway.is_short(self._wal_pages)
-            or self._journal.is_due()
-            or not self._lock.acquire(blocking=False)
         ):
-            return False
+            return
         try:
-            # A thread that ends closes its connection under the lock.
-            if self._closing or self._broken is not None or not self._turnstile.try_enter():
-                return False
-            try:
-                self._connection.set_busy_timeout(0)
-                return self._transaction(self._connection, self._hear, wait=False)
-            finally:
-                self._connection.set_busy_timeout(round(self._patience * 1000))
-                self._turnstile.leave()
+            if self._lock.acquire(blocking=False):
+                self._try_turn()
         finally:
-            self._lock.release()
+            try:  # noqa: SIM105 - to enter a `suppress` is a step more at which a signal may come
+                self._lock.release()
+            except RuntimeError:
+                # It had not been taken; whether it had, when a signal handler raised, only the lock itself can tell.
+                pass
 
-    def _hear(self, function: Callable[..., object], *arguments: Any) -> None:
-        function(*arguments)
+    def _try_turn(self) -> None:
+        # A thread that ends closes its connection under the lock, and the turnstile after it.
+        if self._closing or self._broken is not None:
+            return
+        try:
+            if self._turnstile.try_enter():
+                self._lone()
+        finally:
+            # Under the lock the turn is ours or not this process's: to leave what was not entered changes nothing.
+            try:
+                self._turnstile.leave()
+            except BaseException:
+                self._turnstile.leave()
+                raise
+
+    def _lone(self) -> None:
+        """One job in one transaction. Raises what the thread would not meet: above all a signal handler's errors."""
+        outcome, connection = _Outcome(), self._connection
+        try:
+            connection.set_busy_timeout(0)
+            if self._journal.is_due():
+                return
+            self._write(connection, outcome, alone=True)
+            self._announce(outcome)
+            self._deliver(outcome)
+        except BaseException as error:
+            # SQLite's own error says that it did not commit; any other may have come after it had.
+            if outcome.committed or (
+                outcome.commits and not connection.in_transaction and not isinstance(error, apsw.Error)
+            ):
+                self._announce(outcome)
+                self._deliver(outcome)
+                raise
+            self._give_back(outcome, error)
+            if not isinstance(error, (apsw.Error, CauceError)):
+                raise
+
+    def _give_back(self, outcome: _Outcome, error: BaseException) -> None:
+        """Nothing of a lone write remains, and the thread may do it."""
+        for job in outcome.jobs:
+            if not self._queue or self._queue[0] is not job:
+                self._queue.appendleft(job)
+        self._note(error)
+        self._roll_back(self._connection, outcome)
 
     async def close(self) -> None:
         """Write what waits, then stop. Does not wait for a turn that nothing needs any more."""
@@ -192,9 +260,9 @@ class Writer:
         if self._watch is not None:
             self._watch.cancel()
         # A thread that died may have left some that came while it did.
-        left = list(self._take())
+        left = self._take()
         error = self._broken or Refused(f"{self._path} is closed")
-        self._deliver([(job[0], False, error) for job in left], sum(job[3] for job in left), None)
+        self._deliver(_failed(left, error))
 
     def _look(self) -> None:
         """Refuse what has waited too long for a turn. Jobs are taken off the queue only in turn, so none runs later."""
@@ -203,8 +271,10 @@ class Writer:
         if since is not None and self._clock.monotonic() - since > self._patience:
             error = Busy(f"{self._path} is being written by {self._holders()}: wait, or stop it")
         if error is not None:
-            jobs = list(self._take())
-            self._deliver([(job[0], False, error) for job in jobs], sum(job[3] for job in jobs), None)
+            self._deliver(_failed(self._take(), error))
+        # If a signal handler raised before the bell was rung, nobody else would.
+        self._called = False
+        self._ring()
         if self._queue or self._since is not None:
             self._watch = self._loop.call_later(self._patience / 4, self._look)
 
@@ -238,14 +308,15 @@ class Writer:
                 self._idle = False
                 with self._lock:
                     if self._broken is not None:
-                        self._fail(list(self._take()), self._broken)
+                        self._fail(self._take(), self._broken)
                     elif self._queue:
                         self._turn(connection)
                         runway.keep(self._wal_pages)
         except BaseException as error:
             # A dead thread must not leave its callers waiting.
-            self._broken = Damaged(f"the writer of {self._path} stopped: {error!r}; open the log again")
-            self._fail([*self._taken, *self._take()], self._broken)
+            with self._lock:
+                self._broken = Damaged(f"the writer of {self._path} stopped: {error!r}; open the log again")
+                self._fail([*self._taken, *self._take()], self._broken)
         finally:
             with self._lock:
                 runway.close()
@@ -256,62 +327,86 @@ class Writer:
         self._since = self._clock.monotonic()
         self._turnstile.enter()
         try:
+            # A lone write had no time to wait for a lock.
+            connection.set_busy_timeout(round(self._patience * 1000))
             if self._queue:
-                self._transaction(connection, self._tell)
+                self._transaction(connection)
             if self._wal_pages > _CHECKPOINT_PAGES:
                 self._checkpoint(connection)
         finally:
             self._turnstile.leave()
             self._since = None
 
-    def _transaction(self, connection: apsw.Connection, tell: Callable[..., None], *, wait: bool = True) -> bool:
-        """All that waits, in one transaction. False: others are in the way, and it was not to wait for them."""
-        jobs = self._taken
-        verdicts: list[tuple[asyncio.Future[Any], bool, Any]] = []
+    def _transaction(self, connection: apsw.Connection) -> None:
+        """All that waits, in one transaction."""
+        outcome = _Outcome()
+        self._taken = outcome.jobs
         try:
-            began = self._clock.monotonic()
-            try:
-                connection.execute("begin immediate")
-            except apsw.BusyError:
-                if wait:
-                    raise
-                return False
-            self._since = None
-            self._journal.begin()
-            for each in self._take():
-                jobs.append(each)
-                try:
-                    verdicts.append((each[0], True, each[1](*each[2])))
-                except apsw.Error:
-                    raise
-                except Exception as error:
-                    verdicts.append((each[0], False, error))
-            self._journal.flush()
-            connection.execute("commit")
-        except BaseException as error:
-            if connection.in_transaction:
-                connection.execute("rollback")
-            self._journal.rolled_back()
-            if self._since is not None:
-                jobs.extend(self._take())
-            self._fail(jobs, self._translated(error))
+            self._write(connection, outcome, alone=False)
+        except Exception as error:
+            for job in () if outcome.jobs else self._take():
+                outcome.take(job)
+            self._roll_back(connection, outcome)
+            outcome.fail(self._translated(error))
+            self._tell(self._deliver, outcome)
         else:
-            self._calm = self._calm + 1 if self._clock.monotonic() - began < _SHORT else 0
-            after = self._journal.committed()
-            tell(self._deliver, verdicts, sum(job[3] for job in jobs), after)
+            try:
+                self._announce(outcome)
+            finally:
+                # What is committed is told as committed, whatever befalls the thread.
+                self._tell(self._deliver, outcome)
         self._taken = []
-        return True
 
-    def _translated(self, error: BaseException) -> BaseException:
+    def _write(self, connection: apsw.Connection, outcome: _Outcome, *, alone: bool) -> None:
+        """From begin to commit. Alone it is one job, which stands in the queue until all but the commit is done."""
+        refusal = CauceError if alone else Exception
+        began = self._clock.monotonic()
+        connection.execute("begin immediate")
+        outcome.begun = True
+        self._since = None
+        self._journal.begin()
+        for job in (self._queue[0],) if alone else self._take():
+            outcome.take(job)
+            try:
+                outcome.verdicts.append((job[0], True, job[1](*job[2])))
+            except apsw.Error:
+                raise
+            except refusal as error:
+                outcome.verdicts.append((job[0], False, error))
+        self._journal.flush()
+        if alone:
+            self._queue.popleft()
+        outcome.commits = True
+        connection.execute("commit")
+        outcome.committed = True
+        self._calm = self._calm + 1 if self._clock.monotonic() - began < _SHORT else 0
+
+    def _announce(self, outcome: _Outcome) -> None:
+        if not outcome.announced:
+            outcome.announced = True
+            outcome.after = self._journal.committed()
+
+    def _roll_back(self, connection: apsw.Connection, outcome: _Outcome) -> None:
+        begun = outcome.begun or connection.in_transaction
+        if connection.in_transaction:
+            connection.execute("rollback")
+        if begun:
+            self._journal.rolled_back()
+
+    def _note(self, error: BaseException) -> None:
         if isinstance(error, apsw.IOError) and extended(error) == apsw.SQLITE_IOERR_FSYNC:
             # After a failed flush nobody knows what the disk holds; to go on would be to guess.
             self._broken = Damaged(f"{self._path}: the disk failed to flush: check the disk, then open the log again")
+
+    def _translated(self, error: Exception) -> Exception:
+        self._note(error)
+        if self._broken is not None:
             return self._broken
         if isinstance(error, apsw.BusyError):
             return Busy(f"{self._path} is locked by {self._holders()}: close it there, then try again")
         return translate(error, self._path) if isinstance(error, apsw.Error) else error
 
-    def _take(self) -> Any:
+    def _take(self) -> Iterator[_Job]:
         """What waits now, one by one: what is queued meanwhile comes with the next transaction."""
         for _ in range(len(self._queue)):
             try:
@@ -331,8 +426,8 @@ class Writer:
         self._wal_pages = pages
         return 0
 
-    def _fail(self, jobs: list[_Job], error: BaseException) -> None:
-        self._tell(self._deliver, [(job[0], False, error) for job in jobs], sum(job[3] for job in jobs), None)
+    def _fail(self, jobs: Iterable[_Job], error: Exception) -> None:
+        self._tell(self._deliver, _failed(jobs, error))
 
     def _tell(self, function: Callable[..., object], *arguments: Any) -> None:
         try:
@@ -341,16 +436,24 @@ class Writer:
             # The loop is closed: nobody waits any more.
             return
 
-    def _deliver(
-        self, verdicts: list[tuple[asyncio.Future[Any], bool, Any]], size: int, after: Callable[[], None] | None
-    ) -> None:
+    def _deliver(self, outcome: _Outcome) -> None:
+        size, outcome.size = outcome.size, 0
         self._bytes -= size
-        for future, well, verdict in verdicts:
+        for future, well, verdict in outcome.verdicts:
             if future.done():
                 continue
             if well:
                 future.set_result(verdict)
             else:
                 future.set_exception(verdict)
+        after, outcome.after = outcome.after, None
         if after is not None:
             after()
+
+
+def _failed(jobs: Iterable[_Job], error: Exception) -> _Outcome:
+    outcome = _Outcome()
+    for job in jobs:
+        outcome.take(job)
+    outcome.fail(error)
+    return outcome
