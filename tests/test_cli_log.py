@@ -347,8 +347,9 @@ def test_every_command_loads_and_takes_bus(tmp_path: Path) -> None:
         command = main.get_command(click.Context(main), name)
         assert command is not None
         assert command.name == name
-        if name != "demo":
-            assert "--bus" in [option for parameter in command.params for option in parameter.opts]
+        for each in command.commands.values() if isinstance(command, click.Group) else [command]:
+            if name != "demo":
+                assert "--bus" in [option for parameter in each.params for option in parameter.opts], each.name
 
 
 def test_a_reader_that_goes_away_ends_a_command_quietly(tmp_path: Path) -> None:
