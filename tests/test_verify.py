@@ -291,11 +291,13 @@ def test_a_damaged_witness_is_a_finding_and_an_older_one_is_none(program: Progra
 
 
 @pytest.mark.parametrize("content", [b"", b"not a database at all", bytes(8192), b"SQLite format 3\0" + bytes(5000)])
-def test_what_is_no_log_yields_a_report(content: bytes, tmp_path: Path) -> None:
+def test_what_never_was_a_log_is_refused_and_is_damaged_where_a_log_was(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "bus.db"
     path.write_bytes(content)
-    report = verify(path)
-    assert not report.ok
+    with pytest.raises(Refused, match="no Cauce log"):
+        verify(path)
+    path.with_name("bus.db.d").mkdir()
+    assert not verify(path).ok
     assert path.read_bytes() == content
 
 
