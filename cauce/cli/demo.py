@@ -57,7 +57,8 @@ class _Output:
         self.failed: OSError | None = None
 
     def write(self, text: str) -> int:
-        return self._try(self._file.write, text)
+        self._try(self._file.write, text)
+        return len(text)
 
     def flush(self) -> None:
         self._try(self._file.flush)
@@ -65,10 +66,9 @@ class _Output:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
-    def _try(self, act: Callable[..., Any], *arguments: str) -> Any:
+    def _try(self, act: Callable[..., Any], *arguments: str) -> None:
         if self.failed is None:
             try:
-                return act(*arguments)
+                act(*arguments)
             except OSError as error:
                 self.failed = error
-        return 0

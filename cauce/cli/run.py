@@ -10,6 +10,7 @@ import os
 import pkgutil
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Iterator
 from types import ModuleType
@@ -25,6 +26,10 @@ from cauce.runtime import DEFAULT_BUS, running
 from cauce.service import Service
 
 __all__ = ["find", "run"]
+
+
+_OTHERS = (__file__, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+"""Where the code of others lies."""
 
 
 def _seconds(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
@@ -65,7 +70,7 @@ def run(ctx: click.Context, names: tuple[str, ...], bus: str, drain: float, each
 
 
 class _Harmless(logging.Formatter):
-    """Messages of handlers hold what others wrote: it commands no terminal, and no line of it looks like one of ours."""
+    """Messages of handlers hold what others wrote: it commands no terminal, and none of it looks like a line of ours."""
 
     def format(self, record: logging.LogRecord) -> str:
         first, *more = super().format(record).split("\n")
@@ -108,18 +113,18 @@ def _imported(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except SyntaxError as error:
-        raise Refused(f"{name} cannot be imported: {error.msg} in {error.filename} line {error.lineno}") from None
+        raise Refused(
+            f"{name} cannot be imported: {error.msg} in {error.filename} line {error.lineno}: mend that"
+        ) from None
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
             hint = _hint(name) if name.endswith(".py") else "run in the folder that holds it, or install it"
             raise Refused(f"there is no module {error.name!r} here: {hint}") from None
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_machinery(frame.filename)]
-        where = f" in {frames[-1].filename} line {frames[-1].lineno}" if frames else ""
-        raise Refused(f"{name} cannot be imported: {error}{where}") from None
-
-
-def _is_machinery(file: str) -> bool:
-    return file.startswith("<frozen importlib") or file in (__file__, importlib.__file__)
+        frames = traceback.extract_tb(error.__traceback__)
+        mine = [frame for frame in frames if not frame.filename.startswith(("<", *_OTHERS))] or frames
+        raise Refused(
+            f"{name} cannot be imported: {error} in {mine[-1].filename} line {mine[-1].lineno}: mend that, or install what is missing"
+        ) from None
 
 
 def _hint(name: str) -> str:
