@@ -70,7 +70,7 @@ def run(ctx: click.Context, names: tuple[str, ...], bus: str, drain: float, each
 
 
 class _Harmless(logging.Formatter):
-    """Messages of handlers hold what others wrote: it commands no terminal, and none of it looks like a line of ours."""
+    """Messages of handlers hold what others wrote: it commands no terminal, and looks like no line of ours."""
 
     def format(self, record: logging.LogRecord) -> str:
         first, *more = super().format(record).split("\n")
