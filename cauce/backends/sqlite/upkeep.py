@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import signal
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import apsw
@@ -15,18 +12,15 @@ import apsw
 from cauce.backends.sqlite.file import APPLICATION_ID, folder_of, translate
 from cauce.backends.sqlite.part import flush, move, no_room, unfinished
 from cauce.backends.sqlite.peek import looking, own_name, there, wal_of
-from cauce.backends.sqlite.turnstile import describe
+from cauce.backends.sqlite.place import made, open_here, undisturbed, unused
 from cauce.backends.sqlite.verify import LOGS, Finding, Report, Seen, check, witnessed
 from cauce.backends.sqlite.verify import verify as read_all
 from cauce.backends.sqlite.witness import Witness
-from cauce.errors import Busy, CauceError, Damaged, Refused
+from cauce.errors import CauceError, Damaged, Refused
 
 __all__ = ["Finding", "Report", "backup", "restore", "verify"]
 
 _STEP = 1000
-_LOCK_BYTES = 0x40000000, 512
-"""Where SQLite locks a database file: every connection holds a part of it, in all versions of SQLite."""
-
 _MARKS = (b"CREATE TABLE facts", b"facts_chapters")
 _SCHEMA_BYTES = 65536
 """At the beginning of a file SQLite keeps the schema of a new database."""
@@ -83,11 +77,11 @@ def restore(copy: Path, path: Path, id: str, *, force: bool = False, told: Told 
     if copy == path:
         raise Refused(f"{copy} cannot be restored over itself: name another place with --bus")
     _may_go(path, force)
-    with _folder(path.parent), unfinished(path) as part:
+    with made(path.parent), unfinished(path) as part:
         _copy(copy, part, told)
         report = _whole(part, copy, _seen(copy))
         _rename_log(part, id)
-        with _folder(folder_of(path)), _unused(path), _undisturbed():
+        with made(folder_of(path)), unused(path), undisturbed():
             _put_aside(path)
             move(part, path)
             _witness(path, id, report)
@@ -100,7 +94,7 @@ def restore(copy: Path, path: Path, id: str, *, force: bool = False, told: Told 
 def _was_ours(path: Path) -> bool:
     """Whether something says so that damage to a page of it leaves: what lies beside it, or the marks of our schema."""
     # What is open in this process must not be opened here: closing it again would drop the locks that SQLite holds.
-    if folder_of(path).is_dir() or _open_here(path):
+    if folder_of(path).is_dir() or open_here(path):
         return True
     return any(mark in _beginning(file) for file in (path, wal_of(path)) for mark in _MARKS)
 
@@ -188,9 +182,14 @@ def _is_free(target: Path) -> None:
 
 
 def _may_go(path: Path, force: bool) -> None:
-    if not path.exists():
+    try:
+        _may_see(path)
+        is_there = path.exists()
+    except OSError as error:
+        raise no_room(error, path) from None
+    if not is_there:
         return
-    with _unused(path):
+    with unused(path):
         pass
     if not force and path.stat().st_size and _holds_entries(path):
         raise Refused(
@@ -206,82 +205,6 @@ def _holds_entries(path: Path) -> bool:
     except (apsw.Error, CauceError):
         # Damaged, or something else altogether: in either case somebody's data.
         return True
-
-
-@contextmanager
-def _unused(path: Path) -> Iterator[None]:
-    """Nobody has the file open, nor can open it until the end. Raises `Busy` and names who has."""
-    if not path.exists():
-        yield
-        return
-    if _open_here(path):
-        raise Busy(f"{path} is open in this process: close it first")
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise Refused(
-            f"{path} may not be written: {error.strerror}: change its mode or owner, or name another place"
-        ) from None
-    try:
-        start, length = _LOCK_BYTES
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
-        except OSError:
-            raise Busy(f"{path} is open in {describe(_users(path))}: stop that first") from None
-        yield
-    finally:
-        os.close(file)
-
-
-def _open_here(path: Path) -> bool:
-    wanted = path.stat()
-    for number in os.listdir("/dev/fd"):
-        with suppress(OSError, ValueError):
-            found = os.fstat(int(number))
-            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
-                return True
-    return False
-
-
-def _users(path: Path) -> set[int]:
-    """The pids that hold any lock on the file, as far as the system tells."""
-    inode = str(path.stat().st_ino)
-    try:
-        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-    except OSError:
-        return set()
-    return {
-        int(words[4]) for words in lines if len(words) > 5 and words[1] != "->" and words[5].rpartition(":")[2] == inode
-    }
-
-
-@contextmanager
-def _folder(path: Path) -> Iterator[None]:
-    """Makes a folder and those above it; what was made is gone again if that for which it was made fails."""
-    made: list[Path] = []
-    try:
-        for each in (*reversed(path.parents), path):
-            if not each.exists():
-                each.mkdir(mode=0o700, exist_ok=True)
-                made.append(each)
-        yield
-    except BaseException as error:
-        with suppress(OSError):
-            for each in reversed(made):
-                each.rmdir()
-        if isinstance(error, OSError):
-            raise no_room(error, path) from None
-        raise
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the end: between two renamings there would be no log under the name."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _put_aside(path: Path) -> None:
@@ -302,11 +225,14 @@ def _put_aside(path: Path) -> None:
 
 
 def _rename_log(part: Path, id: str) -> None:
-    with apsw.Connection(str(part), flags=apsw.SQLITE_OPEN_READWRITE) as connection:
-        connection.execute("update bus set id = ?", (id,))
-        # Whoever held a name held it in another log; the fence rises, as with every change of holder.
-        connection.execute("update claims set owner = '', fence = fence + 1, beat = 0")
-    connection.close()
+    try:
+        with apsw.Connection(str(part), flags=apsw.SQLITE_OPEN_READWRITE) as connection:
+            connection.execute("update bus set id = ?", (id,))
+            # Whoever held a name held it in another log; the fence rises, as with every change of holder.
+            connection.execute("update claims set owner = '', fence = fence + 1, beat = 0")
+        connection.close()
+    except apsw.Error as error:
+        raise translate(error, part) from error
     flush(part)
 
 
