@@ -251,6 +251,16 @@ def test_verify_refuses_what_never_was_a_log(tmp_path: Path) -> None:
     assert files(tmp_path) == ["empty", "folder", "other.db", "text"]
 
 
+def test_another_database_where_a_log_was_is_one_finding(log: Path) -> None:
+    log.unlink()
+    other = apsw.Connection(str(log))
+    for n in range(30):
+        other.execute(f"create table t{n} (a)")
+    other.close()
+    result = cauce(log, "verify", "--json")
+    assert (result.exit_code, len(json.loads(result.stdout)["findings"])) == (5, 1)
+
+
 @pytest.mark.parametrize("wiped", [16, 100, 4096])
 def test_a_log_whose_beginning_is_lost_is_damaged_and_never_ok(wiped: int, log: Path) -> None:
     copy = log.with_name("copy.db")
@@ -308,6 +318,7 @@ def test_a_full_disk_behind_an_export_is_4_and_leaves_nothing(log: Path) -> None
 def test_an_export_is_private_like_the_log(log: Path) -> None:
     assert cauce(log, "export", "--output", f"{log.parent}/out.gz").exit_code == 0
     assert log.with_name("out.gz").stat().st_mode & 0o777 == 0o600
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "what SIGTERM did before, it does again"
 
 
 def test_a_name_that_is_no_text_is_refused_before_anything_is_made(log: Path, tmp_path: Path) -> None:
@@ -532,7 +543,3 @@ def test_a_port_that_cannot_be_had_is_told_in_one_line() -> None:
 def test_a_demo_that_nobody_reads_ends_with_141(tmp_path: Path) -> None:
     code, said, errors = shell(tmp_path / "bus.db", "cauce demo | head -1")
     assert (code, said.count("\n"), errors) == (141, 1, "")
-
-
-def test_interrupting_a_copy_gives_the_signal_back() -> None:
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

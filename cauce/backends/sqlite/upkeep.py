@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import apsw
+import msgspec
 
 from cauce.backends.sqlite.file import APPLICATION_ID, folder_of, translate
 from cauce.backends.sqlite.part import flush, move, no_room, unfinished
@@ -39,9 +40,14 @@ def verify(path: Path) -> Report:
     path = own_name(path)
     there(path)
     _may_see(path)
-    if not _was_ours(path):
+    is_ours = _is_marked(path)
+    if not is_ours and not folder_of(path).is_dir():
         raise Refused(f"{path} is no Cauce log: name another file")
-    return read_all(path)
+    report = read_all(path)
+    if is_ours or report.ok:
+        return report
+    # Something else lies where a log was: what it is not in detail says nothing more.
+    return msgspec.structs.replace(report, findings=report.findings[:1], more=0)
 
 
 def backup(path: Path, target: Path, *, told: Told | None = None) -> Report:
@@ -91,12 +97,10 @@ def restore(copy: Path, path: Path, id: str, *, force: bool = False, told: Told 
 # ---------------------------------------------------------------------------------------------------- what is there
 
 
-def _was_ours(path: Path) -> bool:
-    """Whether something says so that damage to a page of it leaves: what lies beside it, or the marks of our schema."""
+def _is_marked(path: Path) -> bool:
+    """Whether a part of the file says that it is a log, also where damage to a page keeps SQLite from reading it."""
     # What is open in this process must not be opened here: closing it again would drop the locks that SQLite holds.
-    if folder_of(path).is_dir() or open_here(path):
-        return True
-    return any(mark in _beginning(file) for file in (path, wal_of(path)) for mark in _MARKS)
+    return open_here(path) or any(mark in _beginning(file) for file in (path, wal_of(path)) for mark in _MARKS)
 
 
 def _beginning(file: Path) -> bytes:
