@@ -91,7 +91,7 @@ def find(name: str) -> dict[str, Service]:
     """The services that a name on the command line means, by their own. Raises `Refused` if there are none."""
     module_name, colon, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), *([attribute] if colon else ()))):
-        raise Refused(f"{name!r} is no name of a module: {_hint(module_name)}")
+        raise Refused(f"{name!r} is no name of a module: {_hint(module_name, attribute)}")
     module = _imported(module_name)
     if colon:
         found = getattr(module, attribute, None)
@@ -127,11 +127,11 @@ def _imported(name: str) -> ModuleType:
         ) from None
 
 
-def _hint(name: str) -> str:
+def _hint(name: str, attribute: str = "") -> str:
     """What was meant by the name of a file or a folder."""
     meant = re.sub(r"[/\\]+", ".", name.strip().removesuffix(".py")).strip(".")
     if all(part.isidentifier() for part in meant.split(".")):
-        return f"write {meant}"
+        return f"write {meant}:{attribute}" if attribute.isidentifier() else f"write {meant}"
     return "write MODULE or MODULE:SERVICE, such as shop or shop.mails:mails"
 
 

@@ -107,8 +107,11 @@ def move(part: Path, target: Path) -> None:
 
 
 def flush(file: Path) -> None:
-    """Make durable what a file holds, or which names a folder has. Raises `StorageFull`."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    """Make durable what a file holds, or which names a folder has. Raises as `no_room`, and `StorageFull`."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise no_room(error, file) from None
     try:
         os.fsync(descriptor)
     except OSError as error:
