@@ -31,6 +31,9 @@ __all__ = [
 ]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+_FIRST = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
+_LAST = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")
 
 
@@ -159,15 +162,24 @@ def derive_id(cause: str, *parts: str) -> str:
 
 
 def moment(time: int) -> datetime:
-    """Microseconds since 1970 as an aware datetime in UTC."""
-    return _EPOCH + timedelta(microseconds=time)
+    """Microseconds since 1970 as an aware datetime in UTC; what lies outside of the years 1 to 9999 as their edge.
+
+    A log that holds such a time must stay readable, and `verify` says what is not as it was written.
+    """
+    return _EPOCH + timedelta(microseconds=min(max(time, _FIRST), _LAST))
 
 
 def micros(when: datetime) -> int:
-    """An aware datetime as microseconds since 1970. Raises `Refused` for a naive one."""
+    """An aware datetime as microseconds since 1970.
+
+    Raises `Refused` for a naive one, and for one that lies outside of the years 1 to 9999 in UTC.
+    """
     if when.tzinfo is None:
         raise Refused(f"{when.isoformat()} has no time zone: add one, for example tzinfo=UTC")
-    return (when - _EPOCH) // timedelta(microseconds=1)
+    time = (when - _EPOCH) // _MICROSECOND
+    if not _FIRST <= time <= _LAST:
+        raise Refused(f"{when.isoformat()} lies outside of the years 1 to 9999 in UTC: write a time within them")
+    return time
 
 
 def to_cloudevent(entry: Entry) -> dict[str, Any]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Sequence
-from typing import Any
 
-import click
+try:
+    import importlib
+    from collections.abc import Sequence
+    from typing import Any
 
-from cauce.cli.endings import INTERRUPTED, ending, quietly
+    import click
+
+    from cauce.cli.endings import INTERRUPTED, UNREAD, ending, no_room, quietly
+    from cauce.cli.streams import present
+except KeyboardInterrupt:
+    # Most of the time before a command runs is spent here, and Ctrl-C may come then, too.
+    sys.exit(130)
 
 __all__ = ["main"]
 
@@ -54,13 +60,26 @@ class _Lazy(click.Group):
     def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
         if not standalone_mode:
             return super().main(args, standalone_mode=False, **extra)
+        present()
+        code: Any
+        out, err = sys.stdout, sys.stderr
         try:
             code = super().main(args, standalone_mode=False, **extra)
+            sys.stdout.flush()
         except click.ClickException as error:
             error.show()
             code = error.exit_code
         except (KeyboardInterrupt, click.Abort):
             code = INTERRUPTED
+        except SystemExit:
+            # Where the help is not read, click wraps what it prints to, and ends with 1.
+            if sys.stdout is out:
+                raise
+            sys.stdout, sys.stderr, code = out, err, UNREAD
+        except BrokenPipeError:
+            code = UNREAD
+        except OSError as error:
+            code = no_room(error)
         with quietly():
             sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)

@@ -9,6 +9,7 @@ import click
 from cauce.backends.sqlite.upkeep import backup as copy_file
 from cauce.cli.place import as_json, bus, path_of
 from cauce.cli.progress import pages
+from cauce.cli.signals import terminable
 from cauce.cli.text import one_line, print_json
 from cauce.cli.verify import entries_of
 from cauce.clock import SystemClock
@@ -27,7 +28,7 @@ def backup(target: str, url: str, as_json: bool) -> None:
     """
     clock = SystemClock()
     began = clock.monotonic()
-    with pages("copying") as told:
+    with terminable(), pages("copying") as told:
         report = copy_file(path_of(url), Path(target), told=told)
     seconds = clock.monotonic() - began
     size = Path(target).stat().st_size

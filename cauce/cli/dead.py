@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import click
 import msgspec
 
 from cauce.backends.sqlite.file import folder_of
+from cauce.backends.sqlite.peek import there
 from cauce.cli.place import as_json, bus, path_of
 from cauce.cli.text import count, one_line, print_json
 from cauce.errors import Refused
@@ -27,7 +31,7 @@ def dead() -> None:
 @as_json
 def list_(service: str, url: str, as_json: bool) -> None:
     """The dead letters of a service, or of all."""
-    found = letters(folder_of(path_of(url)), service)
+    found = letters(_stores(url), service)
     if as_json:
         for letter in found:
             print_json(msgspec.structs.asdict(letter))
@@ -65,7 +69,7 @@ def show(service: str, consumer: str, position: int, url: str, as_json: bool) ->
 def retry(service: str, consumer: str, position: int, url: str, as_json: bool) -> None:
     """Try it again, as if for the first time; then the later ones of its thing."""
     letter = _find(url, service, consumer, position)
-    try_again(folder_of(path_of(url)), service, consumer, position)
+    try_again(_stores(url), service, consumer, position)
     _told(letter, "is tried again", as_json)
 
 
@@ -78,12 +82,22 @@ def retry(service: str, consumer: str, position: int, url: str, as_json: bool) -
 def discard(service: str, consumer: str, position: int, url: str, as_json: bool) -> None:
     """Give it up: this consumer goes on with the later ones of its thing. The message stays in its log."""
     letter = _find(url, service, consumer, position)
-    give_up(folder_of(path_of(url)), service, consumer, position)
+    give_up(_stores(url), service, consumer, position)
     _told(letter, "is given up", as_json)
 
 
+def _stores(url: str) -> Path:
+    """The folder where the stores of a bus lie. Raises `Refused` where there is no bus, or it may not be seen."""
+    path = path_of(url)
+    there(path)
+    folder = folder_of(path.resolve())
+    if folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
+        raise Refused(f"{folder} may not be read: change its mode or owner, or ask as the user whose it is")
+    return folder
+
+
 def _find(url: str, service: str, consumer: str, position: int) -> Letter:
-    for letter in letters(folder_of(path_of(url)), service):
+    for letter in letters(_stores(url), service):
         if (letter.consumer, letter.position) == (consumer, position):
             return letter
     raise Refused(f"{service} has no dead letter {position} of {consumer}: see cauce dead list")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any, TextIO, cast
 
 import click
 
+from cauce.bus import Bus
 from cauce.cli.signals import stopped
 from cauce.errors import Refused
 
@@ -16,7 +20,9 @@ __all__ = ["demo"]
 
 @click.command()
 @click.option("--keep", is_flag=True, help="Leave the form running for a browser, until Ctrl-C.")
-@click.option("--port", default=0, help="Port of the form on loopback; 0 takes a free one.")
+@click.option(
+    "--port", default=0, type=click.IntRange(0, 65535), help="Port of the form on loopback; 0 takes a free one."
+)
 def demo(keep: bool, port: int) -> None:
     """A user registers on a web form, and a mail arrives over real SMTP.
 
@@ -28,6 +34,41 @@ def demo(keep: bool, port: int) -> None:
         raise Refused(f"the demo needs {error.name}: pip install 'cauce[demo]'") from None
     from rich.console import Console
 
+    out = _Output(sys.stdout)
+
+    async def stay(bus: Bus) -> None:
+        # Who cannot read where the form is cannot use it.
+        if out.failed is None:
+            await stopped(bus)
+
+    console = Console(highlight=False, file=cast(IO[str], out))
     with tempfile.TemporaryDirectory(prefix="cauce-demo-") as folder:
-        well = asyncio.run(play(Console(highlight=False), Path(folder), keep=stopped if keep else None, port=port))
+        well = asyncio.run(play(console, Path(folder), keep=stay if keep else None, port=port))
+    if out.failed is not None:
+        raise out.failed
     raise SystemExit(0 if well else 1)
+
+
+class _Output:
+    """Standard output, told to by handlers that have other work: the first error of writing is kept for the end."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self.failed: OSError | None = None
+
+    def write(self, text: str) -> int:
+        self._try(self._file.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._file.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def _try(self, act: Callable[..., Any], *arguments: str) -> None:
+        if self.failed is None:
+            try:
+                act(*arguments)
+            except OSError as error:
+                self.failed = error

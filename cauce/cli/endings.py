@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -12,12 +13,15 @@ import click
 from cauce.cli.text import one_line, print_json
 from cauce.errors import CauceError, Damaged, Rejected, Unavailable
 
-__all__ = ["DAMAGED", "INTERRUPTED", "UNREAD", "ending", "exit_code", "quietly"]
+__all__ = ["DAMAGED", "INTERRUPTED", "NO_ROOM", "UNREAD", "ending", "exit_code", "no_room", "quietly"]
 
 REFUSED, REJECTED, UNAVAILABLE, DAMAGED = 1, 3, 4, 5
 """2 is click's, for wrong usage; 6 belongs to `cauce doctor`."""
 
 INTERRUPTED = 130
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What the system says where a disk, a quota or a limit is exhausted."""
+
 UNREAD = 141
 """Nobody read what was printed: what a shell says of a program that SIGPIPE ended."""
 
@@ -49,11 +53,26 @@ def ending(ctx: click.Context) -> Iterator[None]:
         ctx.exit(UNREAD)
 
 
+def no_room(error: OSError) -> int:
+    """Tell in one line that what is printed finds no room, and give the exit code. Raises any other error again."""
+    if error.errno not in NO_ROOM:
+        raise error
+    _drop_output()
+    click.echo(f"error: what is printed found no room: {error.strerror}: make room, or print it elsewhere", err=True)
+    return UNAVAILABLE
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
     """Where nobody reads any more, what is left to print goes nowhere, also when the interpreter ends."""
     try:
         yield
     except BrokenPipeError:
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+
+
+def _drop_output() -> None:
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import msgspec
 
@@ -36,6 +37,7 @@ async def last(log: Log, filter: Filter, number: int) -> tuple[list[Entry], int]
     Logs are read forwards only, so this looks at a piece of the end, and at larger pieces until it holds enough.
     """
     head = await log.head()
+    number = min(number, head)
     # A backend finds the entries of one stream at once, however long the log is.
     far = head if filter.stream is not None else max(4 * number, _PAGE)
     while number:
@@ -57,7 +59,11 @@ def cloudevent(entry: Entry) -> bytes:
 
 def local_time(entry: Entry) -> str:
     """When it happened, on the clock of whoever reads it, to the millisecond."""
-    return moment(entry.meta.time).astimezone().isoformat(" ", "milliseconds")[:23]
+    when = moment(entry.meta.time)
+    # At the edges of the calendar a local time may lie in no year that there is: then it is told in UTC.
+    with suppress(OverflowError, ValueError, OSError):
+        when = when.astimezone()
+    return when.isoformat(" ", "milliseconds")[:23]
 
 
 def body_of(entry: Entry) -> str:

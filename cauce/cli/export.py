@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
+from cauce.backends.sqlite.part import flush, move, no_room, unfinished
 from cauce.cli.entries import cloudevent, entries
 from cauce.cli.place import as_json, bus, log_option, reading
+from cauce.cli.signals import terminable
 from cauce.cli.text import one_line, print_json, write
-from cauce.errors import Refused, StorageFull
+from cauce.errors import Refused
 from cauce.log import Log
 
 __all__ = ["export"]
@@ -34,10 +37,12 @@ def export(url: str, as_json: bool, log: str, output: str | None, everything: bo
 
     Each entry is checked; the first that is damaged ends it. With --output, --json prints how many were written.
     """
+    if output == "":
+        raise Refused("the name of the file is empty: write one behind --output")
     if output is None:
         asyncio.run(_export(url, log, everything, write))
         return
-    with _new(Path(output)) as line:
+    with terminable(), _new(Path(output)) as line:
         number = asyncio.run(_export(url, log, everything, line))
     if as_json:
         print_json({"output": output, "log": log, "entries": number})
@@ -59,20 +64,15 @@ async def _export(url: str, name: str, everything: bool, line: Callable[[bytes],
 @contextmanager
 def _new(path: Path) -> Iterator[Callable[[bytes], None]]:
     """A file that appears under its name when it is whole, and never in the place of another."""
-    part = path.with_name(f"{path.name}.part")
-    if path.exists():
-        raise Refused(f"{path} exists: name another file, an export never overwrites")
     try:
-        with part.open("xb") as raw:
-            file = gzip.GzipFile("", "wb", 6, raw, mtime=0) if path.suffix == ".gz" else raw
-            yield lambda line: (file.write(line), file.write(b"\n"), None)[-1]
-            file.close()
-        part.rename(path)
-    except FileExistsError:
-        raise Refused(f"{part} exists: if no other export is running, remove it") from None
+        if path.exists() or path.is_symlink() or not path.name:
+            raise Refused(f"{str(path)!r} exists: name another file, an export never overwrites")
+        with unfinished(path) as part:
+            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as raw:
+                file = gzip.GzipFile("", "wb", 6, raw, mtime=0) if path.suffix == ".gz" else raw
+                yield lambda line: (file.write(line), file.write(b"\n"), None)[-1]
+                file.close()
+            flush(part)
+            move(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise StorageFull(f"{path} cannot be written: {error.strerror}: make room, or name another file") from None
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        raise no_room(error, path) from None

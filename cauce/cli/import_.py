@@ -11,10 +11,10 @@ import msgspec
 
 from cauce.accept import SLOTS, slot_of
 from cauce.backends import open_backend
-from cauce.bus import own
+from cauce.bus import own, owned
 from cauce.cli.intake import LINE_BYTES, Fields, Intake
 from cauce.cli.lines import Lines, opened
-from cauce.cli.place import as_json, bus
+from cauce.cli.place import as_json, bus, check_address
 from cauce.cli.progress import bar
 from cauce.cli.text import count, one_line, print_json
 from cauce.cli.window import Window
@@ -56,6 +56,7 @@ def import_(file: str, url: str, as_json: bool, domain: str, key: str, type: str
     The whole line becomes the body. The n-th line of a key becomes version n of its stream, so a second run writes
     nothing, and one after an interruption writes the rest. Nobody else may write the domain meanwhile.
     """
+    check_address(url)
     clock = SystemClock()
     name = "standard input" if file == "-" else file
     intake = Intake(name, domain, Fields(key, type, time), service)
@@ -79,13 +80,16 @@ def import_(file: str, url: str, as_json: bool, domain: str, key: str, type: str
 async def _import(url: str, clock: Clock, intake: Intake, lines: Lines, tell: Callable[[], None]) -> Window:
     backend = await open_backend(url, clock)
     try:
-        await own(backend.facts, intake.domain, intake.service, clock)
+        await owned(backend.facts, intake.domain, intake.service)
         window = Window(backend.facts, clock, intake)
         async with _held(backend.facts, intake.domain, intake.service, clock) as claims:
             try:
                 async for line in lines.each():
                     taken = intake.take(line)
                     if taken is not None:
+                        # Not before: a domain is given away for good, and a file that is refused gives nothing for it.
+                        if intake.events == 1:
+                            await own(backend.facts, intake.domain, intake.service, clock)
                         await window.add(intake.line, *taken, claims[slot_of(taken[0].key)])
                     if intake.line % _TOLD == 0:
                         tell()

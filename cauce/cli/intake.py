@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from datetime import datetime
 from typing import Any
 
@@ -38,7 +39,13 @@ class Intake:
 
     def __init__(self, name: str, domain: str, fields: Fields, service: str) -> None:
         self._name, self._fields = name, fields
-        self.domain, self.service = check_domain(domain), check_name(service)
+        self.domain = check_domain(domain)
+        try:
+            self.service = check_name(service)
+        except Refused:
+            raise Refused(
+                f"service name {service!r}: give --as the name of the service that owns the domain, without spaces around it"
+            ) from None
         self._versions: dict[str, int] = {}
         self.line = 0
         self.events = 0
@@ -79,6 +86,10 @@ class Intake:
         check_body(body, "it")
         key, type, time = self._text(value, self._fields.key), self._text(value, self._fields.type), self._time(value)
         for check, field, text in ((check_key, self._fields.key, key), (check_name, self._fields.type, type)):
+            if not text.isascii() and not unicodedata.is_normalized("NFC", text):
+                raise Refused(
+                    f"field {field!r}: {text!r} is not in Unicode's NFC form: bring the file into it, as uconv -x nfc does"
+                )
             try:
                 check(text)
             except Refused as refused:
@@ -110,7 +121,10 @@ class Intake:
             raise Refused(f"field {field!r}: {text!r} is no time: write it as 2010-10-02T09:20:39.266+02:00") from None
         if when.tzinfo is None:
             raise Refused(f"field {field!r}: {text!r} has no time zone: write one behind it, +02:00 or Z for UTC")
-        return micros(when)
+        try:
+            return micros(when)
+        except Refused as refused:
+            raise Refused(f"field {field!r}: {refused}") from None
 
 
 def _kind(value: Any) -> str:

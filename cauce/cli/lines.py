@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import io
 import os
+import stat
 import sys
 import zlib
 from collections.abc import AsyncIterator, Iterator
@@ -54,7 +55,9 @@ class Lines:
                 yield chunk
                 await self._readable()
         except (OSError, EOFError, zlib.error) as error:
-            raise Refused(f"{self._name} cannot be read to its end: {error}") from None
+            raise Refused(
+                f"{self._name} cannot be read to its end: {error}: make the file whole and import it again, what was written stays"
+            ) from None
 
     async def _readable(self) -> None:
         """Wait for a pipe or a terminal to have something; a file always has."""
@@ -84,6 +87,8 @@ def _done(ready: asyncio.Future[None]) -> None:
 def opened(file: str, bound: int) -> Iterator[Lines]:
     """The lines of a file, `-` for standard input. `bound`: how many bytes of a line are kept together."""
     if file == "-":
+        if sys.stdin is None:
+            raise Refused("standard input is closed: name a file, or write the lines into it")
         # Not its own buffer, which waits until it is full.
         lines = Lines("standard input", getattr(sys.stdin.buffer, "raw", sys.stdin.buffer), bound, None)
         try:
@@ -91,11 +96,17 @@ def opened(file: str, bound: int) -> Iterator[Lines]:
         finally:
             lines.close()
         return
+    if not file:
+        raise Refused("the name of the file is empty: write one, or - for standard input")
     try:
         source = Path(file).open("rb", buffering=0)  # noqa: SIM115 - what is done with it must not raise the error of opening it
-        size = os.fstat(source.fileno()).st_size
+        found = os.fstat(source.fileno())
     except OSError as error:
-        raise Refused(f"{file} cannot be read: {error.strerror}") from None
+        raise Refused(
+            f"{file} cannot be read: {error.strerror}: name a file that you may read, or - for standard input"
+        ) from None
+    # A pipe or a terminal has no end that is known, nor a place in it.
+    size = found.st_size if stat.S_ISREG(found.st_mode) else None
     with source:
         lines = Lines(file, source, bound, size)
         yield lines

@@ -15,7 +15,7 @@ from cauce.clock import SystemClock
 from cauce.errors import Refused
 from cauce.log import Log
 
-__all__ = ["DEFAULT", "Logs", "as_json", "bus", "log_option", "path_of", "reading"]
+__all__ = ["DEFAULT", "Logs", "as_json", "bus", "check_address", "log_option", "path_of", "reading"]
 
 DEFAULT = "sqlite:///.cauce/bus.db"
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,9 +41,9 @@ def as_json(command: F) -> F:
         ctx.meta["cauce.json"] = value
         return value
 
-    return click.option("--json", "as_json", is_flag=True, callback=remember, help="Print JSON instead of text.")(
-        command
-    )
+    return click.option(
+        "--json", "as_json", is_flag=True, is_eager=True, callback=remember, help="Print JSON instead of text."
+    )(command)
 
 
 def log_option(command: F) -> F:
@@ -70,10 +70,17 @@ class Logs(Protocol):
     def records(self) -> Log: ...
 
 
+def check_address(url: str) -> str:
+    """The address itself. Raises `Refused` for one that is not UTF-8, which no backend takes."""
+    if any("\ud800" <= character <= "\udfff" for character in url):
+        raise Refused(f"bus address {url!r} is not UTF-8: name a file or a host in UTF-8")
+    return url
+
+
 def path_of(url: str) -> Path:
     """The file of a bus on SQLite. Raises `Refused` for other addresses."""
-    scheme, mark, rest = url.partition("://")
-    if scheme != "sqlite" or not mark or not rest.startswith("/") or len(rest) == 1:
+    scheme, mark, rest = check_address(url).partition("://")
+    if scheme != "sqlite" or not mark or not rest.startswith("/") or not Path(rest[1:]).name:
         raise Refused(f"bus address {url!r}: this works on sqlite:///relative.db and sqlite:////absolute.db")
     return Path(rest[1:])
 

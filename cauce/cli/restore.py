@@ -9,6 +9,7 @@ import click
 from cauce.backends.sqlite.upkeep import restore as restore_file
 from cauce.cli.place import as_json, bus, path_of
 from cauce.cli.progress import pages
+from cauce.cli.signals import terminable
 from cauce.cli.text import one_line, print_json
 from cauce.cli.verify import entries_of
 from cauce.clock import SystemClock
@@ -29,7 +30,7 @@ def restore(backup: str, url: str, as_json: bool, force: bool) -> None:
     """
     path = path_of(url)
     id = SystemClock().id()
-    with pages("copying") as told:
+    with terminable(), pages("copying") as told:
         report = restore_file(Path(backup), path, id, force=force, told=told)
     if as_json:
         print_json({"ok": True, "path": str(path), "id": id, "was": report.id, "entries": report.entries})

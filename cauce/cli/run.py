@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
+import math
 import os
 import pkgutil
+import re
 import sys
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from types import ModuleType
 
 import click
 
 from cauce.cli.each import run_each
+from cauce.cli.place import check_address
 from cauce.cli.signals import stopped
+from cauce.cli.text import one_line
 from cauce.errors import Refused
 from cauce.runtime import DEFAULT_BUS, running
 from cauce.service import Service
@@ -22,10 +28,26 @@ from cauce.service import Service
 __all__ = ["find", "run"]
 
 
+_OTHERS = (__file__, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+"""Where the code of others lies."""
+
+
+def _seconds(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise click.BadParameter(f"{value} is no length of time: write seconds, 0 or more")
+    return value
+
+
 @click.command()
 @click.argument("names", metavar="MODULE[:SERVICE]...", nargs=-1, required=True)
 @click.option("--bus", default=DEFAULT_BUS, envvar="CAUCE_BUS", show_default=True, help="Address of the bus.")
-@click.option("--drain", default=10.0, show_default=True, help="Seconds that handlers get to finish at the end.")
+@click.option(
+    "--drain",
+    default=10.0,
+    show_default=True,
+    callback=_seconds,
+    help="Seconds that handlers get to finish at the end.",
+)
 @click.option("--each", is_flag=True, help="Every service in a process of its own, started again when it dies.")
 @click.option("--with-parent", is_flag=True, hidden=True, help="Stop when standard input closes.")
 @click.pass_context
@@ -35,13 +57,28 @@ def run(ctx: click.Context, names: tuple[str, ...], bus: str, drain: float, each
     MODULE runs every service in a module, or in a package and its modules; MODULE:SERVICE runs one. The first signal
     drains and exits with 0, a second one stops at once.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-8s %(message)s", stream=sys.stderr)
+    check_address(bus)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Harmless("%(asctime)s %(levelname)-8s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     found = {service: name for each_name in names for name, service in find(each_name).items()}
     if each:
         ctx.exit(asyncio.run(run_each(list(found.values()), bus, drain)))
     asyncio.run(_run(list(found), bus, drain, with_parent))
+
+
+class _Harmless(logging.Formatter):
+    """Messages of handlers hold what others wrote: it commands no terminal, and looks like no line of ours."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        first, *more = super().format(record).split("\n")
+        return "\n".join((one_line(first), *(f"    {one_line(line)}" for line in more)))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging calls it so
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
 
 
 async def _run(services: list[Service], bus: str, drain: float, with_parent: bool) -> None:
@@ -53,14 +90,9 @@ async def _run(services: list[Service], bus: str, drain: float, with_parent: boo
 def find(name: str) -> dict[str, Service]:
     """The services that a name on the command line means, by their own. Raises `Refused` if there are none."""
     module_name, colon, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise Refused(
-            f"there is no module {error.name!r} here: run in the folder that holds it, or install it"
-        ) from None
+    if not all(part.isidentifier() for part in (*module_name.split("."), *([attribute] if colon else ()))):
+        raise Refused(f"{name!r} is no name of a module: {_hint(module_name, attribute)}")
+    module = _imported(module_name)
     if colon:
         found = getattr(module, attribute, None)
         if not isinstance(found, Service):
@@ -76,11 +108,38 @@ def find(name: str) -> dict[str, Service]:
     return {name: service for service, name in services.items()}
 
 
+def _imported(name: str) -> ModuleType:
+    """The module of this name. What keeps it from being imported is told by the line of the user's own code."""
+    try:
+        return importlib.import_module(name)
+    except SyntaxError as error:
+        raise Refused(
+            f"{name} cannot be imported: {error.msg} in {error.filename} line {error.lineno}: mend that"
+        ) from None
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+            hint = _hint(name) if name.endswith(".py") else "run in the folder that holds it, or install it"
+            raise Refused(f"there is no module {error.name!r} here: {hint}") from None
+        frames = traceback.extract_tb(error.__traceback__)
+        mine = [frame for frame in frames if not frame.filename.startswith(("<", *_OTHERS))] or frames
+        raise Refused(
+            f"{name} cannot be imported: {error} in {mine[-1].filename} line {mine[-1].lineno}: mend that, or install what is missing"
+        ) from None
+
+
+def _hint(name: str, attribute: str = "") -> str:
+    """What was meant by the name of a file or a folder."""
+    meant = re.sub(r"[/\\]+", ".", name.strip().removesuffix(".py")).strip(".")
+    if all(part.isidentifier() for part in meant.split(".")):
+        return f"write {meant}:{attribute}" if attribute.isidentifier() else f"write {meant}"
+    return "write MODULE or MODULE:SERVICE, such as shop or shop.mails:mails"
+
+
 def _modules(module: ModuleType) -> Iterator[ModuleType]:
     yield module
     for part in pkgutil.iter_modules(getattr(module, "__path__", ())):
         if not part.ispkg and part.name != "__main__":
-            yield importlib.import_module(f"{module.__name__}.{part.name}")
+            yield _imported(f"{module.__name__}.{part.name}")
 
 
 def _names(module: ModuleType) -> list[str]:

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 import click
 import msgspec
 
+from cauce.backends.sqlite.peek import there
 from cauce.backends.sqlite.wire import present
 from cauce.cli.place import as_json, bus, path_of
 from cauce.cli.text import one_line, print_json
 from cauce.clock import SystemClock
 from cauce.codec import moment
-from cauce.errors import Refused
 from cauce.wire import Instance
 
 __all__ = ["services", "summary"]
@@ -30,8 +30,7 @@ def services(url: str, as_json: bool) -> None:
     process gave a sign of life. Opens nothing and asks nobody.
     """
     path, clock = path_of(url), SystemClock()
-    if not path.exists():
-        raise Refused(f"there is no log at {path}: name another with --bus, or let a service make this one")
+    there(path)
     found = sorted(present(path, clock), key=lambda each: (each.service, each.since, each.id))
     now = clock.now()
     if as_json:

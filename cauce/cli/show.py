@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import unicodedata
 
 import click
 import msgspec
@@ -27,6 +28,8 @@ def show(stream: str, url: str, as_json: bool, log: str) -> None:
 
     With --json each is one CloudEvents object on one line.
     """
+    # As keys are stored, whatever form a keyboard or a file system gives them.
+    stream = unicodedata.normalize("NFC", stream)
     asyncio.run(_show(stream, url, as_json, log))
 
 

@@ -6,10 +6,34 @@ import asyncio
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from cauce.bus import Bus
 
-__all__ = ["stopped"]
+__all__ = ["stopped", "terminable"]
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends what is in it as Ctrl-C does, so that nothing unfinished is left behind.
+
+    Signals belong to the main thread; in another one nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 async def stopped(bus: Bus, *, with_parent: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sys
+import unicodedata
 from collections.abc import Callable
 
 import click
@@ -41,6 +42,8 @@ def tail(
 
     With --json each is one CloudEvents object on one line.
     """
+    # As keys are stored, whatever form a keyboard or a file system gives them.
+    stream = stream and unicodedata.normalize("NFC", stream)
     wanted = Filter(stream, frozenset(domains), frozenset(types), frozenset(slots))
     asyncio.run(_tail(url, log, wanted, number, follow, _tell_json if as_json else _tell))
 

@@ -27,8 +27,25 @@ def print_json(value: Any) -> None:
     """One JSON object on one line of standard output."""
     import msgspec
 
-    write(msgspec.json.encode(value))
+    try:
+        line = msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        # The name of a file may be any bytes; JSON is text.
+        line = msgspec.json.encode(_as_text(msgspec.to_builtins(value)))
+    write(line)
     sys.stdout.flush()
+
+
+def _as_text(value: Any) -> Any:
+    """The same with lone surrogates written out, as \\udcff."""
+    match value:
+        case str():
+            return value.encode("utf-8", "backslashreplace").decode()
+        case dict():
+            return {_as_text(name): _as_text(each) for name, each in value.items()}
+        case list() | tuple():
+            return [_as_text(each) for each in value]
+    return value
 
 
 def write(line: bytes) -> None:

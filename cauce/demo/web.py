@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -90,8 +91,16 @@ def app(bus: Bus, story: Story, token: str) -> Starlette:
 
 @asynccontextmanager
 async def serving(application: Starlette, port: int) -> AsyncIterator[str]:
-    """Serve on loopback until the block is left; gives the address. Port 0 takes a free one."""
-    listener = socket.create_server(("127.0.0.1", port))
+    """Serve on loopback until the block is left; gives the address. Port 0 takes a free one.
+
+    Raises `Refused` for a port that cannot be had.
+    """
+    try:
+        listener = socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        raise Refused(
+            f"port {port} of 127.0.0.1 cannot be had: {os.strerror(error.errno or 0)}: name another, or 0 for a free one"
+        ) from None
     server = _Server(uvicorn.Config(application, log_level="warning", lifespan="off"))
     task = asyncio.get_running_loop().create_task(server.serve(sockets=[listener]))
     try:

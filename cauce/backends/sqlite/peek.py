@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from cauce.backends.sqlite.table import Names, Table
 from cauce.backends.sqlite.writer import Writer
 from cauce.errors import Refused
 
-__all__ = ["Peek", "looking", "peek", "wal_of"]
+__all__ = ["Peek", "looking", "own_name", "peek", "there", "wal_of"]
 
 _READ_ONLY = apsw.SQLITE_OPEN_READONLY
 _PRAGMAS = (
@@ -41,9 +42,11 @@ def looking(path: Path) -> Iterator[Callable[[], apsw.Connection]]:
     Neither the database nor its WAL is changed. Beside a log that nobody has open an `-shm` file may be left, SQLite's
     index of the WAL. Raises `Refused` where there is no log, and what `translate` makes of SQLite's errors.
     """
-    # By its own name, not a link's, because what lies beside it is named after that.
-    path = path.resolve()
-    _is_there(path)
+    path = own_name(path)
+    there(path)
+    if not path.stat().st_size:
+        # SQLite would delete the WAL beside an empty database.
+        raise Refused(f"{path} is empty, no Cauce log: restore it from a backup, or name another file")
     with ExitStack() as opened:
         opened.callback(forget, guard(path))
 
@@ -55,16 +58,32 @@ def looking(path: Path) -> Iterator[Callable[[], apsw.Connection]]:
         yield open
 
 
-def _is_there(path: Path) -> None:
-    if not path.exists():
+def own_name(path: Path) -> Path:
+    """The file by its own name, not a link's, because what lies beside it is named after that.
+
+    Raises `Refused` for a name that is no text, which SQLite does not take, and for one that leads nowhere.
+    """
+    try:
+        str(path).encode()
+        return path.resolve()
+    except UnicodeEncodeError:
+        raise Refused(f"the name {str(path)!r} is not UTF-8: rename the file, or name another one") from None
+    except (OSError, RuntimeError) as error:
+        raise Refused(f"{path} leads nowhere: {error}: name another file") from None
+
+
+def there(path: Path) -> None:
+    """Raises `Refused` unless there is a file that may be read."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
         raise Refused(
             f"there is no log at {path}: name another with --bus, or let a service or an import make this one"
-        )
-    if not path.is_file():
+        ) from None
+    except OSError as error:
+        raise Refused(f"{path} cannot be reached: {error.strerror}: change the mode or owner of its folder") from None
+    if not stat.S_ISREG(mode):
         raise Refused(f"{path} is no file: name another one")
-    if not path.stat().st_size:
-        # SQLite would delete the WAL beside an empty database.
-        raise Refused(f"{path} is empty, no Cauce log: restore it from a backup, or name another file")
     if not os.access(path, os.R_OK):
         raise Refused(f"{path} may not be read: change its mode or owner")
 

@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import apsw
+import msgspec
 
 from cauce.backends.sqlite.file import APPLICATION_ID, folder_of, translate
-from cauce.backends.sqlite.peek import looking, wal_of
-from cauce.backends.sqlite.turnstile import describe
-from cauce.backends.sqlite.verify import LOGS, Finding, Report, Seen, check, verify, witnessed
+from cauce.backends.sqlite.part import flush, move, no_room, unfinished
+from cauce.backends.sqlite.peek import looking, own_name, there, wal_of
+from cauce.backends.sqlite.place import made, open_here, undisturbed, unused
+from cauce.backends.sqlite.verify import LOGS, Finding, Report, Seen, check, witnessed
+from cauce.backends.sqlite.verify import verify as read_all
 from cauce.backends.sqlite.witness import Witness
-from cauce.errors import Busy, CauceError, Damaged, Refused, StorageFull
+from cauce.errors import CauceError, Damaged, Refused
 
 __all__ = ["Finding", "Report", "backup", "restore", "verify"]
 
 _STEP = 1000
-_LOCK_BYTES = 0x40000000, 512
-"""Where SQLite locks a database file: every connection holds a part of it, in all versions of SQLite."""
+_MARKS = (b"CREATE TABLE facts", b"facts_chapters")
+_SCHEMA_BYTES = 65536
+"""At the beginning of a file SQLite keeps the schema of a new database."""
 
 Told = Callable[[int, int], None]
 """Told how many pages of how many are copied."""
+
+
+def verify(path: Path) -> Report:
+    """Read all of a log and say what is not as it was written. Never changes it, and does not stop those who write.
+
+    It takes about three seconds a million entries, and 300 bytes of memory a stream. While it runs, SQLite's WAL only
+    grows. Raises `Refused` where there is no file that may be read, and for one that never was a Cauce log; damage of
+    any kind is a finding.
+    """
+    path = own_name(path)
+    there(path)
+    _may_see(path)
+    is_ours = _is_marked(path)
+    if not is_ours and not folder_of(path).is_dir():
+        raise Refused(f"{path} is no Cauce log: name another file")
+    report = read_all(path)
+    if is_ours or report.ok:
+        return report
+    # Something else lies where a log was: what it is not in detail says nothing more.
+    return msgspec.structs.replace(report, findings=report.findings[:1], more=0)
 
 
 def backup(path: Path, target: Path, *, told: Told | None = None) -> Report:
@@ -34,14 +56,14 @@ def backup(path: Path, target: Path, *, told: Told | None = None) -> Report:
     Nobody who writes waits for it; the WAL only grows meanwhile. The copy appears under its name when it is verified.
     Raises `Refused` where there is no log or the target exists, `Damaged` if the copy is not whole, `StorageFull`.
     """
-    path = path.resolve()
+    path = own_name(path)
     _is_free(target)
     # What was seen before the copy begins must be in it.
-    seen = witnessed(path)
-    with _part(target) as part:
+    seen = _seen(path)
+    with unfinished(target) as part:
         _copy(path, part, told)
         report = _whole(part, path, seen)
-        _move(part, target)
+        move(part, target)
     return report
 
 
@@ -57,45 +79,64 @@ def restore(copy: Path, path: Path, id: str, *, force: bool = False, told: Told 
     Raises `Busy` if the log is in use, with `force` or without; `Refused` if there is one with entries; `Damaged` if
     the backup is not whole; `StorageFull`. After each of them nothing has changed.
     """
-    copy, path = copy.resolve(), path.resolve()
+    copy, path = own_name(copy), own_name(path)
     if copy == path:
         raise Refused(f"{copy} cannot be restored over itself: name another place with --bus")
     _may_go(path, force)
-    _make_folders(path)
-    with _part(path) as part:
+    with made(path.parent), unfinished(path) as part:
         _copy(copy, part, told)
-        report = _whole(part, copy, witnessed(copy))
+        report = _whole(part, copy, _seen(copy))
         _rename_log(part, id)
-        with _unused(path):
+        with made(folder_of(path)), unused(path), undisturbed():
             _put_aside(path)
-            _move(part, path)
-        _witness(path, id, report)
+            move(part, path)
+            _witness(path, id, report)
     return report
+
+
+# ---------------------------------------------------------------------------------------------------- what is there
+
+
+def _is_marked(path: Path) -> bool:
+    """Whether a part of the file says that it is a log, also where damage to a page keeps SQLite from reading it."""
+    # What is open in this process must not be opened here: closing it again would drop the locks that SQLite holds.
+    return open_here(path) or any(mark in _beginning(file) for file in (path, wal_of(path)) for mark in _MARKS)
+
+
+def _beginning(file: Path) -> bytes:
+    try:
+        with file.open("rb") as raw:
+            return raw.read(_SCHEMA_BYTES)
+    except OSError:
+        return b""
+
+
+def _may_see(path: Path) -> None:
+    """Raises `Refused` unless it may be known what the witness saw."""
+    file = folder_of(path) / "witness"
+    try:
+        may = not file.exists() or os.access(file, os.R_OK | os.W_OK)
+    except OSError:
+        may = False
+    if not may:
+        raise Refused(f"{file} may not be opened: change the mode or owner of its folder, or run this as the owner")
+
+
+def _seen(path: Path) -> Seen | None:
+    _may_see(path)
+    return witnessed(path)
 
 
 # --------------------------------------------------------------------------------------------------------- the copy
 
 
-@contextmanager
-def _part(target: Path) -> Iterator[Path]:
-    """An unfinished file beside the target, gone at the end."""
-    part = target.with_name(f"{target.name}.part")
-    try:
-        os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    except FileExistsError:
-        raise Refused(f"{part} exists: if no other backup or restore is running, remove it") from None
-    except OSError as error:
-        raise Refused(f"{part} cannot be made: {error.strerror}: name another place") from None
-    try:
-        yield part
-    finally:
-        for ending in ("", "-journal", "-wal", "-shm"):
-            part.with_name(part.name + ending).unlink(missing_ok=True)
-
-
 def _copy(path: Path, part: Path, told: Told | None) -> None:
     with looking(path) as open:
         source = open()
+        try:
+            os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise no_room(error, part) from None
         if source.pragma("application_id") != APPLICATION_ID:
             raise Refused(f"{path} is no Cauce log: name another file")
         try:
@@ -117,7 +158,7 @@ def _copy(path: Path, part: Path, told: Told | None) -> None:
                 target.close()
         except apsw.Error as error:
             raise translate(error, part if isinstance(error, (apsw.FullError, apsw.IOError)) else path) from error
-    _flush(part)
+    flush(part)
 
 
 def _whole(part: Path, origin: Path, seen: Seen | None) -> Report:
@@ -129,42 +170,30 @@ def _whole(part: Path, origin: Path, seen: Seen | None) -> Report:
     return report
 
 
-def _flush(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        raise StorageFull(f"{file} could not be flushed: {error.strerror}: make room, or name another place") from error
-    finally:
-        os.close(descriptor)
-
-
-def _move(part: Path, target: Path) -> None:
-    """By a link, which fails where another has made the target meanwhile, as a renaming does not."""
-    try:
-        os.link(part, target)
-    except FileExistsError:
-        raise Refused(f"{target} was made meanwhile: name another file") from None
-    except OSError:
-        # A file system without links.
-        part.rename(target)
-    _flush(target.parent)
-
-
 def _is_free(target: Path) -> None:
-    if target.exists() or target.is_symlink():
-        raise Refused(f"{target} exists: name another file, a backup never overwrites")
-    if not target.parent.is_dir():
-        raise Refused(f"there is no folder {target.parent}: make it first")
+    """Raises `Refused` unless a file may be made there. A link counts as what it leads to, and is no free name."""
+    own_name(target)
+    try:
+        if target.exists() or target.is_symlink():
+            raise Refused(f"{target} exists: name another file, a backup never overwrites")
+        if not target.parent.is_dir():
+            raise Refused(f"there is no folder {target.parent}: make it first")
+    except OSError as error:
+        raise no_room(error, target) from None
 
 
 # -------------------------------------------------------------------------------------------------------- the place
 
 
 def _may_go(path: Path, force: bool) -> None:
-    if not path.exists():
+    try:
+        _may_see(path)
+        is_there = path.exists()
+    except OSError as error:
+        raise no_room(error, path) from None
+    if not is_there:
         return
-    with _unused(path):
+    with unused(path):
         pass
     if not force and path.stat().st_size and _holds_entries(path):
         raise Refused(
@@ -180,61 +209,6 @@ def _holds_entries(path: Path) -> bool:
     except (apsw.Error, CauceError):
         # Damaged, or something else altogether: in either case somebody's data.
         return True
-
-
-@contextmanager
-def _unused(path: Path) -> Iterator[None]:
-    """Nobody has the file open, nor can open it until the end. Raises `Busy` and names who has."""
-    if not path.exists():
-        yield
-        return
-    if _open_here(path):
-        raise Busy(f"{path} is open in this process: close it first")
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise Refused(
-            f"{path} may not be written: {error.strerror}: change its mode or owner, or name another place"
-        ) from None
-    try:
-        start, length = _LOCK_BYTES
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
-        except OSError:
-            raise Busy(f"{path} is open in {describe(_users(path))}: stop that first") from None
-        yield
-    finally:
-        os.close(file)
-
-
-def _open_here(path: Path) -> bool:
-    wanted = path.stat()
-    for number in os.listdir("/dev/fd"):
-        with suppress(OSError, ValueError):
-            found = os.fstat(int(number))
-            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
-                return True
-    return False
-
-
-def _users(path: Path) -> set[int]:
-    """The pids that hold any lock on the file, as far as the system tells."""
-    inode = str(path.stat().st_ino)
-    try:
-        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-    except OSError:
-        return set()
-    return {
-        int(words[4]) for words in lines if len(words) > 5 and words[1] != "->" and words[5].rpartition(":")[2] == inode
-    }
-
-
-def _make_folders(path: Path) -> None:
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder_of(path).mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise Refused(f"{folder_of(path)} cannot be made: {error.strerror}: name another place") from None
 
 
 def _put_aside(path: Path) -> None:
@@ -255,12 +229,15 @@ def _put_aside(path: Path) -> None:
 
 
 def _rename_log(part: Path, id: str) -> None:
-    with apsw.Connection(str(part), flags=apsw.SQLITE_OPEN_READWRITE) as connection:
-        connection.execute("update bus set id = ?", (id,))
-        # Whoever held a name held it in another log; the fence rises, as with every change of holder.
-        connection.execute("update claims set owner = '', fence = fence + 1, beat = 0")
-    connection.close()
-    _flush(part)
+    try:
+        with apsw.Connection(str(part), flags=apsw.SQLITE_OPEN_READWRITE) as connection:
+            connection.execute("update bus set id = ?", (id,))
+            # Whoever held a name held it in another log; the fence rises, as with every change of holder.
+            connection.execute("update claims set owner = '', fence = fence + 1, beat = 0")
+        connection.close()
+    except apsw.Error as error:
+        raise translate(error, part) from error
+    flush(part)
 
 
 def _witness(path: Path, id: str, report: Report) -> None:

@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 from zlib import crc32
 
-from cauce.errors import Damaged
+from cauce.errors import Damaged, Refused
 
 __all__ = ["Witness"]
 
@@ -21,11 +21,19 @@ _MAGIC = b"CAUCEwit"
 
 
 class Witness:
-    """The side file of one database: log id, and the heads of facts, commands and records."""
+    """The side file of one database: log id, and the heads of facts, commands and records.
+
+    Raises `Refused` where it may not be opened.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise Refused(
+                f"{path} may not be opened: {error.strerror}: change the mode or owner of its folder, or run this as the owner of the log"
+            ) from None
 
     def write(self, id: bytes, heads: tuple[int, int, int]) -> None:
         body = _FORM.pack(_MAGIC, id, *heads)
