@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
 
@@ -31,6 +32,7 @@ __all__ = [
     "Reading",
     "Receipt",
     "Reply",
+    "correlation",
     "error_name",
     "keep",
     "own",
@@ -45,6 +47,9 @@ TIMEOUT = 30.0
 """Seconds a `call`, `ask` or `fetch` waits when nothing else is said."""
 
 _LINE = 256
+
+correlation: ContextVar[str] = ContextVar("cauce.correlation", default="")
+"""The id with which it all began, of what is being handled here: for whoever writes a log."""
 
 
 class Receipt(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from cauce.accept import SLOTS, slot_of
-from cauce.bus import Ask, Bus, Cause, Context, Receipt
+from cauce.bus import Ask, Bus, Cause, Context, Receipt, correlation
 from cauce.codec import Entry, Meta, Wish, derive_id, sealed
 from cauce.errors import Conflict, IdReused, NoAnswer, NotOwner, Overloaded, Refused, Rejected, Unavailable
 from cauce.fold import EMPTY, Folded, Folder, messages_of
@@ -273,13 +273,18 @@ class Commander:
 
     async def _wished(self, decider: Decider, before: Folded, command: Message, key: str, cause: Cause) -> list[Event]:
         function = decider.function
-        if decider.context is None:
-            result = function(before.state, command)
-        else:
-            context = Context(self._bus, self._service, function.__name__, None, cause)
-            result = function(before.state, command, **{decider.context: context})
-        if not isinstance(result, Event) and inspect.isawaitable(result):
-            result = await result
+        # The one who called may wait in this very task.
+        before_it = correlation.set(cause.correlation)
+        try:
+            if decider.context is None:
+                result = function(before.state, command)
+            else:
+                context = Context(self._bus, self._service, function.__name__, None, cause)
+                result = function(before.state, command, **{decider.context: context})
+            if not isinstance(result, Event) and inspect.isawaitable(result):
+                result = await result
+        finally:
+            correlation.reset(before_it)
         where = f"{self._service}.{function.__name__}"
         events = messages_of(result, where, "events, or None")
         for event in events:

@@ -13,7 +13,7 @@ import msgspec
 
 from cauce.accept import SLOTS, check_body, check_value, slot_of
 from cauce.backends import Backend, open_backend
-from cauce.bus import Ask, Bus, Cause, Context, Reply, error_name, keep, own, owned
+from cauce.bus import Ask, Bus, Cause, Context, Reply, correlation, error_name, keep, own, owned
 from cauce.carried import LastOfEach, carried
 from cauce.clock import Clock, SystemClock, uuid7
 from cauce.codec import Entry, Meta, derive_id, seal
@@ -506,6 +506,7 @@ class _Running:
             else:
                 message = schema.decode(entry.domain, entry.type, meta.schema, entry.body or b"")
             cause = Cause(entry.id, meta.correlation or entry.id, "", meta.trace, meta.tracestate)
+            correlation.set(cause.correlation)
             context = Context(bus, service, bound.name, entry, cause, Sql(store.fetch))
             self._say(bound, context, unit, slot_of(entry.key), await _run(bound, (message,), context))
 
@@ -647,6 +648,7 @@ class _Running:
         while True:
             await clock.sleep(max(0.0, (due - clock.now()) / 1_000_000))
             id = derive_id(uuid7(due * 4096 // 1000, 0), self._service.name, name)
+            correlation.set(id)
             context = Context(self._bus, self._service.name, name, None, Cause(id, id), Sql(store.fetch))
             unit = Unit(share)
             try:
@@ -715,7 +717,11 @@ class _Running:
         if ask.after is not None and self._copies is not None:
             await self._copies.passed(ask.after)
         cause = Cause(ask.id, ask.correlation or ask.id, ask.by, ask.trace, ask.tracestate)
-        answer = await _run(bound, (query,), Context(self._bus, self._service.name, bound.name, None, cause))
+        before = correlation.set(cause.correlation)
+        try:
+            answer = await _run(bound, (query,), Context(self._bus, self._service.name, bound.name, None, cause))
+        finally:
+            correlation.reset(before)
         what = f"the answer of {self._service.name}.{bound.name}"
         check_value(msgspec.to_builtins(answer), what)
         return Reply(body=msgspec.Raw(check_body(_encode(answer), what)))

@@ -692,3 +692,39 @@ def test_what_run_each_started_ends_when_the_supervisor_was_killed(bus_url: str,
     while Path(f"/proc/{child}/stat").exists() and time.monotonic() < until:
         time.sleep(0.05)
     assert not Path(f"/proc/{child}/stat").exists()
+
+
+SPEAKING = """
+import logging
+from test_instances import Add, Added, Service, owner
+log = logging.getLogger("speaking")
+service = Service("speaking")
+
+@service.on
+async def hear(event: Added) -> Add | None:
+    log.warning("heard %s %d", event.name, event.n)
+    return Add(event.name) if event.n < 3 else None
+"""
+
+
+def test_the_log_of_every_service_says_with_which_message_it_began(bus_url: str, tmp_path: Path) -> None:
+    (tmp_path / "speaking.py").write_text(SPEAKING)
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(here.parent), str(here), str(tmp_path)))}
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from cauce.cli import main; main()", "run", "speaking", "--bus", bus_url],
+        env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert process.stderr is not None
+    while not process.stderr.readline().startswith("running "):
+        pass
+
+    async def wish() -> str:
+        async with connect(bus_url) as bus:
+            return (await bus.call(Add("a"))).id
+
+    id = asyncio.run(wish())
+    heard = [process.stderr.readline().split(maxsplit=3)[3] for _ in range(3)]
+    process.terminate()
+    process.communicate()
+    assert heard == [f"[{id}] heard a {n}\n" for n in (1, 2, 3)]

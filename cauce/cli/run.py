@@ -17,6 +17,7 @@ from types import ModuleType
 
 import click
 
+from cauce.bus import correlation
 from cauce.cli.each import run_each
 from cauce.cli.place import check_address
 from cauce.cli.signals import stopped
@@ -59,7 +60,7 @@ def run(ctx: click.Context, names: tuple[str, ...], bus: str, drain: float, each
     """
     check_address(bus)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Harmless("%(asctime)s %(levelname)-8s %(message)s"))
+    handler.setFormatter(_Harmless("%(asctime)s %(levelname)-8s %(because)s%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -70,7 +71,10 @@ def run(ctx: click.Context, names: tuple[str, ...], bus: str, drain: float, each
 
 
 class _Harmless(logging.Formatter):
-    """Messages of handlers hold what others wrote: it commands no terminal, and looks like no line of ours."""
+    """Messages of handlers hold what others wrote: it commands no terminal, and looks like no line of ours.
+
+    In brackets stands the id of the message with which it all began, the same in the logs of all services.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         first, *more = super().format(record).split("\n")
@@ -78,6 +82,8 @@ class _Harmless(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging calls it so
         record.message = one_line(record.message)
+        began = correlation.get()
+        record.because = f"[{one_line(began)}] " if began else ""
         return super().formatMessage(record)
 
 
