@@ -44,7 +44,7 @@ _Job = tuple["asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...], int]
 
 
 class Journal(Protocol):
-    """What is written: called in the writer thread, around the jobs of a transaction."""
+    """What is written: called around the jobs of a transaction, in the writer thread or on the loop."""
 
     def open(self, connection: apsw.Connection) -> None:
         """Once, before the first transaction."""
