@@ -130,7 +130,7 @@ class _Journal:
     def __init__(self) -> None:
         self.fences: dict[str, int] = {}
         self.moves: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
-        self.touched = True
+        self.touched, self.told = True, False
         self.handler = False
         self._moving: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
         self._seen = -1
@@ -160,9 +160,12 @@ class _Journal:
 
     def committed(self) -> Callable[[], None]:
         self._moving = {}
+        if self.told:
+            self.touched = self.told = False
         return _nothing
 
     def rolled_back(self) -> None:
+        self.told = False
         self.fences.clear()
         self.moves = self._moving | self.moves
         self._moving = {}
@@ -277,8 +280,8 @@ class Store:
         beats: list[Any] = run("select owner, beat from cauce_instances").fetchall()
         claims: list[Any] = run("select name, owner from cauce_claims where owner != ''").fetchall()
         instances, holders = dict(beats), dict(claims)
-        touched, self._journal.touched = self._journal.touched, False
-        return Standing(owner in instances, instances, holders, touched)
+        self._journal.told = True
+        return Standing(owner in instances, instances, holders, self._journal.touched)
 
     async def take(self, owner: str, names: Sequence[str]) -> list[Share]:
         """Of these names those that are free, or whose holder was struck off; the fence of each rises."""
