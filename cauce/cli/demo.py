@@ -1,4 +1,4 @@
-"""`cauce demo`: from a form to a mail, on a temporary bus."""
+"""`cauce demo`: what a form sets in motion, on a temporary bus."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ __all__ = ["demo"]
 
 
 @click.command()
+@click.option("--each", is_flag=True, help="Every service in a process of its own, of which one is killed.")
 @click.option("--keep", is_flag=True, help="Leave the form running for a browser, until Ctrl-C.")
 @click.option("--port", default=0, help="Port of the form on loopback; 0 takes a free one.")
-def demo(keep: bool, port: int) -> None:
-    """A user registers on a web form, and a mail arrives over real SMTP.
+def demo(each: bool, keep: bool, port: int) -> None:
+    """A user registers on a web form, mail arrives over real SMTP, a CRM joins in, and cards are issued from a copy.
 
-    Plays itself on a temporary bus, tells who did what because of what, verifies the log and exits with 0.
+    Plays itself on a temporary bus, tells who did what because of what, compares the copy with its owner, verifies the
+    log and exits with 0.
     """
     try:
         from cauce.demo.play import play
@@ -29,5 +31,6 @@ def demo(keep: bool, port: int) -> None:
     from rich.console import Console
 
     with tempfile.TemporaryDirectory(prefix="cauce-demo-") as folder:
-        well = asyncio.run(play(Console(highlight=False), Path(folder), keep=stopped if keep else None, port=port))
+        console, kept = Console(highlight=False), stopped if keep else None
+        well = asyncio.run(play(console, Path(folder), keep=kept, port=port, each=each))
     raise SystemExit(0 if well else 1)

@@ -6,10 +6,11 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 from cauce.bus import Bus
 
-__all__ = ["stopped"]
+__all__ = ["stopped", "when_orphaned"]
 
 
 async def stopped(bus: Bus, *, with_parent: bool = False) -> None:
@@ -29,12 +30,17 @@ async def stopped(bus: Bus, *, with_parent: bool = False) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled)
     if with_parent:
-        loop.add_reader(sys.stdin.fileno(), _orphaned, stop)
+        when_orphaned(lambda: None if stop.done() else stop.set_result(None))
     await asyncio.wait({stop, bus.failed}, return_when=asyncio.FIRST_COMPLETED)
 
 
-def _orphaned(stop: asyncio.Future[None]) -> None:
-    if not os.read(sys.stdin.fileno(), 4096):
-        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
-        if not stop.done():
-            stop.set_result(None)
+def when_orphaned(call: Callable[[], object]) -> None:
+    """Call this once the other end of standard input closes."""
+    loop, input = asyncio.get_running_loop(), sys.stdin.fileno()
+
+    def readable() -> None:
+        if not os.read(input, 4096):
+            loop.remove_reader(input)
+            call()
+
+    loop.add_reader(input, readable)
