@@ -54,6 +54,7 @@ async def apart(url: str, story: Story) -> AsyncIterator[Bus]:
             # Who still holds the pipe does not keep us.
             await asyncio.wait({listening}, timeout=1.0)
             listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
 
 
 async def until_runs(bus: Bus, service: str, *, but: int = 0) -> int:
