@@ -1,4 +1,4 @@
-"""`cauce demo`: from a form to a mail, on a temporary bus."""
+"""`cauce demo`: what a form sets in motion, on a temporary bus."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ __all__ = ["demo"]
 
 
 @click.command()
+@click.option("--each", is_flag=True, help="Every service in a process of its own, of which one is killed.")
 @click.option("--keep", is_flag=True, help="Leave the form running for a browser, until Ctrl-C.")
 @click.option(
     "--port", default=0, type=click.IntRange(0, 65535), help="Port of the form on loopback; 0 takes a free one."
 )
-def demo(keep: bool, port: int) -> None:
-    """A user registers on a web form, and a mail arrives over real SMTP.
+def demo(each: bool, keep: bool, port: int) -> None:
+    """A user registers on a web form, mail arrives over real SMTP, a CRM joins in, and cards are issued from a copy.
 
-    Plays itself on a temporary bus, tells who did what because of what, verifies the log and exits with 0.
+    Plays itself on a temporary bus, tells who did what because of what, compares the copy with its owner, verifies the
+    log and exits with 0.
     """
     try:
         from cauce.demo.play import play
@@ -43,7 +45,7 @@ def demo(keep: bool, port: int) -> None:
 
     console = Console(highlight=False, file=cast(IO[str], out))
     with tempfile.TemporaryDirectory(prefix="cauce-demo-") as folder:
-        well = asyncio.run(play(console, Path(folder), keep=stay if keep else None, port=port))
+        well = asyncio.run(play(console, Path(folder), keep=stay if keep else None, port=port, each=each))
     if out.failed is not None:
         raise out.failed
     raise SystemExit(0 if well else 1)

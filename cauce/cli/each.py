@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import click
 
+from cauce.cli.signals import when_orphaned
 from cauce.clock import Clock, SystemClock
 
 __all__ = ["run_each"]
@@ -24,12 +25,17 @@ _HOPELESS = {1, 2}
 """Exit codes for what another start would only repeat: refused, and wrong usage."""
 
 
-async def run_each(names: Sequence[str], bus: str, drain: float, clock: Clock | None = None) -> int:
+async def run_each(
+    names: Sequence[str], bus: str, drain: float, clock: Clock | None = None, *, with_parent: bool = False
+) -> int:
     """Run each name in its own process until SIGTERM or Ctrl-C; the exit code is 0, or that of one that is hopeless.
 
     Children notice when this process is gone, however it ended: the other end of their standard input closes.
+
+    Parameters:
+        with_parent: stop, too, when that of this process closes.
     """
-    return await _Supervisor(names, bus, drain, clock or SystemClock()).run()
+    return await _Supervisor(names, bus, drain, clock or SystemClock()).run(with_parent)
 
 
 class _Supervisor:
@@ -39,10 +45,12 @@ class _Supervisor:
         self._stopping = asyncio.Event()
         self._code = 0
 
-    async def run(self) -> int:
+    async def run(self, with_parent: bool) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
+        if with_parent:
+            when_orphaned(self._stopping.set)
         await asyncio.gather(*(self._keep(name) for name in self._names))
         return self._code
 

@@ -66,7 +66,7 @@ def run(ctx: click.Context, names: tuple[str, ...], bus: str, drain: float, each
         sys.path.insert(0, os.getcwd())
     found = {service: name for each_name in names for name, service in find(each_name).items()}
     if each:
-        ctx.exit(asyncio.run(run_each(list(found.values()), bus, drain)))
+        ctx.exit(asyncio.run(run_each(list(found.values()), bus, drain, with_parent=with_parent)))
     asyncio.run(_run(list(found), bus, drain, with_parent))
 
 

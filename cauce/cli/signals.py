@@ -7,13 +7,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from cauce.bus import Bus
 
-__all__ = ["stopped", "terminable"]
+__all__ = ["stopped", "terminable", "when_orphaned"]
 
 
 @contextmanager
@@ -53,12 +53,17 @@ async def stopped(bus: Bus, *, with_parent: bool = False) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled)
     if with_parent:
-        loop.add_reader(sys.stdin.fileno(), _orphaned, stop)
+        when_orphaned(lambda: None if stop.done() else stop.set_result(None))
     await asyncio.wait({stop, bus.failed}, return_when=asyncio.FIRST_COMPLETED)
 
 
-def _orphaned(stop: asyncio.Future[None]) -> None:
-    if not os.read(sys.stdin.fileno(), 4096):
-        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
-        if not stop.done():
-            stop.set_result(None)
+def when_orphaned(call: Callable[[], object]) -> None:
+    """Call this once the other end of standard input closes."""
+    loop, input = asyncio.get_running_loop(), sys.stdin.fileno()
+
+    def readable() -> None:
+        if not os.read(input, 4096):
+            loop.remove_reader(input)
+            call()
+
+    loop.add_reader(input, readable)

@@ -1,1 +1,1 @@
-"""The demo: a user registers on a web form, and a mail arrives. `cauce demo` runs it."""
+"""The demo: what one registration in a web form sets in motion. `cauce demo` plays it."""

@@ -19,9 +19,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from cauce import Bus, Gone, Refused, Rejected
+from cauce import Bus, Gone, Refused, Rejected, Unavailable
+from cauce.demo.shop.users import RegisterUser, User
 from cauce.demo.story import Story
-from cauce.demo.users import RegisterUser, User
 
 __all__ = ["app", "serving"]
 
@@ -64,6 +64,8 @@ def app(bus: Bus, story: Story, token: str) -> Starlette:
         except (Rejected, Refused) as no:
             story.tell("users", f"says no: {no}", f"RegisterUser({command.user_id})")
             return _page("Register", _form(token, fields, str(no)), 409 if isinstance(no, Rejected) else 400)
+        except Unavailable as absent:
+            return _page("Register", _form(token, fields, str(absent)), 503)
         story.tell(
             "users",
             f"recorded UserRegistered, users/{receipt.key} version {receipt.version}",
@@ -77,6 +79,8 @@ def app(bus: Bus, story: Story, token: str) -> Starlette:
             user = await bus.fetch(User, request.path_params["key"])
         except (Gone, Refused):
             return _page("Nobody", "<p>There is no such user.</p>", 404)
+        except Unavailable as absent:
+            return _page("Not now", f"<p>{escape(str(absent))}</p>", 503)
         rows = "".join(
             f"<dt>{name}</dt><dd>{escape(value)}</dd>"
             for name, value in zip(("Account", "Name", "E-mail"), (user.user_id, user.name, user.email), strict=True)
