@@ -45,9 +45,11 @@ create table if not exists cauce_waiting (
     dead integer not null, error text not null, trace text not null, raw blob not null,
     primary key (consumer, position)) without rowid;
 create table if not exists cauce_outbox (
-    number integer primary key, consumer text not null, slot integer not null, said blob not null);
+    number integer primary key autoincrement, consumer text not null, slot integer not null, said blob not null);
 create table if not exists cauce_timers (name text primary key, due integer not null) without rowid;
 """
+
+# Numbers of the outbox are never used again: a relay that is under way takes them for an order, and deletes by them.
 
 _OURS = "cauce_"
 _FORBIDDEN = {
