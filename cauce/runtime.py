@@ -575,10 +575,11 @@ class _Running:
 
     async def _relay_all(self) -> bool:
         assert self._store is not None
-        after, held_up = 0, set[str]()
+        after, held_up, mine = 0, set[str](), set(self._slots)
         while rows := self._store.outbox(after, _AT_ONCE):
             after = rows[-1][0]
-            mine = set(self._slots)
+            # Of a slot that is gained meanwhile the earlier pages were passed by.
+            mine.intersection_update(self._slots)
             streams: dict[str, list[tuple[int, _Said]]] = {}
             for number, _, slot, packed in rows:
                 # What waits behind one that failed may be in a later page.
