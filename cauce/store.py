@@ -132,6 +132,7 @@ class _Journal:
     def __init__(self) -> None:
         self.fences: dict[str, int] = {}
         self.moves: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
+        self.places: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
         self.touched = True
         self.handler = False
         self._moving: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
@@ -150,7 +151,7 @@ class _Journal:
 
     def flush(self) -> None:
         self._moving, self.moves = self.moves, {}
-        for (consumer, domain, slot), (share, log, position) in self._moving.items():
+        for (consumer, domain, slot), (share, log, position) in (self._moving | self.places).items():
             if share is None or self.fence(share.name) == share.fence:
                 self.connection.execute(
                     "insert or replace into cauce_places values (?, ?, ?, ?, ?)",
@@ -161,13 +162,14 @@ class _Journal:
         return False
 
     def committed(self) -> Callable[[], None]:
-        self._moving = {}
+        self._moving, self.places = {}, {}
         return _nothing
 
     def rolled_back(self) -> None:
         self.fences.clear()
-        self.moves = self._moving | self.moves
-        self._moving = {}
+        # What the units of this transaction changed is gone, and so are their places; those noted alone still hold.
+        self.moves, self._moving, self.places = self._moving | self.moves, {}, {}
+        self.touched = True
 
     def fence(self, name: str) -> int:
         """The standing fence of a name, 0 if nobody ever held it."""
@@ -356,7 +358,7 @@ class Store:
             run("insert or replace into cauce_timers values (?, ?)", unit.timer)
         if unit.place is not None:
             consumer, domain, slot, log, position = unit.place
-            journal.moves[consumer, domain, slot] = share, log, position
+            journal.places[consumer, domain, slot] = share, log, position
 
     def _run(self, statements: Sequence[tuple[str, Sequence[Any]]]) -> None:
         connection, sql = self._journal.connection, ""
