@@ -27,7 +27,7 @@ from tests.history import Copy, Effect, Fact, History, Said, Seen, Told, finding
 ROOT = Path(__file__).parent.parent
 SECONDS = float(os.environ.get("CAUCE_CHAOS_SECONDS", "12"))
 SEED = int(os.environ.get("CAUCE_CHAOS_SEED", "1"))
-SETTLING = float(os.environ.get("SETTLING", "120"))
+SETTLING = 60.0
 KEYS = [f"thing{n}" for n in range(24)]
 
 
@@ -361,19 +361,23 @@ async def sending(bus: Bus, history: History, random: Random) -> None:
 
 
 async def looking(bus: Bus, history: History, random: Random) -> None:
-    """Ask for what stands, in all the ways there are. What one way showed must not be older the next time."""
+    """Ask for what stands, in all the ways there are. What one way showed must not be older the next time.
+
+    Of two that ask at once each has a row of its own: their answers may come in any order.
+    """
+    me = f"to {random.getrandbits(32):x}"
     while True:
         key = random.choice(KEYS)
         with contextlib.suppress(CauceError):
             tally = await bus.fetch(Tally, key, timeout=1)
-            history.seen.append(Seen("fetch", key, tally.added + tally.confirmed))
+            history.seen.append(Seen(f"fetch {me}", key, tally.added + tally.confirmed))
         with contextlib.suppress(CauceError):
             record = await bus.record(Tally, key)
             if record is not None:
-                history.seen.append(Seen("record", key, record.added + record.confirmed))
+                history.seen.append(Seen(f"record {me}", key, record.added + record.confirmed))
         with contextlib.suppress(CauceError):
             for where, rows in (await bus.ask(Rows(), timeout=1)).items():
-                history.seen += [Seen(where, name, added + confirmed) for name, added, confirmed in rows]
+                history.seen += [Seen(f"{where} {me}", name, added + confirmed) for name, added, confirmed in rows]
         await asyncio.sleep(random.uniform(0, 0.1))
 
 
@@ -392,7 +396,6 @@ async def everything(log: Log, filter: Filter) -> AsyncIterator[Any]:
 async def read(bus: Bus, url: str, history: History) -> None:
     """Add what is stored now to what the clients were told."""
     mine = Filter(domains=frozenset({"tallies"}))
-    # What was said because of a fact comes after it: so the facts are read last.
     history.copies = {"record": {}}
     for where, rows in (await bus.ask(Rows(), timeout=5)).items():
         history.copies[where] = {name: Copy(one, two, one + two) for name, one, two in rows}
