@@ -582,21 +582,24 @@ class _Running:
 
     async def _relay_all(self) -> bool:
         assert self._store is not None
-        after, well = 0, True
+        after, held_up, mine = 0, set[str](), set(self._slots)
         while rows := self._store.outbox(after, _AT_ONCE):
             after = rows[-1][0]
-            mine = set(self._slots)
+            # Of a slot that is gained meanwhile the earlier pages were passed by.
+            mine.intersection_update(self._slots)
             streams: dict[str, list[tuple[int, _Said]]] = {}
             for number, _, slot, packed in rows:
-                if slot in mine:
-                    said = _unpack(packed)
+                # What waits behind one that failed may be in a later page.
+                if slot in mine and (said := _unpack(packed)).stream not in held_up:
                     streams.setdefault(said.stream, []).append((number, said))
             done = await asyncio.gather(*(self._relay_stream(each) for each in streams.values()))
+            held_up.update(
+                stream for (stream, each), well in zip(streams.items(), done, strict=True) if len(well) < len(each)
+            )
             numbers = [number for each in done for number in each]
-            well = well and len(numbers) == sum(map(len, streams.values()))
             if numbers:
                 await self._store.relayed(numbers)
-        return well
+        return not held_up
 
     async def _relay_stream(self, waiting: list[tuple[int, _Said]]) -> list[int]:
         """One after the other; what comes behind one that failed waits for it."""

@@ -45,9 +45,11 @@ create table if not exists cauce_waiting (
     dead integer not null, error text not null, trace text not null, raw blob not null,
     primary key (consumer, position)) without rowid;
 create table if not exists cauce_outbox (
-    number integer primary key, consumer text not null, slot integer not null, said blob not null);
+    number integer primary key autoincrement, consumer text not null, slot integer not null, said blob not null);
 create table if not exists cauce_timers (name text primary key, due integer not null) without rowid;
 """
+
+# Numbers of the outbox are never used again: a relay that is under way takes them for an order, and deletes by them.
 
 _OURS = "cauce_"
 _FORBIDDEN = {
@@ -130,6 +132,7 @@ class _Journal:
     def __init__(self) -> None:
         self.fences: dict[str, int] = {}
         self.moves: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
+        self.places: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
         self.touched, self.told = True, False
         self.handler = False
         self._moving: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
@@ -148,7 +151,7 @@ class _Journal:
 
     def flush(self) -> None:
         self._moving, self.moves = self.moves, {}
-        for (consumer, domain, slot), (share, log, position) in self._moving.items():
+        for (consumer, domain, slot), (share, log, position) in (self._moving | self.places).items():
             if share is None or self.fence(share.name) == share.fence:
                 self.connection.execute(
                     "insert or replace into cauce_places values (?, ?, ?, ?, ?)",
@@ -159,7 +162,7 @@ class _Journal:
         return False
 
     def committed(self) -> Callable[[], None]:
-        self._moving = {}
+        self._moving, self.places = {}, {}
         if self.told:
             self.touched = self.told = False
         return _nothing
@@ -167,8 +170,9 @@ class _Journal:
     def rolled_back(self) -> None:
         self.told = False
         self.fences.clear()
-        self.moves = self._moving | self.moves
-        self._moving = {}
+        # What the units of this transaction changed is gone, and so are their places; those noted alone still hold.
+        self.moves, self._moving, self.places = self._moving | self.moves, {}, {}
+        self.touched = True
 
     def fence(self, name: str) -> int:
         """The standing fence of a name, 0 if nobody ever held it."""
@@ -357,7 +361,7 @@ class Store:
             run("insert or replace into cauce_timers values (?, ?)", unit.timer)
         if unit.place is not None:
             consumer, domain, slot, log, position = unit.place
-            journal.moves[consumer, domain, slot] = share, log, position
+            journal.places[consumer, domain, slot] = share, log, position
 
     def _run(self, statements: Sequence[tuple[str, Sequence[Any]]]) -> None:
         connection, sql = self._journal.connection, ""

@@ -1,0 +1,428 @@
+"""Crashes at the worst moment, full disks, stopped owners and restored backups, with the services of the chaos test."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+from click.testing import CliRunner
+
+from cauce import Bus, CauceError, Damaged, NoAnswer, StorageFull, connect, running, runtime
+from cauce.backends.sqlite.file import folder_of
+from cauce.backends.sqlite.log import SQLiteLog
+from cauce.cli import main
+from cauce.clock import SystemClock
+from cauce.log import Filter
+from cauce.records import written
+from cauce.runtime import _Running
+from cauce.store import Store, Unit
+from tests.chaos import EFFECTS, Add, Rows, Tally, copying, owner, reacting
+from tests.history import Copy, Effect, Fact, History, Said, Told, findings
+
+Program = Callable[..., subprocess.Popen[str]]
+
+
+def place(url: str) -> Path:
+    return Path(url.removeprefix("sqlite:///"))
+
+
+def stored(url: str, sql: str = "select number, key, version, instance from effects", service: str = "reacting") -> Any:
+    connection = apsw.Connection(str(folder_of(place(url)) / service / "store.db"), flags=apsw.SQLITE_OPEN_READONLY)
+    connection.set_busy_timeout(5000)
+    try:
+        return connection.execute(sql).fetchall()
+    finally:
+        connection.close()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - what is waited for is in other processes
+            await asyncio.sleep(0.02)
+
+
+async def history(bus: Bus, url: str, told: list[Told]) -> History:
+    """What is stored now, and what clients were told."""
+    mine = Filter(domains=frozenset({"tallies"}))
+    facts = (await bus.facts.read(mine, limit=10_000)).entries
+    commands = (await bus.commands.read(mine, limit=10_000)).entries
+    return History(
+        told,
+        [Fact(each.position, each.key, each.version, each.type, each.id, each.meta.causation) for each in facts],
+        [Effect(*row) for row in stored(url)],
+        [Said(each.id, each.key, each.meta.causation) for each in commands if not each.meta.verdict],
+    )
+
+
+async def add(bus: Bus, *keys: str) -> list[Told]:
+    receipts = await asyncio.gather(*(bus.call(Add(key)) for key in keys))
+    return [Told(each.id, each.key, "accepted", each.version, each.position) for each in receipts]
+
+
+# ------------------------------------------------------------------------------------------ the store and its outbox
+
+
+async def opened(tmp_path: Path) -> tuple[Store, Unit]:
+    """A store whose slot 1 is held, and an empty unit under its fence."""
+    store = await Store.open(tmp_path / "s", "s", SystemClock(), [EFFECTS])
+    await store.tick("me", (), join=True)
+    (share,) = await store.take("me", ["slot/1"])
+    return store, Unit(share)
+
+
+async def test_a_place_is_not_written_when_the_transaction_of_its_unit_failed(tmp_path: Path) -> None:
+    store, unit = await opened(tmp_path)
+    unit.statements.append(("insert into effects (key) values ('a')", ()))
+    unit.place = "react", "tallies", 1, "log", 7
+    large = Unit(unit.share)
+    large.statements.append(("insert into effects (key) values (?)", ("x" * 1_000_000,)))
+    connection = store._journal.connection
+    pages = connection.pragma("page_count")
+    connection.pragma("max_page_count", pages + 20)
+    failed = await asyncio.gather(store.commit(unit), store.commit(large), return_exceptions=True)
+    assert [type(each) for each in failed] == [StorageFull, StorageFull]
+    await store.tick("me", ())
+    assert store.places("react", "log", 100) == {}, "a crash now would skip the message"
+    connection.pragma("max_page_count", 1_000_000)
+    await store.commit(unit)
+    assert store.places("react", "log", 100) == {("tallies", 1): 7}
+    await store.close()
+
+
+async def test_a_place_that_was_noted_before_a_transaction_failed_is_written_with_the_next(tmp_path: Path) -> None:
+    store, unit = await opened(tmp_path)
+    unit.statements.append(("insert into effects (key) values (?)", ("x" * 1_000_000,)))
+    unit.place = "react", "tallies", 1, "log", 7
+    connection = store._journal.connection
+    connection.pragma("max_page_count", connection.pragma("page_count") + 20)
+    store.move(unit.share, "react", "tallies", 1, "log", 6)
+    with pytest.raises(StorageFull):
+        await store.commit(unit)
+    await store.flush()
+    assert store.places("react", "log", 100) == {("tallies", 1): 6}
+    await store.close()
+
+
+async def test_a_number_of_the_outbox_is_never_used_again(tmp_path: Path) -> None:
+    store, unit = await opened(tmp_path)
+    numbers = []
+    for _ in range(3):
+        unit.said = [("react", 1, b"first"), ("react", 1, b"second")]
+        await store.commit(unit)
+        rows = store.outbox(0, 10)
+        numbers += [number for number, _, _, _ in rows]
+        await store.relayed([number for number, _, _, _ in rows])
+    assert numbers == sorted(set(numbers)), "a relay under way would take a later one for an earlier one"
+    await store.close()
+
+
+async def said(bus: Bus) -> list[int]:
+    """Of which versions the commands are, in the order of their log."""
+    facts = {each.id: each.version for each in (await bus.facts.read()).entries}
+    return [facts[each.meta.causation] for each in (await bus.commands.read()).entries]
+
+
+async def left_in_the_outbox(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three commands of one thing that could not be sent."""
+    append = SQLiteLog.append
+
+    def unsent(self: SQLiteLog, stream: str, entries: Any, **how: Any) -> Any:
+        if entries[0].type == "Confirm":
+            raise StorageFull("for a test")
+        return append(self, stream, entries, **how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SQLiteLog, "append", unsent)
+        async with running(owner(), bus=url) as bus, running(reacting("one"), bus=url, drain=0.2):
+            await add(bus, "a")
+            await add(bus, "a")
+            await add(bus, "a")
+            await until(lambda: len(stored(url)) == 3)
+    assert stored(url, "select count(*) from cauce_outbox") == [(3,)]
+
+
+async def test_what_waits_behind_a_command_that_failed_waits_on_every_page_of_the_outbox(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await left_in_the_outbox(bus_url, monkeypatch)
+    append, failing = SQLiteLog.append, [True]
+
+    def fails_once(self: SQLiteLog, stream: str, entries: Any, **how: Any) -> Any:
+        if entries[0].type == "Confirm" and failing:
+            failing.clear()
+            raise StorageFull("for a test")
+        return append(self, stream, entries, **how)
+
+    monkeypatch.setattr(SQLiteLog, "append", fails_once)
+    monkeypatch.setattr(runtime, "_AT_ONCE", 1)
+    async with running(reacting("one"), bus=bus_url) as bus:
+        await until(lambda: stored(bus_url, "select count(*) from cauce_outbox") == [(0,)])
+        assert await said(bus) == [1, 2, 3]
+
+
+async def test_a_slot_that_is_gained_while_the_outbox_is_relayed_is_relayed_from_its_first(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await left_in_the_outbox(bus_url, monkeypatch)
+    held: Any = _Running._slots
+    relay, outbox = _Running._relay_all, Store.outbox
+    pages = list[int]()
+
+    def gained(self: _Running) -> Any:
+        return [] if len(pages) < 2 else held.fget(self)
+
+    def page(self: Store, after: int, limit: int) -> Any:
+        pages.append(after)
+        return outbox(self, after, limit)
+
+    async def relayed(self: _Running) -> bool:
+        first = not pages
+        return await relay(self) and not first
+
+    monkeypatch.setattr(runtime, "_AT_ONCE", 1)
+    monkeypatch.setattr(_Running, "_slots", property(gained))
+    monkeypatch.setattr(_Running, "_relay_all", relayed)
+    monkeypatch.setattr(Store, "outbox", page)
+    async with running(reacting("one"), bus=bus_url) as bus:
+        await until(lambda: stored(bus_url, "select count(*) from cauce_outbox") == [(0,)])
+        assert await said(bus) == [1, 2, 3]
+
+
+# ------------------------------------------------------------------------------------------------------- a full disk
+
+
+FULL = """
+import asyncio, logging, resource, sys
+from cauce import Context, Service, running
+from tests.chaos import EFFECTS, Added, Confirm
+
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
+service = Service("reacting", schema=[EFFECTS, "alter table effects add column ballast blob"])
+
+@service.on
+async def react(event: Added, ctx: Context) -> Confirm:
+    sql = "insert into effects (key, version, instance, ballast) values (?, ?, ?, zeroblob(100000))"
+    ctx.store.execute(sql, (event.name, ctx.version, "one"))
+    return Confirm(event.name, ctx.version)
+
+async def main():
+    async with running(service, bus=sys.argv[1]) as bus:
+        limit(int(sys.argv[2]))
+        print("ready", flush=True)
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            limit(resource.RLIM_INFINITY)
+
+asyncio.run(main())
+"""
+
+
+def started(program: Program, text: str, *arguments: str) -> subprocess.Popen[str]:
+    process = program(text, *arguments)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("then", ["there is room", "it is killed"])
+async def test_a_store_on_a_full_disk_waits_and_nothing_is_lost_or_done_twice(
+    then: str, bus_url: str, program: Program
+) -> None:
+    async with running(owner(), bus=bus_url) as bus:
+        process = started(program, FULL, bus_url, "2000000")
+        assert process.stdout is not None
+        told = await add(bus, *(f"thing{n % 7}" for n in range(60)))
+        while "its store takes nothing now" not in await asyncio.to_thread(process.stdout.readline):
+            pass
+        assert len(stored(bus_url)) < 60
+        if then == "it is killed":
+            process.kill()
+            process.wait()
+            process = started(program, FULL, bus_url, "-1")
+        else:
+            assert process.stdin is not None
+            process.stdin.write("room\n")
+            process.stdin.flush()
+        looked = 0
+        for _ in range(60):
+            page = await bus.facts.read(Filter(types=frozenset({"Confirmed"})), after=looked, limit=1, wait=60)
+            looked = page.entries[0].position
+        assert findings(await history(bus, bus_url, told)) == []
+        process.kill()
+        process.wait()
+
+
+# --------------------------------------------------------------------------------------------- an older backup
+
+
+def cli(*arguments: str) -> None:
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
+async def test_after_an_older_backup_was_restored_each_service_stops_loudly_and_names_the_cure(
+    bus_url: str, tmp_path: Path
+) -> None:
+    backup = tmp_path / "backup.db"
+    async with running(owner(), reacting("one"), copying(), bus=bus_url) as bus:
+        await add(bus, "a", "b")
+        await bus.settled()
+        await bus.settled()
+    cli("backup", str(backup), "--bus", bus_url)
+    async with running(owner(), reacting("one"), copying(), bus=bus_url) as bus:
+        await add(bus, "a", "c")
+        await bus.settled()
+        await bus.settled()
+    cli("restore", str(backup), "--force", "--bus", bus_url)
+    folder = folder_of(place(bus_url))
+    for service, cure in (
+        (owner(), rf"decide tallies has read .*\(restored\?\): remove {folder / 'tallies' / 'store.db'}"),
+        (reacting("one"), rf"react has read .*\(restored\?\): remove {folder / 'reacting' / 'store.db'}"),
+        (copying(), r"was built from log .*cauce rebuild copying"),
+    ):
+        with pytest.raises(Damaged, match=cure):
+            async with running(service, bus=bus_url):
+                pass
+    for path in (folder / "tallies", folder / "reacting", folder / "copying" / "views"):
+        for file in [*path.glob("store.db*"), *path.glob("*/*")]:
+            file.unlink()
+    async with running(owner(), reacting("two"), copying(), bus=bus_url) as bus:
+        told = await add(bus, "a", "c")
+        await bus.settled()
+        await bus.settled()
+        found = await history(bus, bus_url, told)
+        rows = await bus.ask(Rows())
+        found.copies = {where: {row[0]: Copy(row[1], row[2], row[1] + row[2]) for row in rows[where]} for where in rows}
+        assert findings(found) == []
+        assert sorted((effect.key, effect.instance) for effect in found.effects) == [
+            ("a", "two"), ("a", "two"), ("b", "two"), ("c", "two"),
+        ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ between facts, record and mark
+
+
+DYING = """
+import os, sys
+from cauce.records import Records
+from tests import chaos
+
+async def flush(self):
+    os._exit(9)
+
+def mark(self, slot, position):
+    os._exit(9)
+
+if sys.argv.pop() == "before the record":
+    Records.flush = flush
+else:
+    Records._mark = mark
+chaos.main()
+"""
+
+
+@pytest.mark.parametrize("when", ["before the record", "before the mark"])
+async def test_an_owner_that_dies_after_the_facts_leaves_the_record_to_the_next(
+    when: str, bus_url: str, program: Program
+) -> None:
+    process = started(program, DYING, "tallies", bus_url, "owner", when)
+    async with connect(bus_url) as bus:
+        with contextlib.suppress(CauceError):
+            await bus.call(Add("a"), id="wish")
+        assert process.wait(30) == 9
+        assert len((await bus.facts.read(Filter("tallies/a"))).entries) == 1
+        before = await bus.record(Tally, "a")
+        assert before == (None if when == "before the record" else Tally("a", 1, 0))
+    async with running(owner(), bus=bus_url) as bus:
+        assert await bus.record(Tally, "a") == Tally("a", 1, 0), "written before anybody is answered"
+        assert (await bus.call(Add("a"), id="wish")).version == 1, "what was accepted stays accepted"
+        receipt = await bus.call(Add("a"))
+        await bus.settled()
+        (record,) = (await bus.records.read(Filter("tallies/a"))).entries
+        assert (record.version, receipt.version) == (2, 2)
+        marks = [await written(bus.records, "tallies", slot) for slot in range(16)]
+        assert max(marks) == receipt.position
+
+
+# -------------------------------------------------------------------------------------------------- a stopped owner
+
+
+STALE = """
+import contextlib, os, signal, time
+from cauce.backends.sqlite.log import SQLiteLog
+from cauce.backends.sqlite.writer import Writer
+from tests import chaos
+
+append, appends, start, writers = SQLiteLog.append, [], Writer.start, []
+
+async def starts(self):
+    writers.append(self)
+    await start(self)
+
+def stops(self, stream, entries, **how):
+    if stream != "tallies/late":
+        return append(self, stream, entries, **how)
+    if not appends:
+        # What was decided is on its way to the log, and comes there when another has taken over. No thread is in turn:
+        # who is stopped there lets nobody write.
+        with contextlib.ExitStack() as still:
+            for writer in writers:
+                still.enter_context(writer._lock)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.05)
+    appends.append(future := append(self, stream, entries, **how))
+    future.add_done_callback(lambda done: print("append", type(done.exception()).__name__, flush=True))
+    return future
+
+SQLiteLog.append, Writer.start = stops, starts
+chaos.main()
+"""
+
+
+async def test_an_owner_that_was_stopped_past_its_lease_is_fenced_with_all_that_it_decided_ahead(
+    bus_url: str, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cauce.shares.TTL", 1.5)
+    monkeypatch.setattr("cauce.shares.BEAT", 0.3)
+    stale = started(program, STALE, "tallies", bus_url, "stale")
+    assert stale.stdout is not None
+    async with connect(bus_url) as client:
+        told = await add(client, "early", "early")
+        calls = [asyncio.ensure_future(client.call(Add("late"), id=f"late{n}", timeout=60)) for n in range(5)]
+        await until(lambda: state_of(stale) == "T")
+        claims = "select count(*) from cauce_claims where name like 'slot/%' and fence > 1"
+        async with running(owner(), bus=bus_url) as bus:
+            await until(lambda: stored(bus_url, claims, "tallies") == [(16,)])
+            async with asyncio.timeout(30):
+                while True:
+                    try:
+                        told += await add(bus, "late")
+                        break
+                    except NoAnswer:
+                        await asyncio.sleep(0.02)
+            told += await add(bus, "late", "early")
+            stale.send_signal(signal.SIGCONT)
+            results = await asyncio.gather(*calls, return_exceptions=True)
+            assert all(isinstance(each, CauceError) for each in results), results
+            assert await asyncio.to_thread(stale.wait, 30) != 0, "it ends by itself"
+            lines = stale.stdout.read().splitlines()
+            assert set(lines) == {"append Fenced"}
+            told += await add(bus, "late")
+            facts = (await bus.facts.read(Filter("tallies/late"))).entries
+            assert [fact.version for fact in facts] == [1, 2, 3]
+            assert {fact.meta.causation for fact in facts} == {each.id for each in told if each.key == "late"}
+            await bus.settled()
+            assert await bus.record(Tally, "late") == Tally("late", 3, 0)
+
+
+def state_of(process: subprocess.Popen[str]) -> str:
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
