@@ -75,8 +75,9 @@ async def _deliver(path: Path, load: Load, callers: int, seconds: float) -> Samp
         async def committed() -> None:
             await bus.settled()
             wanted = _last(path)
-            while not wanted.items() <= _places(path).items():
-                await asyncio.sleep(0.002)  # noqa: ASYNC110 - another connection looks at what was committed
+            # Another connection looks at what was committed.
+            while not wanted.items() <= _places(path).items():  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
 
         await drive(publish, callers, seconds * WARM, committed)
         handled = 0
