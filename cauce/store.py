@@ -132,6 +132,7 @@ class _Journal:
         self.moves: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
         self.touched = True
         self.handler = False
+        self.behind = False
         self._moving: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
         self._seen = -1
 
@@ -156,14 +157,15 @@ class _Journal:
                 )
 
     def is_due(self) -> bool:
-        return False
+        return self.behind
 
     def committed(self) -> Callable[[], None]:
-        self._moving = {}
+        self._moving, self.behind = {}, False
         return _nothing
 
     def rolled_back(self) -> None:
         self.fences.clear()
+        self.behind = False
         self.moves = self._moving | self.moves
         self._moving = {}
 
@@ -392,6 +394,8 @@ class Store:
     async def flush(self) -> None:
         """Write the places that wait."""
         if self._journal.moves:
+            # No message waits for it, so the loop must not stand still for its flush.
+            self._journal.behind = True
             await self._writer.submit(_nothing)
 
     # ------------------------------------------------------------------------------------------------------ waiting
