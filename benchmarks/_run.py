@@ -13,7 +13,19 @@ from pathlib import Path
 from benchmarks._ground import Ground
 from benchmarks._load import Load
 
-__all__ = ["Contender", "Found", "Prefill", "Run", "Sample", "Turn", "Versus", "on_a_file"]
+__all__ = [
+    "Compare",
+    "Contender",
+    "Found",
+    "Prefill",
+    "Run",
+    "Sample",
+    "Turn",
+    "Versus",
+    "by_median",
+    "by_rate",
+    "on_a_file",
+]
 
 
 @dataclass(frozen=True)
@@ -37,18 +49,34 @@ class Sample:
     def rate(self) -> float:
         return self.count / self.seconds
 
+    def within(self, part: int) -> float:
+        """The seconds within which so many of a hundred were done."""
+        return sorted(self.latencies)[len(self.latencies) * part // 100]
+
 
 Contender = Callable[[Turn], Sample]
 Prefill = Callable[[Path, Load], None]
+Compare = Callable[[Sample, Sample], float]
+
+
+def by_rate(ours: Sample, theirs: Sample) -> float:
+    """How many times as much a second."""
+    return ours.rate / theirs.rate
+
+
+def by_median(ours: Sample, theirs: Sample) -> float:
+    """How many times as soon, in the median."""
+    return theirs.within(50) / ours.within(50)
 
 
 @dataclass(frozen=True)
 class Versus:
-    """A ratio: the rate of one contender over that of another. Above 1 ours is better."""
+    """A ratio: one contender compared with another, turn by turn. Above 1 ours is better."""
 
     name: str
     ours: str
     theirs: str
+    compare: Compare = by_rate
 
 
 @dataclass
@@ -111,7 +139,7 @@ class Run:
                 (samples[_named(each.ours, fill, samples)], samples[_named(each.theirs, fill, samples)])
                 for fill in fills
             ]
-            least = min((_ratios(ours, theirs) for ours, theirs in pairs), key=statistics.median)
+            least = min((_ratios(each.compare, ours, theirs) for ours, theirs in pairs), key=statistics.median)
             found.ratios[each.name], found.spread[each.name] = statistics.median(least), (min(least), max(least))
         return found
 
@@ -138,8 +166,8 @@ def _alike(contender: Contender, turn: Turn) -> Sample:
     return contender(turn)
 
 
-def _ratios(ours: Sequence[Sample], theirs: Sequence[Sample]) -> list[float]:
-    return [mine.rate / other.rate for mine, other in zip(ours, theirs, strict=True)]
+def _ratios(compare: Compare, ours: Sequence[Sample], theirs: Sequence[Sample]) -> list[float]:
+    return [compare(mine, other) for mine, other in zip(ours, theirs, strict=True)]
 
 
 def _figures(samples: Mapping[str, Sequence[Sample]]) -> dict[str, float]:
@@ -148,11 +176,8 @@ def _figures(samples: Mapping[str, Sequence[Sample]]) -> dict[str, float]:
     for name, turns in samples.items():
         figures[f"{name}.rate"] = statistics.median(turn.rate for turn in turns)
         if all(turn.latencies for turn in turns):
-            ordered = [sorted(turn.latencies) for turn in turns]
             for part in (50, 99):
-                figures[f"{name}.p{part}_ms"] = 1000 * statistics.median(
-                    each[len(each) * part // 100] for each in ordered
-                )
+                figures[f"{name}.p{part}_ms"] = 1000 * statistics.median(turn.within(part) for turn in turns)
         for figure in turns[0].figures:
             figures[f"{name}.{figure}"] = statistics.median(turn.figures[figure] for turn in turns)
     return figures

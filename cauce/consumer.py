@@ -201,9 +201,9 @@ class Consumer:
 
     # ---------------------------------------------------------------------------------------------- what comes in
 
-    def offer(self, entry: Entry) -> None:
+    def offer(self, entry: Entry, slot: Slot) -> None:
         """The tail met an entry: it is queued, unless its lane reads alone, or must from now on."""
-        lane = self._lanes.get((entry.domain, slot_of(entry.key)))
+        lane = self._lanes.get(slot)
         if lane is None or not lane.joined or entry.position <= lane.handed:
             return
         if len(lane.queue) >= _LANE:
@@ -259,7 +259,7 @@ class Consumer:
                     continue
                 for entry in page.entries:
                     found = mine.get((entry.domain, slot_of(entry.key)))
-                    if found is not None and entry.position > found.handed and self._wants(entry):
+                    if found is not None and entry.position > found.handed and self.has(entry.domain, entry.type):
                         self._hand(found, entry)
                 after = page.looked
                 for lane in lanes:
@@ -277,9 +277,10 @@ class Consumer:
         except Exception as error:
             self._stops(error)
 
-    def _wants(self, entry: Entry) -> bool:
-        types = self.wants[entry.domain]
-        return not types or entry.type in types
+    def has(self, domain: str, type: str) -> bool:
+        """Whether it wants entries of a type."""
+        types = self.wants.get(domain)
+        return types is not None and (not types or type in types)
 
     # -------------------------------------------------------------------------------------------------- settled
 
@@ -342,7 +343,14 @@ class Consumer:
             waiting = Waiting(entry.position, entry.stream, slot, due=-1, error=_DIED)
             lane.careful = False
         else:
-            waiting = await self._tried(entry, unit, slot)
+            error = await self._handled(entry, unit)
+            if error is not None:
+                waiting = self._wrong(entry, unit, slot, error)
+            elif unit.is_empty:
+                # What most reactions leave behind: a place, and nothing to wait for.
+                self._store.move(lane.share, self.name, domain, slot, self._log.id, entry.position)
+                lane.place = lane.written = entry.position
+                return True
         while True:
             unit.place = (self.name, domain, slot, self._log.id, entry.position)
             unit.parked = None if waiting is None else (self.name, waiting)
@@ -357,10 +365,7 @@ class Consumer:
             self._set_aside(waiting)
         return True
 
-    async def _tried(self, entry: Entry, unit: Unit, slot: int) -> Waiting | None:
-        error = await self._handled(entry, unit)
-        if error is None:
-            return None
+    def _wrong(self, entry: Entry, unit: Unit, slot: int, error: Exception) -> Waiting:
         unit.statements.clear()
         unit.said.clear()
         waiting = Waiting(entry.position, entry.stream, slot, 0 if isinstance(error, Unavailable) else 1)
@@ -558,10 +563,6 @@ class Tail:
         """Read and hand out, for ever."""
         consumers = self.consumers
         table: dict[tuple[str, str], list[Consumer]] = {}
-        for consumer in consumers:
-            for domain, types in consumer.wants.items():
-                for type in types or {""}:
-                    table.setdefault((domain, type), []).append(consumer)
         wanted = filter_of(consumers)
         bodies = any(consumer.bodies for consumer in consumers)
         while True:
@@ -572,8 +573,13 @@ class Tail:
                 await self._clock.sleep(1.0)
                 continue
             for entry in page.entries:
-                for consumer in (*table.get((entry.domain, entry.type), ()), *table.get((entry.domain, ""), ())):
-                    consumer.offer(entry)
+                domain, _, key = entry.stream.partition("/")
+                found = table.get((domain, entry.type))
+                if found is None:
+                    found = table[domain, entry.type] = [each for each in consumers if each.has(domain, entry.type)]
+                slot = (domain, slot_of(key))
+                for consumer in found:
+                    consumer.offer(entry, slot)
             self.looked = page.looked
             for consumer in consumers:
                 consumer.looked(page.looked)

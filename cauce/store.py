@@ -135,6 +135,7 @@ class _Journal:
         self.places: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
         self.touched, self.told = True, False
         self.handler = False
+        self.behind = False
         self._moving: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
         self._seen = -1
 
@@ -159,10 +160,11 @@ class _Journal:
                 )
 
     def is_due(self) -> bool:
-        return False
+        return self.behind
 
     def committed(self) -> Callable[[], None]:
         self._moving, self.places = {}, {}
+        self.behind = False
         if self.told:
             self.touched = self.told = False
         return _nothing
@@ -172,7 +174,7 @@ class _Journal:
         self.fences.clear()
         # What the units of this transaction changed is gone, and so are their places; those noted alone still hold.
         self.moves, self._moving, self.places = self._moving | self.moves, {}, {}
-        self.touched = True
+        self.behind, self.touched = False, True
 
     def fence(self, name: str) -> int:
         """The standing fence of a name, 0 if nobody ever held it."""
@@ -399,6 +401,8 @@ class Store:
     async def flush(self) -> None:
         """Write the places that wait."""
         if self._journal.moves:
+            # No message waits for it, so the loop must not stand still for its flush.
+            self._journal.behind = True
             await self._writer.submit(_nothing)
 
     # ------------------------------------------------------------------------------------------------------ waiting

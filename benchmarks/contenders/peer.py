@@ -27,7 +27,7 @@ from benchmarks._load import NAME, Load, email
 from benchmarks._run import Sample
 from benchmarks.contenders.callers import WARM
 
-__all__ = ["append", "best", "call", "prefill", "register", "settings"]
+__all__ = ["EmailChanged", "append", "best", "call", "drive", "id_of", "prefill", "register", "settings"]
 
 _THREADS = (1, 2, 4, 8, 16)
 
@@ -48,7 +48,7 @@ class User(Aggregate):
 
     @staticmethod
     def create_id(key: int, name: str, email: str) -> UUID:
-        return _id(key)
+        return id_of(key)
 
     @event("Changed")
     def change_email(self, name: str, email: str) -> None:
@@ -56,7 +56,7 @@ class User(Aggregate):
 
 
 @cache
-def _id(key: int) -> UUID:
+def id_of(key: int) -> UUID:
     return uuid5(NAMESPACE_URL, str(key))
 
 
@@ -100,7 +100,7 @@ def append(path: Path, load: Load, threads: int, seconds: float) -> Sample:
         versions = {UUID(id): version for id, version in heads}
 
         def work(number: int, key: int) -> None:
-            id = _id(key)
+            id = id_of(key)
             versions[id] = version = versions.get(id, 0) + 1
             app.save(
                 EmailChanged(
@@ -109,8 +109,8 @@ def append(path: Path, load: Load, threads: int, seconds: float) -> Sample:
                 )
             )  # fmt: skip
 
-        _drive(work, load, threads, seconds * WARM)
-        return _drive(work, load, threads, seconds)
+        drive(work, load, threads, seconds * WARM)
+        return drive(work, load, threads, seconds)
 
 
 def call(path: Path, load: Load, threads: int, seconds: float) -> Sample:
@@ -118,18 +118,24 @@ def call(path: Path, load: Load, threads: int, seconds: float) -> Sample:
     with closing(_open(path)) as app:
 
         def work(number: int, key: int) -> None:
-            user: User = app.repository.get(_id(key))
+            user: User = app.repository.get(id_of(key))
             user.change_email(NAME, email(number))
             app.save(user)
 
         for key in range(load.things):
-            app.repository.get(_id(key))
-        _drive(work, load, threads, seconds * WARM)
-        return _drive(work, load, threads, seconds)
+            app.repository.get(id_of(key))
+        drive(work, load, threads, seconds * WARM)
+        return drive(work, load, threads, seconds)
 
 
-def _drive(work: Callable[[int, int], None], load: Load, threads: int, seconds: float) -> Sample:
-    """Each thread has its own things, so that versions need no lock."""
+def drive(
+    work: Callable[[int, int], None],
+    load: Load,
+    threads: int,
+    seconds: float,
+    finish: Callable[[], object] = lambda: None,
+) -> Sample:
+    """Each thread has its own things, so that versions need no lock. The clock stops after `finish`."""
     latencies: list[list[float]] = [[] for _ in range(threads)]
     end = perf_counter() + seconds
 
@@ -149,6 +155,7 @@ def _drive(work: Callable[[int, int], None], load: Load, threads: int, seconds: 
         each.start()
     for each in running:
         each.join()
+    finish()
     took = [latency for each in latencies for latency in each]
     return Sample(len(took), perf_counter() - began, took)
 
@@ -173,7 +180,7 @@ def prefill(path: Path, load: Load, spread: int = 1) -> None:
             for key in load.filling(spread):
                 versions[key] += 1
                 event = stored[key % load.things]
-                yield _id(key).hex, first + versions[key], event.topic, event.state
+                yield id_of(key).hex, first + versions[key], event.topic, event.state
 
         with connection:
             connection.executemany("insert into stored_events values (?, ?, ?, ?)", rows())

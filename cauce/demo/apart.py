@@ -24,7 +24,9 @@ _PATIENCE = 30.0
 _RUNS = re.compile(r"cauce\.demo\.shop\.(\w+):service runs in process (\d+)")
 _ENDED = re.compile(r"cauce\.demo\.shop\.(\w+):service (ended .*)")
 _SAID = re.compile(r"\S+ \S+ INFO +(?:\[\S+\] )?(\w+: .* ← .*)")
-_WAITS = re.compile(r"\S+ \S+ WARNING +(?:\[\S+\] )?\w+: position \d+ \((\S+)\) failed 0 times and waits \S+ s: (\w+): (.*)")
+_WAITS = re.compile(
+    r"\S+ \S+ WARNING +(?:\[\S+\] )?\w+: position \d+ \((\S+)\) failed 0 times and waits \S+ s: (\w+): (.*)"
+)
 
 
 @asynccontextmanager

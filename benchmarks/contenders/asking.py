@@ -1,0 +1,58 @@
+"""Cauce asked from one process and answering in another: a typed question, a text for an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from benchmarks._load import email
+from benchmarks._run import Sample
+from benchmarks.contenders.callers import WARM, drive
+from benchmarks.contenders.child import child, ready, until_told
+from cauce import Domain, Query, Service, connect, running
+
+__all__ = ["ask"]
+
+directory = Domain("directory")
+
+
+class WhoIs(Query[str], domain=directory):
+    """The question of the load."""
+
+    user_id: str
+
+
+service = Service("directory", owns=directory)
+
+
+@service.answer
+async def who_is(question: WhoIs) -> str:
+    return email(int(question.user_id))
+
+
+def ask(path: Path, seconds: float) -> Sample:
+    """Ask another process, again and again."""
+    return asyncio.run(_ask(path, seconds))
+
+
+async def _ask(path: Path, seconds: float) -> Sample:
+    with child("benchmarks.contenders.asking", str(path)):
+        async with connect(f"sqlite:///{path}") as bus:
+
+            async def work() -> None:
+                assert await bus.ask(WhoIs("42")) == "user42@example.org"
+
+            await drive(work, 1, seconds * WARM)
+            return await drive(work, 1, seconds)
+
+
+async def _answer(path: str) -> None:
+    """The other process."""
+    async with running(service, bus=f"sqlite:///{path}"):
+        ready()
+        await until_told()
+
+
+if __name__ == "__main__":
+    asyncio.run(_answer(sys.argv[1]))
