@@ -932,3 +932,25 @@ async def test_a_service_that_serves_no_domain_is_announced_too(bus_url: str) ->
     async with running(Service("quiet"), bus=bus_url):
         assert told(bus_url).split()[:5] == ["quiet", "running", "process", str(os.getpid()), "-"]
     assert told(bus_url) == "nothing runs here\n"
+
+
+async def test_of_two_who_serve_an_address_the_one_without_a_sign_of_life_is_asked_last(
+    bus: sqlite.SQLiteBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = bus.wire._board.registry
+    quiet = {"1-a"}
+    monkeypatch.setattr(registry, "look", lambda: None)
+    monkeypatch.setattr(registry, "is_quiet", lambda token: token in quiet)
+    registry._serving["users/3"] = ["1-a", "2-b"]
+    registry.present = {
+        "1-a": Present("", ("users/3",)),
+        "2-b": Present("", ("users/3",)),
+        "3-c": Present("", ("users/4",)),
+    }
+    board = bus.wire._board
+    assert [list(board._candidates("users/3", late=False)) for _ in range(3)] == [["2-b"]] * 3
+    quiet.add("2-b")
+    assert list(board._candidates("users/3", late=False)) == [], "3-c may be taking over"
+    assert sorted(board._candidates("users/3", late=True)) == ["1-a", "2-b"]
+    quiet.add("3-c")
+    assert sorted(board._candidates("users/3", late=False)) == ["1-a", "2-b"], "nobody else will"

@@ -28,6 +28,9 @@ _CHUNK = 1 << 16
 _OLD = 60 * 1_000_000_000
 """Nanoseconds after which what a process left behind half-made is removed."""
 
+_QUIET = 6 * 1_000_000_000
+"""Nanoseconds without a beat, three of them missed, after which others are asked first."""
+
 BACKLOG = 128
 """Connections that wait to be accepted."""
 
@@ -138,6 +141,14 @@ class Registry:
         except OSError:
             return False
         return True
+
+    def is_quiet(self, token: str) -> bool:
+        """Whether a process has given no sign of life for so long that its loop stands still, or it is stopped."""
+        try:
+            beat = os.stat(f"{token}.json", dir_fd=self._directory).st_mtime_ns
+        except OSError:
+            return True
+        return self._clock.now() * 1000 - beat > _QUIET
 
     def instances(self, *, but: str = "") -> list[Instance]:
         """What all processes that are alive announce, but for one."""

@@ -202,7 +202,8 @@ class _Board:
         """Ask those who serve the address elsewhere, one after the other, until one of them takes the question."""
         moving, sure = min(deadline, clock.monotonic() + _MOVING), False
         while not self.closed:
-            for token in self._candidates(address):
+            late = clock.monotonic() + _POLL >= moving
+            for token in self._candidates(address, late=late):
                 try:
                     asking = self._line_to(token)
                 except OSError:
@@ -219,19 +220,30 @@ class _Board:
                 sure = True
                 self.registry.doubt()
                 continue
-            if clock.monotonic() + _POLL >= moving or not self._answers_in(address.partition("/")[0]):
+            if late or not self._answers_in(address.partition("/")[0]):
                 break
             await clock.sleep(_POLL)
         raise NoAnswer(f"nobody serves {address}: run the service that owns it, or send a command instead")
 
-    def _candidates(self, address: str) -> Iterator[str]:
+    def _candidates(self, address: str, *, late: bool) -> Iterator[str]:
+        """Who may be asked, each in turn first. Who gives no sign of life only if nobody else will be there in time."""
         self.registry.look()
-        tokens = self.registry.serving(address)
+        tokens = [token for token in self.registry.serving(address) if token != self.token]
+        well = [token for token in tokens if not self.registry.is_quiet(token)]
+        if tokens and not well and (late or not self._will_answer(address.partition("/")[0], tokens)):
+            # It may only be slow; and if it is stopped, nobody has taken its place.
+            well = tokens
         self._turn += 1
-        for n in range(len(tokens)):
-            token = tokens[(self._turn + n) % len(tokens)]
-            if token != self.token:
-                yield token
+        for n in range(len(well)):
+            yield well[(self._turn + n) % len(well)]
+
+    def _will_answer(self, domain: str, quiet: list[str]) -> bool:
+        """Whether another instance is well, which may be taking over just now."""
+        return self._present().answers_in(domain) or any(
+            present.answers_in(domain) and not self.registry.is_quiet(token)
+            for token, present in list(self.registry.present.items())
+            if token not in quiet
+        )
 
     def _answers_in(self, domain: str) -> bool:
         """Whether somebody who is alive answers in a domain, if not at this address."""
