@@ -15,7 +15,7 @@ import apsw
 import pytest
 from click.testing import CliRunner
 
-from cauce import Bus, CauceError, Damaged, StorageFull, connect, running, runtime
+from cauce import Bus, Busy, CauceError, Damaged, StorageFull, connect, running, runtime
 from cauce.accept import SLOTS
 from cauce.backends.sqlite.file import folder_of
 from cauce.backends.sqlite.log import SQLiteLog
@@ -27,6 +27,8 @@ from cauce.runtime import _Running
 from cauce.store import Store, Unit
 from tests.chaos import EFFECTS, Add, Rows, Tally, copying, owner, reacting
 from tests.history import Copy, Effect, Fact, History, Said, Told, findings
+
+HOLDERS = "select owner from cauce_claims where owner != '' and name like 'slot/%'"
 
 Program = Callable[..., subprocess.Popen[str]]
 
@@ -308,6 +310,54 @@ async def test_after_an_older_backup_was_restored_each_service_stops_loudly_and_
         assert sorted((effect.key, effect.instance) for effect in found.effects) == [
             ("a", "two"), ("a", "two"), ("b", "two"), ("c", "two"),
         ]  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------- taking over
+
+
+async def test_a_take_over_that_the_disk_interrupts_is_tried_again_until_it_succeeds(
+    bus_url: str, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = started(program, "from tests.chaos import main; main()", "tallies", bus_url, "other")
+    async with running(owner(), bus=bus_url) as bus:
+        await until(lambda: len(set(stored(bus_url, HOLDERS, "tallies"))) == 2)
+        failures = [StorageFull("for a test"), StorageFull("for a test")]
+
+        async def full(*where: Any) -> int:
+            if failures:
+                raise failures.pop()
+            return await written(*where)
+
+        monkeypatch.setattr("cauce.commander.written", full)
+        other.kill()
+        other.wait()
+        async with asyncio.timeout(60):
+            while not await serves_all(bus):  # noqa: ASYNC110 - what is waited for tells nobody
+                await asyncio.sleep(0.02)
+        assert failures == []
+        await add(bus, *(f"thing{n}" for n in range(64)))
+
+
+async def test_a_store_that_somebody_holds_is_not_opened_and_he_is_named(
+    bus_url: str, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cauce.store._PATIENCE", 0.2)
+    async with running(owner(), bus=bus_url):
+        pass
+    path = folder_of(place(bus_url)) / "tallies" / "store.db"
+    holding = """
+import apsw, sys
+connection = apsw.Connection(sys.argv[1])
+connection.execute("begin immediate")
+print("ready", flush=True)
+sys.stdin.read()
+"""
+    process = started(program, holding, str(path))
+    with pytest.raises(
+        Busy, match=rf"store.db is being written by process {process.pid} \(python.*\): wait, or stop it"
+    ):
+        async with running(owner(), bus=bus_url):
+            pass
 
 
 # ------------------------------------------------------------------------------------ between facts, record and mark
