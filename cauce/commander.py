@@ -98,9 +98,8 @@ class Commander:
         try:
             await self._make_up_for(mine)
         except BaseException:
-            if names:
-                with suppress(Unavailable):
-                    await self._leases.release(*names)
+            with suppress(Unavailable):
+                await self._leases.release(*names)
             raise
         self.slots.update(mine)
 

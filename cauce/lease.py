@@ -96,6 +96,6 @@ class Leases:
             self.claims[claim.name] = later
 
     async def release(self, *names: str) -> None:
-        """Let go of these names, or of all."""
-        gone = [self.claims.pop(name) for name in names or tuple(self.claims) if name in self.claims]
+        """Let go of these names."""
+        gone = [self.claims.pop(name) for name in names if name in self.claims]
         await asyncio.gather(*(self._log.release(claim) for claim in gone))

@@ -15,12 +15,13 @@ import apsw
 import pytest
 from click.testing import CliRunner
 
-from cauce import Bus, Busy, CauceError, Damaged, StorageFull, connect, running, runtime
+from cauce import Bus, Busy, CauceError, Damaged, Held, StorageFull, connect, running, runtime
 from cauce.accept import SLOTS
 from cauce.backends.sqlite.file import folder_of
 from cauce.backends.sqlite.log import SQLiteLog
 from cauce.cli import main
 from cauce.clock import SystemClock
+from cauce.lease import Leases, identity
 from cauce.log import Filter
 from cauce.records import written
 from cauce.runtime import _Running
@@ -313,6 +314,27 @@ async def test_after_an_older_backup_was_restored_each_service_stops_loudly_and_
 
 
 # -------------------------------------------------------------------------------------------------- taking over
+
+
+async def test_who_cannot_take_a_name_keeps_what_he_holds(bus_url: str) -> None:
+    async with connect(bus_url) as bus:
+        leases = Leases(bus.facts, identity("tallies", bus.clock), bus.clock)
+        await leases.take("tallies/1")
+        await bus.facts.claim("tallies/2", identity("tallies", bus.clock))
+        with pytest.raises(Held):
+            await leases.take("tallies/2")
+        await leases.release()
+        assert list(leases.claims) == ["tallies/1"]
+        await bus.facts.beat(leases.claims["tallies/1"])
+
+
+async def test_an_owner_takes_its_own_name_again_when_it_could_not_let_go(bus_url: str) -> None:
+    async with connect(bus_url) as bus:
+        leases = Leases(bus.facts, identity("tallies", bus.clock), bus.clock)
+        await leases.take("tallies/1")
+        before = leases.claims.pop("tallies/1")
+        await leases.take("tallies/1")
+        assert leases.claims["tallies/1"].fence > before.fence
 
 
 async def test_a_take_over_that_the_disk_interrupts_is_tried_again_until_it_succeeds(
