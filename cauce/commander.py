@@ -12,7 +12,7 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -90,10 +90,21 @@ class Commander:
         Parameters:
             superseded: owners that have lost these slots already.
 
-        Raises `Held` if somebody else writes there.
+        Raises `Held` if somebody else writes there, and what the disk says; then no slot is kept.
         """
         mine = sorted(slots)
-        await self._leases.take(*(self._slots[slot] for slot in mine), superseded=superseded)
+        names = [self._slots[slot] for slot in mine]
+        await self._leases.take(*names, superseded=superseded)
+        try:
+            await self._make_up_for(mine)
+        except BaseException:
+            with suppress(Unavailable):
+                await self._leases.release(*names)
+            raise
+        self.slots.update(mine)
+
+    async def _make_up_for(self, mine: Sequence[int]) -> None:
+        """Write the records that are missing."""
         backlog, head = await self._bus.commands.head(), await self._facts.head()
         marks = {slot: await written(self._bus.records, self.domain, slot) for slot in mine}
         looked, touched = min(marks.values(), default=head), dict[str, None]()
@@ -107,7 +118,6 @@ class Commander:
         if touched:
             await self.records.flush()
         self._backlog |= dict.fromkeys(mine, backlog)
-        self.slots.update(mine)
 
     async def let_go(self, slots: Iterable[int]) -> None:
         """Decide nothing more there, finish what is in hand with its records, and release the claims."""

@@ -33,7 +33,8 @@ async def take(log: Log, name: str, owner: str, clock: Clock, superseded: frozen
     except Held as held:
         stands = held.claim
     assert isinstance(stands, Claim)
-    dead = True if stands.owner in superseded else is_dead(stands.owner)
+    # What this very owner holds it has lost sight of, when it could not let go.
+    dead = True if stands.owner in superseded or stands.owner == owner else is_dead(stands.owner)
     if dead is False:
         raise Held(_held(stands), stands)
     if dead is None:
@@ -95,6 +96,6 @@ class Leases:
             self.claims[claim.name] = later
 
     async def release(self, *names: str) -> None:
-        """Let go of these names, or of all."""
-        gone = [self.claims.pop(name) for name in names or tuple(self.claims) if name in self.claims]
+        """Let go of these names."""
+        gone = [self.claims.pop(name) for name in names if name in self.claims]
         await asyncio.gather(*(self._log.release(claim) for claim in gone))

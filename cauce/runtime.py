@@ -439,7 +439,7 @@ class _Running:
                     )
                 await self._store.close()
         finally:
-            await self._leases.release()
+            await self._leases.release(*self._leases.claims)
 
     async def _stop_leading(self) -> None:
         tasks, self._leading = self._leading, []

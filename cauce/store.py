@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,10 +19,10 @@ import apsw
 import msgspec
 
 from cauce.backends.sqlite.file import connect, forget, guard, translate
-from cauce.backends.sqlite.turnstile import Turnstile
+from cauce.backends.sqlite.turnstile import Turnstile, describe, who_locks
 from cauce.backends.sqlite.writer import Writer
 from cauce.clock import Clock
-from cauce.errors import Damaged, Fenced, Refused, Unavailable
+from cauce.errors import Busy, Damaged, Fenced, Refused, Unavailable
 
 __all__ = ["BadStatement", "Share", "Standing", "Store", "Unit", "Waiting"]
 
@@ -265,6 +266,10 @@ class Store:
                 "update cauce_store set migrations = ?", (msgspec.json.encode(list(migrations)).decode(),)
             )
             connection.execute("commit")
+        except apsw.BusyError:
+            shm = self.path.with_name(self.path.name + "-shm")
+            holders = describe(who_locks(shm.stat().st_ino) - {os.getpid()} if shm.exists() else set())
+            raise Busy(f"{self.path} is being written by {holders}: wait, or stop it") from None
         except apsw.Error as error:
             raise translate(error, self.path) from error
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import subprocess
 from collections.abc import Callable
@@ -14,17 +15,21 @@ import apsw
 import pytest
 from click.testing import CliRunner
 
-from cauce import Bus, CauceError, Damaged, StorageFull, connect, running, runtime
+from cauce import Bus, Busy, CauceError, Damaged, Held, StorageFull, connect, running, runtime
+from cauce.accept import SLOTS
 from cauce.backends.sqlite.file import folder_of
 from cauce.backends.sqlite.log import SQLiteLog
 from cauce.cli import main
 from cauce.clock import SystemClock
+from cauce.lease import Leases, identity
 from cauce.log import Filter
 from cauce.records import written
 from cauce.runtime import _Running
 from cauce.store import Store, Unit
 from tests.chaos import EFFECTS, Add, Rows, Tally, copying, owner, reacting
 from tests.history import Copy, Effect, Fact, History, Said, Told, findings
+
+HOLDERS = "select owner from cauce_claims where owner != '' and name like 'slot/%'"
 
 Program = Callable[..., subprocess.Popen[str]]
 
@@ -308,6 +313,75 @@ async def test_after_an_older_backup_was_restored_each_service_stops_loudly_and_
         ]  # fmt: skip
 
 
+# -------------------------------------------------------------------------------------------------- taking over
+
+
+async def test_who_cannot_take_a_name_keeps_what_he_holds(bus_url: str) -> None:
+    async with connect(bus_url) as bus:
+        leases = Leases(bus.facts, identity("tallies", bus.clock), bus.clock)
+        await leases.take("tallies/1")
+        await bus.facts.claim("tallies/2", identity("tallies", bus.clock))
+        with pytest.raises(Held):
+            await leases.take("tallies/2")
+        await leases.release()
+        assert list(leases.claims) == ["tallies/1"]
+        await bus.facts.beat(leases.claims["tallies/1"])
+
+
+async def test_an_owner_takes_its_own_name_again_when_it_could_not_let_go(bus_url: str) -> None:
+    async with connect(bus_url) as bus:
+        leases = Leases(bus.facts, identity("tallies", bus.clock), bus.clock)
+        await leases.take("tallies/1")
+        before = leases.claims.pop("tallies/1")
+        await leases.take("tallies/1")
+        assert leases.claims["tallies/1"].fence > before.fence
+
+
+async def test_a_take_over_that_the_disk_interrupts_is_tried_again_until_it_succeeds(
+    bus_url: str, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = started(program, "from tests.chaos import main; main()", "tallies", bus_url, "other")
+    async with running(owner(), bus=bus_url) as bus:
+        await until(lambda: len(set(stored(bus_url, HOLDERS, "tallies"))) == 2)
+        failures = [StorageFull("for a test"), StorageFull("for a test")]
+
+        async def full(*where: Any) -> int:
+            if failures:
+                raise failures.pop()
+            return await written(*where)
+
+        monkeypatch.setattr("cauce.commander.written", full)
+        other.kill()
+        other.wait()
+        async with asyncio.timeout(60):
+            while not await serves_all(bus):  # noqa: ASYNC110 - what is waited for tells nobody
+                await asyncio.sleep(0.02)
+        assert failures == []
+        await add(bus, *(f"thing{n}" for n in range(64)))
+
+
+async def test_a_store_that_somebody_holds_is_not_opened_and_he_is_named(
+    bus_url: str, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cauce.store._PATIENCE", 0.2)
+    async with running(owner(), bus=bus_url):
+        pass
+    path = folder_of(place(bus_url)) / "tallies" / "store.db"
+    holding = """
+import apsw, sys
+connection = apsw.Connection(sys.argv[1])
+connection.execute("begin immediate")
+print("ready", flush=True)
+sys.stdin.read()
+"""
+    process = started(program, holding, str(path))
+    with pytest.raises(
+        Busy, match=rf"store.db is being written by process {process.pid} \(python.*\): wait, or stop it"
+    ):
+        async with running(owner(), bus=bus_url):
+            pass
+
+
 # ------------------------------------------------------------------------------------ between facts, record and mark
 
 
@@ -399,11 +473,10 @@ async def test_an_owner_that_was_stopped_past_its_lease_is_fenced_with_all_that_
         told = await add(client, "early", "early")
         calls = [asyncio.ensure_future(client.call(Add("late"), id=f"late{n}", timeout=60)) for n in range(5)]
         await until(lambda: state_of(stale) == "T")
-        claims = "select count(*) from cauce_claims where name like 'slot/%' and fence > 1"
         async with running(owner(), bus=bus_url) as bus:
-            await until(lambda: stored(bus_url, claims, "tallies") == [(16,)])
-            # Until the slots are served here the one that is stopped would be asked.
-            await until(lambda: len(bus.wire._board.handlers) == 17)  # type: ignore[attr-defined]
+            async with asyncio.timeout(60):
+                while not await serves_all(bus):  # noqa: ASYNC110 - what is waited for tells nobody
+                    await asyncio.sleep(0.02)
             told += await add(bus, "late")
             told += await add(bus, "late", "early")
             stale.send_signal(signal.SIGCONT)
@@ -418,6 +491,12 @@ async def test_an_owner_that_was_stopped_past_its_lease_is_fenced_with_all_that_
             assert {fact.meta.causation for fact in facts} == {each.id for each in told if each.key == "late"}
             await bus.settled()
             assert await bus.record(Tally, "late") == Tally("late", 3, 0)
+
+
+async def serves_all(bus: Bus) -> bool:
+    """Whether this process has taken all slots: who asks before may still ask the one that is stopped."""
+    mine = [each for each in await bus.wire.instances() if each.pid == os.getpid()]
+    return bool(mine) and len(mine[0].addresses) == 1 + SLOTS
 
 
 def state_of(process: subprocess.Popen[str]) -> str:

@@ -312,7 +312,7 @@ async def harm(instances: list[Instance], random: Random, seconds: float) -> int
         due = time.monotonic() + random.uniform(0.05, 1.2)
         instance = random.choice(instances)
         if not instance.stopped_until and random.random() < 0.25:
-            instance.stop(random.uniform(0.05, 2.0))
+            instance.stop(random.uniform(0.05, 1.0))
         else:
             instance.kill()
             kills += 1

@@ -429,6 +429,18 @@ async def test_a_replica_ahead_of_its_log_stops_the_service_loudly(bus_url: str)
             pass
 
 
+async def test_a_replica_from_another_bus_stops_the_service_loudly(bus_url: str, tmp_path: Path) -> None:
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    for url in (bus_url, other):
+        await filled(url, 3)
+        async with running(keeper(), bus=url):
+            pass
+    (folder(other) / "1.db").replace(folder(bus_url) / "1.db")
+    with pytest.raises(Damaged, match=r"1\.db was built from log .*cauce rebuild keeper Small"):
+        async with running(keeper(), bus=bus_url):
+            pass
+
+
 # --------------------------------------------------------------------------------------------------------- by version
 
 

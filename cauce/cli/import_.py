@@ -116,4 +116,4 @@ async def _held(facts: Log, domain: str, service: str, clock: Clock) -> AsyncIte
         with suppress(CauceError, asyncio.CancelledError):
             await beating
         with suppress(CauceError):
-            await leases.release()
+            await leases.release(*leases.claims)
