@@ -583,6 +583,6 @@ class Tail:
             self.looked = page.looked
             for consumer in consumers:
                 consumer.looked(page.looked)
-            if len(page.entries) == _PAGE:
-                # Under load the log is always ahead: lanes get their turn between two pages.
+            if page.entries:
+                # Lanes get their turn before the next look, which finds the more under load.
                 await self._clock.sleep(0)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Any
 import nats
 from faststream import AckPolicy
 from faststream.nats import JStream, NatsBroker, PullSub
+from nats.errors import NoRespondersError
 
 from benchmarks._load import NAME, Load, email
 from benchmarks._run import Sample
@@ -166,8 +167,20 @@ async def _ask(address: str, seconds: float) -> Sample:
         assert await answer.decode() == "user42@example.org"
 
     async with _started(broker):
+        await _answered(work)
         await drive(work, 1, seconds * WARM)
         return await drive(work, 1, seconds)
+
+
+async def _answered(work: Callable[[], Awaitable[None]]) -> None:
+    """The server may not yet know who answers."""
+    async with asyncio.timeout(_PATIENCE):
+        while True:
+            try:
+                await work()
+                return
+            except NoRespondersError:
+                await asyncio.sleep(0.01)
 
 
 async def _answer(address: str) -> None:

@@ -39,6 +39,7 @@ class Reader:
         self.connection, self._path, self._pid = connection, path, os.getpid()
         self.streams = _Names(connection, "select name from streams where id = ?")
         self.types = _Names(connection, "select name from types where id = ?")
+        self.kinds = _Names(connection, "select domain || '/' || name from types where id = ?")
 
     def __enter__(self) -> None:
         if os.getpid() != self._pid:
@@ -174,15 +175,17 @@ class SQLiteLog:
     def _wants(self, filter: Filter, rows: list[tuple[Any, ...]]) -> bool:
         if filter == EVERYTHING:
             return True
-        reader = self._reader
-        stream = reader.stream(filter.stream) if filter.stream is not None else None
-        types = set(reader.types_of(filter.domains, filter.types)) if filter.domains or filter.types else None
+        stream = self._reader.stream(filter.stream) if filter.stream is not None else None
         return any(
             (filter.stream is None or row[1] == stream)
-            and (types is None or row[4] in types)
             and (not filter.slots or row[1] % 16 in filter.slots)
+            and self._takes(filter, row[4])
             for row in rows
         )
+
+    def _takes(self, filter: Filter, type: int) -> bool:
+        domain, _, name = self._reader.kinds[type].partition("/")
+        return (not filter.domains or domain in filter.domains) and (not filter.types or name in filter.types)
 
     def _head(self) -> int:
         row = self._reader.connection.execute(self._max).fetchone()
