@@ -519,6 +519,9 @@ class _Running:
 
     def _say(self, bound: Bound, context: Context, unit: Unit, slot: int, result: Any) -> None:
         """Let what a handler did and returned be stored as one: statements, commands to send, own events to record."""
+        unit.statements += context.store.queued
+        if result is None:
+            return
         where = f"{self._service.name}.{bound.name}"
         said = messages_of(result, where, "commands, own events, or None")
         for message in said:
@@ -541,7 +544,6 @@ class _Running:
                     _pack(_Said(kind.kind, entry.stream, entry.type, entry.id, entry.raw, entry.body or b"")),
                 )
             )
-        unit.statements += context.store.queued
         if said:
             unit.committed = self._said.set
 

@@ -174,14 +174,11 @@ class Bound(msgspec.Struct, frozen=True):
     notice: bool
     context: str | None
     gone: bool = False
+    is_async: bool = False
 
     @property
     def name(self) -> str:
         return self.part.name
-
-    @property
-    def is_async(self) -> bool:
-        return inspect.iscoroutinefunction(self.part.function)
 
 
 _WANTED: dict[str, tuple[type, str]] = {
@@ -195,7 +192,10 @@ _WANTED: dict[str, tuple[type, str]] = {
 
 def bind(service: Service) -> list[Bound]:
     """Find out what each function takes. Raises `Refused`, naming function and parameter, for what cannot be right."""
-    bounds = [_bind(service, part) for part in service.parts]
+    bounds = [
+        msgspec.structs.replace(_bind(service, part), is_async=inspect.iscoroutinefunction(part.function))
+        for part in service.parts
+    ]
     _check_copies(service)
     for kind in ("decide", "evolve", "answer"):
         seen: dict[type[Message], Bound] = {}
