@@ -54,6 +54,7 @@ class Shares:
         self._store, self.owner, self._clock = store, owner, clock
         self._gain, self._lose = gain, lose
         self.held: dict[str, Share] = {}
+        self._giving: list[Share] = []
         self._seen: dict[str, tuple[int, float]] = {}
         self._beaten = 0.0
         self._joined, self._is_settled, self._closing = False, True, False
@@ -87,7 +88,7 @@ class Shares:
 
     async def stop(self) -> None:
         """Leave: all that is still held is let go of in good order."""
-        shares = list(self.held.values())
+        shares = [*self.held.values(), *self._giving]
         self.held.clear()
         await self._store.release(shares, owner=self.owner)
 
@@ -143,7 +144,10 @@ class Shares:
         self.held.update((share.name, share) for share in shares)
 
     async def _give(self, shares: Sequence[Share]) -> None:
+        # The end may come before they are let go of.
+        self._giving = list(shares)
         for share in shares:
             del self.held[share.name]
         await self._lose(shares)
         await self._store.release(shares)
+        self._giving = []
