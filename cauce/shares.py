@@ -55,6 +55,7 @@ class Shares:
         self._store, self.owner, self._clock = store, owner, clock
         self._gain, self._lose = gain, lose
         self.held: dict[str, Share] = {}
+        self._giving: list[Share] = []
         self._seen: dict[str, tuple[int, float]] = {}
         self._moving: asyncio.Task[None] | None = None
         self._beaten = 0.0
@@ -94,7 +95,7 @@ class Shares:
         if self._moving is not None:
             self._moving.cancel()
             await asyncio.gather(self._moving, return_exceptions=True)
-        shares = list(self.held.values())
+        shares = [*self.held.values(), *self._giving]
         self.held.clear()
         await self._store.release(shares, owner=self.owner)
 
@@ -159,7 +160,10 @@ class Shares:
         self.held.update((share.name, share) for share in shares)
 
     async def _give(self, shares: Sequence[Share]) -> None:
+        # The end may come before they are let go of.
+        self._giving = list(shares)
         for share in shares:
             del self.held[share.name]
         await self._lose(shares)
         await self._store.release(shares)
+        self._giving = []

@@ -25,6 +25,7 @@ from cauce.lease import Leases, identity
 from cauce.log import Filter
 from cauce.records import written
 from cauce.runtime import _Running
+from cauce.shares import Shares
 from cauce.store import Store, Unit
 from tests.chaos import EFFECTS, Add, Rows, Tally, copying, owner, reacting
 from tests.history import Copy, Effect, Fact, History, Said, Told, findings
@@ -314,6 +315,29 @@ async def test_after_an_older_backup_was_restored_each_service_stops_loudly_and_
 
 
 # -------------------------------------------------------------------------------------------------- taking over
+
+
+async def test_what_is_being_given_away_at_the_end_is_let_go_of_too(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path / "s", "s", SystemClock())
+    never = asyncio.Event()
+
+    async def gain(shares: object) -> None: ...
+
+    async def lose(shares: object) -> None:
+        await never.wait()
+
+    shares = Shares(store, "me", SystemClock(), gain, lose)
+    await shares.start()
+    await store.tick("you", (), join=True)
+    giving = asyncio.ensure_future(shares._step())
+    async with asyncio.timeout(30):
+        while len(shares.held) > 9:  # noqa: ASYNC110 - what is waited for tells nobody
+            await asyncio.sleep(0.01)
+    giving.cancel()
+    await asyncio.gather(giving, return_exceptions=True)
+    await shares.stop()
+    assert await store.fetch("select name from cauce_claims where owner != ''") == []
+    await store.close()
 
 
 async def test_who_cannot_take_a_name_keeps_what_he_holds(bus_url: str) -> None:

@@ -585,16 +585,16 @@ async def test_a_stopped_instance_loses_its_slots_and_cannot_write_when_it_wakes
             ctx.store.execute("insert into seen values (?, ?, 'other')", (event.name, event.n))
 
         before = set(holders(bus_url, "seeing"))
-        async with running(other, bus=bus_url):
+        async with running(other, bus=bus_url) as here:
             await until(lambda: holders(bus_url, "seeing").total() == 16 and set(holders(bus_url, "seeing")) != before)
             for _ in range(3):
                 await bus.call(Add("a"))
-            await bus.settled()
+            await here.settled()
             os.kill(stale.pid, signal.SIGCONT)
             assert stale.stdout is not None
             assert await asyncio.to_thread(stale.stdout.readline) == "failed Fenced\n"
             await bus.call(Add("a"))
-            await bus.settled()
+            await here.settled()
     assert [(n, by) for _, n, by in seen(bus_url, "seeing")] == [(1, "stale"), *((n, "other") for n in range(2, 6))]
 
 
