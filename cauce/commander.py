@@ -119,13 +119,21 @@ class Commander:
             await self.records.flush()
         self._backlog |= dict.fromkeys(mine, backlog)
 
-    async def let_go(self, slots: Iterable[int]) -> None:
-        """Decide nothing more there, finish what is in hand with its records, and release the claims."""
-        gone = self.slots.intersection(slots)
+    async def let_go(self, slots: Iterable[int], within: float) -> None:
+        """Decide nothing more there, finish what is in hand with its records, and release the claims.
+
+        Parameters:
+            within: seconds to wait for what is being decided; what takes longer is refused by the log afterwards.
+        """
+        gone = set(slots)
         self.slots -= gone
-        while any(self._busy[slot] for slot in gone):
-            self._idle.clear()
-            await self._idle.wait()
+        try:
+            async with asyncio.timeout(within):
+                while any(self._busy[slot] for slot in gone):
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            _log.warning("%s: what is being decided does not end, and its slot is given away", self.domain)
         await self.settled()
         for key in [key for key in self._things if slot_of(key) in gone]:
             del self._things[key]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import msgspec
@@ -29,7 +29,7 @@ _log = logging.getLogger("cauce")
 _PAGE = 500
 _LANE = 500
 _MOST_WAITING = 10_000
-_RETRIES_AT_ONCE = 16
+_RETRIES_AT_ONCE = 4
 _FIRST_DELAY = 0.1
 _LONGEST_DELAY = 60.0
 _DOUBLINGS = 10
@@ -48,12 +48,14 @@ class _Lane:
     """One slot of one domain: what waits to be handled, one after the other.
 
     `handed` is the position up to which it was given all that it wants, `place` that of the last one handled. While it
-    is not `joined` it reads alone. `careful`: its first message may be the one that killed the process.
+    is not `joined` it reads for itself, with the others of its `group`. `careful`: its first message may be the one
+    that killed the process. `full`: too much waits.
     """
 
     __slots__ = (
         "careful",
-        "catching_up",
+        "full",
+        "group",
         "handed",
         "joined",
         "place",
@@ -68,12 +70,12 @@ class _Lane:
     def __init__(self, slot: Slot, share: Share | None, place: int) -> None:
         self.slot, self.share = slot, share
         self.handed = self.place = self.written = place
-        self.joined = False
+        self.joined = self.full = False
         self.careful = share is not None and not share.clean
         self.queue: deque[Entry] = deque()
         self.room = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
-        self.catching_up: asyncio.Task[None] | None = None
+        self.group: set[_Lane] = set()
 
 
 class Consumer:
@@ -112,11 +114,12 @@ class Consumer:
         self._looked = 0
         self._tail: Tail | None = None
         self._waiting: dict[str, deque[Waiting]] = {}
-        self._many = 0
+        self._many: Counter[int] = Counter()
+        self._readers: set[asyncio.Task[None]] = set()
         self._retries: dict[str, asyncio.Task[None]] = {}
         self._in_hand: set[str] = set()
         self._leaving: set[int] = set()
-        self._slots = asyncio.Semaphore(_RETRIES_AT_ONCE)
+        self._slots: dict[int, asyncio.Semaphore] = {}
         self._moved = asyncio.Event()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -148,39 +151,45 @@ class Consumer:
                 self._set_aside(waiting)
         self._catch_up(lanes)
 
-    async def drop(self, slots: Iterable[int]) -> None:
-        """Finish what is in hand in these slots, begin nothing more there, and note the places."""
+    async def drop(self, slots: Iterable[int], within: float) -> None:
+        """Finish what is in hand in these slots, begin nothing more there, and note the places.
+
+        Parameters:
+            within: seconds that handlers get; what takes longer is cancelled, and handled again.
+        """
         gone = set(slots)
         self._leaving |= gone
         self._moved.set()
         lanes = [lane for lane in self._lanes.values() if lane.slot[1] in gone]
         for lane in lanes:
+            lane.handed = self._handed(lane)
             lane.joined = False
+            lane.group.discard(lane)
             lane.room.set()
-            if lane.catching_up is not None:
-                lane.catching_up.cancel()
-        retries = [task for stream, task in self._retries.items() if slot_of(stream.partition("/")[2]) in gone]
-        for stream, task in self._retries.items():
-            if task in retries and stream not in self._in_hand:
-                task.cancel()
-        running = [lane.task for lane in lanes if lane.task is not None]
-        await asyncio.gather(*running, *retries, return_exceptions=True)
+        streams = {stream for stream in self._retries if slot_of(stream.partition("/")[2]) in gone}
+        for stream in streams - self._in_hand:
+            self._retries[stream].cancel()
+        working = {lane.task for lane in lanes if lane.task is not None} | {self._retries[each] for each in streams}
+        if working:
+            _, late = await asyncio.wait(working, timeout=within)
+            if late:
+                _log.warning("%s: %d handlers did not finish within %g s", self.name, len(late), within)
+                for task in late:
+                    task.cancel()
+                await asyncio.wait(late)
         for lane in lanes:
-            self._note(lane, self._handed(lane) if not lane.queue else lane.place)
+            self._note(lane, lane.place if lane.queue else lane.handed)
             self._lanes.pop(lane.slot, None)
         for stream in [each for each in self._waiting if slot_of(each.partition("/")[2]) in gone]:
-            self._many -= len(self._waiting.pop(stream))
+            self._many[slot_of(stream.partition("/")[2])] -= len(self._waiting.pop(stream))
             self._retries.pop(stream, None)
         self._moved.set()
 
     def stop(self) -> None:
         """Stop at once; what is not finished is handled again after the next start."""
-        for lane in self._lanes.values():
-            for task in (lane.task, lane.catching_up):
-                if task is not None:
-                    task.cancel()
-        for retry in self._retries.values():
-            retry.cancel()
+        for task in (*(lane.task for lane in self._lanes.values()), *self._readers, *self._retries.values()):
+            if task is not None:
+                task.cancel()
 
     def reload(self) -> None:
         """Look again at what waits for a person: one may have decided."""
@@ -191,7 +200,7 @@ class Consumer:
             if stream in self._retries:
                 continue
             now = rows.get(stream, deque())
-            self._many += len(now) - len(queue)
+            self._many[slot_of(stream.partition("/")[2])] += len(now) - len(queue)
             if now:
                 self._waiting[stream] = now
                 self._begin_retries(now[0])
@@ -232,25 +241,30 @@ class Consumer:
         return max(lane.handed, self._looked) if lane.joined else lane.handed
 
     def _catch_up(self, lanes: Sequence[_Lane]) -> None:
-        """Let these lanes read by themselves until they are where the tail is. Who is far behind hinders nobody."""
+        """Let these lanes read for themselves until they are where the tail is. Who is far behind hinders nobody."""
         assert self._tail is not None
         near = self._tail.looked - _OFTEN
-        for group in ([each for each in lanes if each.handed >= near], [each for each in lanes if each.handed < near]):
-            if group:
-                task = asyncio.get_running_loop().create_task(self._read_alone(group, self._tail))
-                for lane in group:
-                    lane.catching_up = task
+        self._read_apart({each for each in lanes if each.handed >= near})
+        self._read_apart({each for each in lanes if each.handed < near})
 
-    async def _read_alone(self, lanes: Sequence[_Lane], tail: Tail) -> None:
-        filter = msgspec.structs.replace(filter_of([self]), slots=frozenset(lane.slot[1] for lane in lanes))
-        mine = {lane.slot: lane for lane in lanes}
-        after = min(lane.handed for lane in lanes)
+    def _read_apart(self, group: set[_Lane]) -> None:
+        if group and self._tail is not None:
+            for lane in group:
+                lane.group = group
+            task = asyncio.get_running_loop().create_task(self._read(group, self._tail))
+            self._readers.add(task)
+            task.add_done_callback(self._readers.discard)
+
+    async def _read(self, group: set[_Lane], tail: Tail) -> None:
+        """Read for a group, which lanes may leave meanwhile: the full ones to read alone, others with their slot."""
+        wanted = filter_of([self])
         try:
-            while True:
-                for lane in lanes:
-                    while len(lane.queue) >= _LANE // 2 and lane.slot[1] not in self._leaving:
-                        lane.room.clear()
-                        await lane.room.wait()
+            while group:
+                await self._part(group)
+                if not group:
+                    return
+                after = min(lane.handed for lane in group)
+                filter = msgspec.structs.replace(wanted, slots=frozenset(lane.slot[1] for lane in group))
                 try:
                     page = await self._log.read(filter, after=after, limit=_LANE // 2, bodies=self.bodies)
                 except Unavailable as error:
@@ -258,15 +272,14 @@ class Consumer:
                     await self._clock.sleep(1.0)
                     continue
                 for entry in page.entries:
-                    found = mine.get((entry.domain, slot_of(entry.key)))
-                    if found is not None and entry.position > found.handed and self.has(entry.domain, entry.type):
-                        self._hand(found, entry)
-                after = page.looked
-                for lane in lanes:
-                    lane.handed = max(lane.handed, after)
-                if after >= tail.looked:
-                    for lane in lanes:
-                        lane.joined, lane.catching_up = True, None
+                    lane = self._lanes.get((entry.domain, slot_of(entry.key)))
+                    if lane in group and entry.position > lane.handed and self.has(entry.domain, entry.type):
+                        self._hand(lane, entry)
+                for lane in group:
+                    lane.handed = max(lane.handed, page.looked)
+                if page.looked >= tail.looked:
+                    for lane in group:
+                        lane.joined = True
                     self._looked = max(self._looked, tail.looked)
                     self._moved.set()
                     return
@@ -276,6 +289,17 @@ class Consumer:
             raise
         except Exception as error:
             self._stops(error)
+
+    async def _part(self, group: set[_Lane]) -> None:
+        """Let the full lanes go their own way; one that is alone waits until there is room."""
+        for lane in [each for each in group if len(each.queue) >= _LANE // 2]:
+            if len(group) > 1:
+                group.discard(lane)
+                self._read_apart({lane})
+            else:
+                while lane in group and len(lane.queue) >= _LANE // 2:
+                    lane.room.clear()
+                    await lane.room.wait()
 
     def has(self, domain: str, type: str) -> bool:
         """Whether it wants entries of a type."""
@@ -329,11 +353,18 @@ class Consumer:
             if slot in self._leaving:
                 return False
             await self._clock.sleep(_MOMENT)
-        while self._many >= _MOST_WAITING and entry.stream not in self._waiting:
+        while self._many[slot] >= _MOST_WAITING and entry.stream in self._waiting:
             if slot in self._leaving:
                 return False
+            if not lane.full:
+                lane.full = True
+                _log.error(
+                    "%s: %d messages wait in slot %d, so it handles no more there: see cauce dead, and %s",
+                    self.name, self._many[slot], slot, entry.stream,
+                )  # fmt: skip
             self._moved.clear()
             await self._moved.wait()
+        lane.full = False
         ahead, waiting = self._waiting.get(entry.stream), None
         unit = Unit(lane.share)
         if ahead is not None:
@@ -444,7 +475,7 @@ class Consumer:
         if queue and queue[-1].position >= waiting.position:
             return
         queue.append(waiting)
-        self._many += 1
+        self._many[waiting.slot] += 1
         self._begin_retries(queue[0])
 
     def _begin_retries(self, first: Waiting) -> None:
@@ -463,12 +494,12 @@ class Consumer:
                 if waiting.due < 0:
                     done = await self._carefully(waiting, tries)
                 else:
-                    async with self._slots:
+                    async with self._slots.setdefault(slot, asyncio.Semaphore(_RETRIES_AT_ONCE)):
                         done = await self._again(waiting, tries)
                 tries = 0 if done else tries + 1
                 if done:
                     queue.popleft()
-                    self._many -= 1
+                    self._many[slot] -= 1
                     self._moved.set()
         except Exception as error:
             self._stops(error)

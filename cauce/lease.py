@@ -97,5 +97,7 @@ class Leases:
 
     async def release(self, *names: str) -> None:
         """Let go of these names."""
-        gone = [self.claims.pop(name) for name in names if name in self.claims]
+        gone = [self.claims[name] for name in names if name in self.claims]
         await asyncio.gather(*(self._log.release(claim) for claim in gone))
+        for claim in gone:
+            self.claims.pop(claim.name, None)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -86,10 +86,10 @@ async def running(
         face = _bus(backend, clock)
         tasks = _Tasks(face.failed)
         tails = Tails(face)
-        each = [_Running(service, parts, backend, face, tasks, tails) for service, parts in bounds]
+        each = [_Running(service, parts, backend, face, tasks, tails, drain) for service, parts in bounds]
         stack.push_async_callback(_stop, each, tasks, drain)
         # Each step for all, before the next for any: nobody owns half of what it says, or reacts before others answer.
-        for step in (_Running.look, _Running.open, _Running.own, _Running.join, _Running.copy, _Running.serve):
+        for step in (_Running.look, _Running.open, _Running.own, _Running.copy, _Running.join, _Running.serve):
             for service in each:
                 await step(service)
         await tails.start(tasks)
@@ -185,9 +185,16 @@ class _Running:
     """One instance of one service on one bus."""
 
     def __init__(
-        self, service: Service, parts: list[Bound], backend: Backend, bus: Bus, tasks: _Tasks, tails: Tails
+        self,
+        service: Service,
+        parts: list[Bound],
+        backend: Backend,
+        bus: Bus,
+        tasks: _Tasks,
+        tails: Tails,
+        drain: float,
     ) -> None:
-        self._service, self._parts, self._backend, self._bus = service, parts, backend, bus
+        self._service, self._parts, self._backend, self._bus, self._drain = service, parts, backend, bus, drain
         self._tasks, self._tails = tasks, tails
         self._owner = identity(service.name, bus.clock)
         self._leases = Leases(backend.facts, self._owner, bus.clock)
@@ -257,6 +264,7 @@ class _Running:
         assert self._shares is not None
         await self._announce("starting")
         await self._shares.start()
+        self._tasks.start("shares", self._shares.run())
         self._tasks.start("leases", self._leases.beat())
         for commander in self._commanders.values():
             self._tasks.start(f"records of {commander.domain}", commander.records.run())
@@ -297,7 +305,7 @@ class _Running:
         await self._hold(list(self._shares.held.values()))
         self._tasks.start("store", self._store.run())
         self._tasks.start("outbox", self._relay())
-        self._tasks.start("shares", self._shares.run())
+        self._shares.go()
         self._said.set()
         _log.info("%s runs: %s", self._service.name, ", ".join(bound.name for bound in self._parts))
 
@@ -313,15 +321,15 @@ class _Running:
         try:
             for commander in self._commanders.values():
                 await commander.take_over(slots, before)
-        except BaseException:
+            if self._running:
+                await self._serve_slots(slots)
+                await self._announce("running")
+                await self._hold(shares)
+        except Exception:
             # One domain without the other is nobody's: who holds a slot holds it in all.
-            for commander in self._commanders.values():
-                await commander.let_go(slots)
+            with suppress(Unavailable):
+                await self._lose(shares)
             raise
-        if self._running:
-            await self._serve_slots(slots)
-            await self._announce("running")
-            await self._hold(shares)
 
     async def _hold(self, shares: Sequence[Share]) -> None:
         """Begin to work on what was taken."""
@@ -339,13 +347,15 @@ class _Running:
     async def _lose(self, shares: Sequence[Share]) -> None:
         """Finish what is in hand, for another instance to go on."""
         slots = _slots_of(shares)
+        # Handlers may take long, and meanwhile wishes are still decided here.
+        await asyncio.gather(*(consumer.drop(slots, self._drain) for consumer, _ in self._consumers))
         for domain in self._handlers:
             for slot in slots:
                 self._leave(f"{domain}/{slot}")
-        await self._announce("running")
-        await asyncio.gather(*(consumer.drop(slots) for consumer, _ in self._consumers))
+        if self._running:
+            await self._announce("running")
         for commander in self._commanders.values():
-            await commander.let_go(slots)
+            await commander.let_go(slots, self._drain)
         if any(share.name == _LEAD for share in shares):
             await self._stop_leading()
         assert self._store is not None
@@ -386,7 +396,7 @@ class _Running:
         await self._stop_leading()
         try:
             async with asyncio.timeout(seconds):
-                await asyncio.gather(*(consumer.drop(range(SLOTS)) for consumer, _ in self._consumers))
+                await asyncio.gather(*(consumer.drop(range(SLOTS), seconds) for consumer, _ in self._consumers))
         except TimeoutError:
             _log.warning(
                 "%s: handlers did not finish within %g s; what they handle is handled again",
@@ -411,7 +421,7 @@ class _Running:
         for commander in self._commanders.values():
             try:
                 async with asyncio.timeout(seconds):
-                    await commander.let_go(range(SLOTS))
+                    await commander.let_go(range(SLOTS), seconds)
             except (CauceError, TimeoutError) as error:
                 _log.warning("records of %s wait for the next start: %r", commander.domain, error)
 

@@ -55,11 +55,12 @@ class Shares:
         self._store, self.owner, self._clock = store, owner, clock
         self._gain, self._lose = gain, lose
         self.held: dict[str, Share] = {}
+        self._gaining: list[Share] = []
         self._giving: list[Share] = []
         self._seen: dict[str, tuple[int, float]] = {}
         self._moving: asyncio.Task[None] | None = None
         self._beaten = 0.0
-        self._joined, self._is_settled, self._closing = False, True, False
+        self._joined, self._is_settled, self._still = False, True, True
         self.touched: Callable[[], None] = lambda: None
 
     @property
@@ -69,11 +70,26 @@ class Shares:
 
     async def start(self) -> None:
         """Join, and take what is free, also from those who are proved dead. Raises what stands in the way."""
+        self._still = False
         await self._step()
-        await self._moved()
+        await self._finished()
         if self._dead(self._clock.monotonic()):
             await self._step()
-            await self._moved()
+            await self._finished()
+        self._still = True
+
+    async def _finished(self) -> None:
+        """Wait until what was begun is done, and beat meanwhile: to take over may take long."""
+        while self._moving is not None:
+            done, _ = await asyncio.wait({self._moving}, timeout=BEAT)
+            if done:
+                await self._moved()
+            else:
+                await self._beat()
+
+    def go(self) -> None:
+        """Share out from now on: until then nothing was taken after the start, and nothing given."""
+        self._still = False
 
     async def run(self) -> None:
         """Beat, look, take and give, for ever. Raises `Fenced` when this instance was struck off."""
@@ -88,10 +104,13 @@ class Shares:
 
     def close(self) -> None:
         """Take and give no more: the end is near, and until then the beat keeps what is held."""
-        self._closing = True
+        self._still = True
 
     async def stop(self) -> None:
-        """Leave: all that is still held is let go of in good order."""
+        """Leave: all that is still held is let go of in good order.
+
+        What was not yet gained is left as it is: who takes it must know that it was not left in good order.
+        """
         if self._moving is not None:
             self._moving.cancel()
             await asyncio.gather(self._moving, return_exceptions=True)
@@ -100,6 +119,14 @@ class Shares:
         await self._store.release(shares, owner=self.owner)
 
     async def _step(self) -> None:
+        standing = await self._beat()
+        if self._moving is not None and self._moving.done():
+            await self._moved()
+        if self._moving is None and not self._still:
+            # What is given away may take long to finish, and the beat must not wait for that.
+            self._moving = asyncio.get_running_loop().create_task(self._share_out(standing))
+
+    async def _beat(self) -> Standing:
         began = self._clock.monotonic()
         standing = await self._store.tick(self.owner, self._dead(began), join=not self._joined)
         if not standing.alive:
@@ -110,11 +137,7 @@ class Shares:
         self._watch(standing, began)
         if standing.touched:
             self.touched()
-        if self._moving is not None and self._moving.done():
-            await self._moved()
-        if self._moving is None and not self._closing:
-            # What is given away may take long to finish, and the beat must not wait for that.
-            self._moving = asyncio.get_running_loop().create_task(self._share_out(standing))
+        return standing
 
     async def _moved(self) -> None:
         """Raises what went wrong while slots were taken or given."""
@@ -137,6 +160,10 @@ class Shares:
         instances = sorted(standing.instances)
         rank, many = instances.index(self.owner), len(instances)
         fair = SLOTS // many + (rank < SLOTS % many)
+        if self._giving:
+            await self._give_on()
+        if self._gaining:
+            await self._gain_on()
         mine = [share for name, share in self.held.items() if name != LEAD]
         free = [name for name in _NAMES if standing.holders.get(name, "") not in standing.instances]
         self._is_settled = not free and len(mine) <= fair
@@ -149,21 +176,30 @@ class Shares:
             await self._take(wanted)
 
     async def _take(self, names: Sequence[str]) -> None:
-        shares = await self._store.take(self.owner, names)
-        if not shares:
-            return
-        try:
-            await self._gain(shares)
-        except BaseException:
-            await self._store.release(shares)
-            raise
-        self.held.update((share.name, share) for share in shares)
+        self._gaining = await self._store.take(self.owner, names)
+        if self._gaining:
+            await self._gain_on()
+
+    async def _gain_on(self) -> None:
+        """Begin to work on what was taken. If that fails it is tried again: whose it was is known here only."""
+        await self._gain(self._gaining)
+        self.held.update((share.name, share) for share in self._gaining)
+        self._gaining = []
 
     async def _give(self, shares: Sequence[Share]) -> None:
-        # The end may come before they are let go of.
         self._giving = list(shares)
         for share in shares:
             del self.held[share.name]
-        await self._lose(shares)
-        await self._store.release(shares)
-        self._giving = []
+        await self._give_on()
+
+    async def _give_on(self) -> None:
+        """Finish each and let go of it. What fails is tried again: until then nobody else may have it."""
+        results = await asyncio.gather(*(self._give_one(share) for share in self._giving), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _give_one(self, share: Share) -> None:
+        await self._lose([share])
+        await self._store.release([share])
+        self._giving.remove(share)

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,15 @@ import apsw
 import pytest
 
 from cauce import Command, Context, Domain, Event, Fenced, Record, Refused, Rejected, Service, connect, running
+from cauce.accept import slot_of
 from cauce.backends.sqlite.file import folder_of
+from cauce.clock import SystemClock
+from cauce.consumer import Consumer
+from cauce.errors import Busy
 from cauce.letters import discard, letters, retry
 from cauce.log import Log
-from cauce.store import Store
+from cauce.shares import Shares
+from cauce.store import Share, Store
 from cauce.testing import VirtualClock
 
 Run = Callable[[Callable[[], Any]], Any]
@@ -600,7 +606,6 @@ async def test_a_stopped_instance_loses_its_slots_and_cannot_write_when_it_wakes
 
 async def test_who_was_struck_off_cannot_store_anything(tmp_path: Path) -> None:
     """The fence of the store, without any process to be fast or slow."""
-    from cauce.clock import SystemClock
     from cauce.store import Unit
 
     one = await Store.open(tmp_path / "s", "s", SystemClock(), [SEEN])
@@ -728,3 +733,183 @@ def test_the_log_of_every_service_says_with_which_message_it_began(bus_url: str,
     process.terminate()
     process.communicate()
     assert heard == [f"[{id}] heard a {n}\n" for n in (1, 2, 3)]
+
+
+# -------------------------------------------------------------------------- what is slow, and what fails meanwhile
+
+
+def consumers_of(monkeypatch: pytest.MonkeyPatch) -> list[Consumer]:
+    """All that are made from now on."""
+    made: list[Consumer] = []
+    init = Consumer.__init__
+
+    def remember(self: Consumer, *arguments: Any, **named: Any) -> None:
+        init(self, *arguments, **named)
+        made.append(self)
+
+    monkeypatch.setattr(Consumer, "__init__", remember)
+    return made
+
+
+async def test_a_thing_that_hangs_while_a_service_catches_up_delays_only_its_slot(bus_url: str) -> None:
+    names = [f"thing{n}" for n in range(60)]
+    async with running(owner, bus=bus_url) as bus:
+        await asyncio.gather(*(bus.call(Add("hot")) for _ in range(700)))
+        await asyncio.gather(*(bus.call(Add(name)) for name in names))
+    others = {name for name in names if slot_of(name) != slot_of("hot")}
+    service, handled = Service("hanging"), set[str]()
+
+    @service.on
+    async def handle(event: Added) -> None:
+        if event.name == "hot":
+            await asyncio.Event().wait()
+        handled.add(event.name)
+
+    async with running(owner, service, bus=bus_url, drain=0.2) as bus:
+        await until(lambda: others <= handled)
+        late = next(f"late{n}" for n in range(100) if slot_of(f"late{n}") != slot_of("hot"))
+        await bus.call(Add(late))
+        await until(lambda: late in handled)
+
+
+async def test_lanes_that_catch_up_go_on_when_others_of_them_are_given_away(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"thing{n}" for n in range(64)]
+    async with running(owner, bus=bus_url) as bus:
+        for _ in range(40):
+            await asyncio.gather(*(bus.call(Add(name)) for name in names))
+    made, handled = consumers_of(monkeypatch), Counter[str]()
+    service = Service("catching")
+
+    @service.on
+    async def handle(event: Added) -> None:
+        await asyncio.sleep(0.0005)
+        handled[event.name] += 1
+
+    async with running(service, bus=bus_url):
+        await until(lambda: handled.total() > 50)
+        await made[0].drop(range(8), 5)
+        kept = {name for name in names if slot_of(name) >= 8}
+        await until(lambda: all(handled[name] == 40 for name in kept))
+
+
+async def test_too_many_behind_a_dead_letter_stop_its_slot_only(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cauce.consumer._MOST_WAITING", 20)
+    service, handled = Service("stuck"), set[str]()
+
+    @service.on(attempts=1)
+    async def handle(event: Added) -> None:
+        if event.name == "dead":
+            raise ValueError
+        handled.add(event.name)
+
+    names = [f"thing{n}" for n in range(40)]
+    async with running(owner, service, bus=bus_url) as bus:
+        await asyncio.gather(*(bus.call(Add("dead")) for _ in range(60)))
+        await asyncio.gather(*(bus.call(Add(name)) for name in names))
+        await until(lambda: {name for name in names if slot_of(name) != slot_of("dead")} <= handled)
+        await until(lambda: f"messages wait in slot {slot_of('dead')}, so it handles no more there" in caplog.text)
+        letter = letters(folder(bus_url))[0]
+        assert letter.behind in range(18, 21)
+
+
+async def test_a_handler_that_hangs_keeps_no_other_slot_from_an_instance_that_joins(
+    bus_url: str, program: Program
+) -> None:
+    service, hangs = Service("seeing", schema=SEEN), asyncio.Event()
+
+    @service.on
+    async def handle(event: Added) -> None:
+        hangs.set()
+        await asyncio.Event().wait()
+
+    async with running(owner, bus=bus_url) as bus, running(service, bus=bus_url, drain=1.0):
+        hot = next(f"hot{n}" for n in range(99) if slot_of(f"hot{n}") == 15)
+        await bus.call(Add(hot))
+        await hangs.wait()
+        other = instance(program, bus_url, "other")
+        await until(lambda: sorted(holders(bus_url, "seeing").values()) == [8, 8])
+    close(other)
+
+
+class Doing:
+    """What a service does when it gains or loses, and how often that fails first."""
+
+    def __init__(self, fails: int = 0) -> None:
+        self.fails, self.gained, self.lost = fails, list[Share](), list[Share]()
+
+    async def gain(self, shares: Sequence[Share]) -> None:
+        self._try()
+        self.gained += shares
+
+    async def lose(self, shares: Sequence[Share]) -> None:
+        self._try()
+        self.lost += shares
+
+    def _try(self) -> None:
+        if self.fails:
+            self.fails -= 1
+            raise Busy("not now")
+
+
+async def turn(shares: Shares) -> None:
+    with suppress(Busy):
+        await shares._step()
+    with suppress(Busy):
+        await shares._finished()
+
+
+async def test_what_could_not_be_given_at_once_is_given_later(tmp_path: Path) -> None:
+    clock = SystemClock()
+    store = await Store.open(tmp_path / "s", "s", clock)
+    first, second = Doing(), Doing()
+    one = Shares(store, "one", clock, first.gain, first.lose)
+    two = Shares(store, "two", clock, second.gain, second.lose)
+    await one.start()
+    assert len(first.gained) == 17
+    one.go()
+    await two.start()
+    two.go()
+    first.fails = 3
+    for _ in range(4):
+        await turn(one)
+        await turn(two)
+    assert sorted(share.name for share in first.lost) == sorted(share.name for share in second.gained)
+    assert (len(one.held), len(two.held)) == (9, 8)
+    await store.close()
+
+
+async def test_what_could_not_be_gained_at_once_is_gained_later_with_whose_it_was(tmp_path: Path) -> None:
+    clock = SystemClock()
+    store = await Store.open(tmp_path / "s", "s", clock)
+    await store.tick("dead", (), join=True)
+    await store.take("dead", ["slot/3"])
+    standing = await store.tick("dead", ())
+    doing = Doing(2)
+    one = Shares(store, "one", clock, doing.gain, doing.lose)
+    one.go()
+    await store.tick("x", [("dead", standing.instances["dead"])])
+    for _ in range(4):
+        await turn(one)
+    (share,) = [share for share in doing.gained if share.name == "slot/3"]
+    assert (share.before, share.clean) == ("dead", False)
+    assert len(one.held) == 17
+    await store.close()
+
+
+def test_an_instance_that_takes_over_for_long_shows_its_beat(virtual: Run, clock: VirtualClock, tmp_path: Path) -> None:
+    async def main() -> None:
+        store = await Store.open(tmp_path / "s", "s", clock)
+
+        async def gain(shares: Sequence[Share]) -> None:
+            await clock.sleep(60)
+
+        one = Shares(store, "one", clock, gain, Doing().lose)
+        await one.start()
+        assert (await store.tick("two", (), join=True)).instances["one"] > 20
+        await store.close()
+
+    virtual(main)
