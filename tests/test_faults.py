@@ -328,6 +328,7 @@ async def test_what_is_being_given_away_at_the_end_is_let_go_of_too(tmp_path: Pa
 
     shares = Shares(store, "me", SystemClock(), gain, lose)
     await shares.start()
+    shares.go()
     await store.tick("you", (), join=True)
     giving = asyncio.ensure_future(shares._step())
     async with asyncio.timeout(30):
