@@ -60,6 +60,7 @@ _FORBIDDEN = {
     apsw.SQLITE_TRANSACTION,
     apsw.SQLITE_SAVEPOINT,
 }
+_READS = {apsw.SQLITE_SELECT, apsw.SQLITE_READ, apsw.SQLITE_FUNCTION, apsw.SQLITE_RECURSIVE}
 _STATEMENT_ERRORS = (
     apsw.SQLError, apsw.ConstraintError, apsw.MismatchError, apsw.TooBigError, apsw.RangeError, apsw.BindingsError,
     apsw.AuthError, apsw.MisuseError, TypeError, ValueError, OverflowError,
@@ -196,6 +197,16 @@ def _nothing() -> None:
     return
 
 
+def _may_read(action: int, one: str | None, two: str | None, _database: str | None, _inner: str | None) -> int:
+    """A handler's query must not hold a snapshot, reach other files, or show what we keep."""
+    if action == apsw.SQLITE_PRAGMA and (one, two) == ("data_version", None):
+        # So a full text index asks whether it has changed.
+        return apsw.SQLITE_OK
+    if action not in _READS or (action == apsw.SQLITE_READ and (one or "").startswith(_OURS)):
+        return apsw.SQLITE_DENY
+    return apsw.SQLITE_OK
+
+
 class Store:
     """One SQLite file of one service, shared by all its instances. Made by `open`."""
 
@@ -207,6 +218,7 @@ class Store:
         self._known: set[str] = set()
         self._writer: Writer
         self._reader: apsw.Connection
+        self._fetcher: apsw.Connection
 
     @classmethod
     async def open(cls, folder: Path, service: str, clock: Clock, migrations: Sequence[str] = ()) -> Store:
@@ -224,6 +236,10 @@ class Store:
             threads.callback(forget, inode)
             store._reader = connect(store.path, flags=apsw.SQLITE_OPEN_READONLY, busy=_PATIENCE)
             undo.callback(store._reader.close)
+            # Not ours: what a handler's query does to its connection must not befall what we read.
+            store._fetcher = connect(store.path, flags=apsw.SQLITE_OPEN_READONLY, busy=_PATIENCE)
+            undo.callback(store._fetcher.close)
+            store._fetcher.authorizer = _may_read
             turnstile = Turnstile(folder)
             threads.callback(turnstile.close)
             store._writer = Writer(store.path, turnstile, store._journal, clock, _PATIENCE, threads.pop_all().close)
@@ -452,9 +468,9 @@ class Store:
         return not self._read("select 1 from cauce_claims limit 1", ())
 
     async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Rows of what was last committed. Raises `Refused` for SQL that cannot be run."""
+        """Rows of what was last committed. Raises `Refused` for SQL that cannot be run, or does more than read."""
         try:
-            rows: list[Any] = self._reader.execute(sql, parameters).fetchall()
+            rows: list[Any] = self._fetcher.execute(sql, parameters).fetchall()
             return rows
         except _STATEMENT_ERRORS as error:
             raise BadStatement(f"{sql!r} cannot be run on {self.path.parent.name}'s store: {error}") from None
@@ -471,4 +487,5 @@ class Store:
     async def close(self) -> None:
         """Write what waits, then let go."""
         await self._writer.close()
+        self._fetcher.close()
         self._reader.close()

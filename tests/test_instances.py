@@ -182,6 +182,42 @@ async def test_a_handler_may_not_touch_what_the_store_keeps_of_it(sql: str, bus_
         assert "not authorized" in letter.error or "prohibited" in letter.error
 
 
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "begin",
+        "savepoint x",
+        "attach ':memory:' as x",
+        "pragma query_only = off",
+        "select * from cauce_outbox",
+        "create temp table x (a)",
+        "insert into seen values ('a', 1, '')",
+        "select 1; begin",
+    ],
+)
+async def test_a_query_of_a_handler_reads_and_does_nothing_else(sql: str, tmp_path: Path) -> None:
+    from cauce.clock import SystemClock
+    from cauce.store import Unit
+
+    index = "create virtual table words using fts5 (word)"
+    store = await Store.open(tmp_path / "s", "s", SystemClock(), [SEEN, index])
+    with pytest.raises(Refused, match=r"cannot be run.*(not authorized|prohibited)"):
+        await store.fetch(sql)
+    # What is committed later is read: no snapshot is held.
+    await store.tick("one", (), join=True)
+    await store.take("one", ["slot/1"])
+    assert not store.is_fresh
+    unit = Unit(None)
+    unit.statements.append(("insert into seen values ('b', 2, '')", ()))
+    await store.commit(unit)
+    assert await store.fetch("select name, upper(name), n from seen") == [("b", "B", 2)]
+    assert await store.fetch("select * from words where words match 'x'") == []
+    assert await store.fetch("select value from json_each('[1]')") == [(1,)]
+    count = "with recursive c (n) as (select 1 union all select n + 1 from c where n < 3) select * from c"
+    assert await store.fetch(count) == [(1,), (2,), (3,)]
+    await store.close()
+
+
 async def test_what_was_stored_is_read_by_later_messages_of_the_thing(bus_url: str) -> None:
     writer = Service("writer", schema=SEEN)
     found = list[int]()
