@@ -394,7 +394,9 @@ class Store:
             for sql, parameters in statements:
                 known = sql in self._known
                 # Statements of ours are in the cache, where nobody asks any more whether they are allowed.
-                connection.execute(sql, parameters, can_cache=known)
+                for _ in connection.execute(sql, parameters, can_cache=known):
+                    # Not before all rows are taken the rest of the text is run.
+                    pass
                 if not known and len(self._known) < _KNOWN:
                     self._known.add(sql)
         except _STATEMENT_ERRORS as error:

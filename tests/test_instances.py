@@ -182,6 +182,21 @@ async def test_a_handler_may_not_touch_what_the_store_keeps_of_it(sql: str, bus_
         assert "not authorized" in letter.error or "prohibited" in letter.error
 
 
+async def test_what_follows_a_statement_with_rows_is_run_too(bus_url: str) -> None:
+    writer = Service("writer", schema=SEEN)
+
+    @writer.on
+    async def note(event: Added, ctx: Context) -> None:
+        ctx.store.execute("insert into seen values ('a', 1, '') returning n; update seen set n = n + 1; select 1")
+        ctx.store.execute("select * from seen; update seen set by = 'all'")
+
+    async with running(owner, writer, bus=bus_url) as bus:
+        for _ in range(2):
+            await bus.call(Add("a"))
+        await bus.settled()
+        assert seen(bus_url, "writer") == [("a", 3, "all"), ("a", 2, "all")]
+
+
 @pytest.mark.parametrize(
     "sql",
     [

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,26 @@ async def test_an_async_view_function_fetches_what_was_committed_before(bus_url:
             await bus.ask(Rows(), after=receipt)
         assert await bus.ask(Rows()) == [("a", 5)]
     assert seen == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("many", [1, 5])
+@pytest.mark.parametrize("one_by_one", [False, True])
+async def test_what_follows_a_statement_with_rows_is_run_too(bus_url: str, *, one_by_one: bool, many: int) -> None:
+    def bad(event: Grown, db: Store) -> None:
+        if event.name == "bad":
+            raise ValueError("bad")
+        sql = "insert into sums values (?, 0) returning n; update sums set n = n + 1 where name = ?"
+        db.execute(sql, (event.name, event.name))
+
+    await filled(bus_url, many)
+    if one_by_one:
+        async with running(owner, bus=bus_url) as bus:
+            await bus.call(Grow("bad"))
+    async with running(owner, sums(bad), bus=bus_url) as bus:
+        with suppress(Unavailable):
+            await bus.settled()
+    rows = apsw.Connection(str(folder(bus_url) / "1.db")).execute("select n from sums").fetchall()
+    assert rows == [(1,)] * many
 
 
 async def test_a_plain_view_function_that_fetches_is_told_to_be_async(bus_url: str) -> None:
