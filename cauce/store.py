@@ -60,6 +60,7 @@ _FORBIDDEN = {
     apsw.SQLITE_TRANSACTION,
     apsw.SQLITE_SAVEPOINT,
 }
+_CHANGES = {apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE}
 _READS = {apsw.SQLITE_SELECT, apsw.SQLITE_READ, apsw.SQLITE_FUNCTION, apsw.SQLITE_RECURSIVE}
 _STATEMENT_ERRORS = (
     apsw.SQLError, apsw.ConstraintError, apsw.MismatchError, apsw.TooBigError, apsw.RangeError, apsw.BindingsError,
@@ -136,7 +137,7 @@ class _Journal:
         self.moves: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
         self.places: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
         self.touched, self.told = True, False
-        self.handler = False
+        self.handler = self.migrating = False
         self.behind = False
         self._moving: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
         self._seen = -1
@@ -153,7 +154,10 @@ class _Journal:
             self._seen = version
 
     def flush(self) -> None:
-        self._moving, self.moves = self.moves, {}
+        # The loop notes more meanwhile: one by one, so that none is noted in what has been looked through.
+        while self.moves:
+            place, noted = self.moves.popitem()
+            self._moving[place] = noted
         for (consumer, domain, slot), (share, log, position) in (self._moving | self.places).items():
             if share is None or self.fence(share.name) == share.fence:
                 self.connection.execute(
@@ -175,7 +179,9 @@ class _Journal:
         self.told = False
         self.fences.clear()
         # What the units of this transaction changed is gone, and so are their places; those noted alone still hold.
-        self.moves, self._moving, self.places = self._moving | self.moves, {}, {}
+        for place, noted in self._moving.items():
+            self.moves.setdefault(place, noted)
+        self._moving, self.places = {}, {}
         self.behind, self.touched = False, True
 
     def fence(self, name: str) -> int:
@@ -189,6 +195,9 @@ class _Journal:
     def _may(self, action: int, one: str | None, two: str | None, _database: str | None, _inner: str | None) -> int:
         """A handler's SQL must not end our transaction, nor change what we keep about it."""
         if self.handler and (action in _FORBIDDEN or (one or "").startswith(_OURS) or (two or "").startswith(_OURS)):
+            return apsw.SQLITE_DENY
+        # The numbers of our outbox are kept there. A migration may drop or rename a table, which changes it, too.
+        if self.handler and not self.migrating and action in _CHANGES and one == "sqlite_sequence":
             return apsw.SQLITE_DENY
         return apsw.SQLITE_OK
 
@@ -269,7 +278,7 @@ class Store:
                 )
             for number, sql in enumerate(migrations[len(before) :], len(before) + 1):
                 try:
-                    self._journal.handler = True
+                    self._journal.handler = self._journal.migrating = True
                     self._journal.open(connection)
                     connection.execute(sql)
                 except apsw.Error as error:
@@ -277,7 +286,7 @@ class Store:
                         f"part {number} of the schema of service {service!r} cannot be run: {error}"
                     ) from None
                 finally:
-                    self._journal.handler = False
+                    self._journal.handler = self._journal.migrating = False
             connection.execute(
                 "update cauce_store set migrations = ?", (msgspec.json.encode(list(migrations)).decode(),)
             )

@@ -165,6 +165,9 @@ async def test_a_statement_that_fails_takes_only_its_own_message_with_it(bus_url
         "attach '/tmp/x' as y",
         "pragma journal_mode = off",
         "drop table cauce_waiting",
+        "delete from sqlite_sequence",
+        "update SQLITE_SEQUENCE set seq = 0",
+        "insert into sqlite_sequence values ('cauce_outbox', 0)",
     ],
 )
 async def test_a_handler_may_not_touch_what_the_store_keeps_of_it(sql: str, bus_url: str) -> None:
@@ -268,6 +271,26 @@ async def test_the_schema_of_a_store_grows_by_parts_and_is_never_changed_behind_
     assert store_of(bus_url, "writer").execute("select count(*) from cauce_claims where owner != ''").fetchall() == [
         (0,)
     ]
+
+
+async def test_the_schema_of_a_store_may_number_its_rows_and_drop_what_it_numbered(bus_url: str) -> None:
+    schema = ["create table old (n integer primary key autoincrement)"]
+    schema += [
+        "alter table old rename to older",
+        "drop table older",
+        SEEN.replace("n integer", "n integer primary key autoincrement"),
+    ]
+    writer = Service("writer", schema=schema)
+
+    @writer.on
+    async def note(event: Added, ctx: Context) -> None:
+        ctx.store.execute("insert into seen (name, by) values ('a', '')")
+
+    for _ in range(2):
+        async with running(owner, writer, bus=bus_url) as bus:
+            await bus.call(Add("a"))
+            await bus.settled()
+    assert seen(bus_url, "writer") == [("a", 1, ""), ("a", 2, "")]
 
 
 async def test_a_second_store_for_one_service_is_refused_and_a_removed_one_is_begun_anew(bus_url: str) -> None:
@@ -678,6 +701,26 @@ async def test_who_was_struck_off_cannot_store_anything(tmp_path: Path) -> None:
     assert not (await one.tick("one", ())).alive
     await one.close()
     await two.close()
+
+
+async def test_a_place_noted_while_another_is_written_is_written_next(tmp_path: Path) -> None:
+    from cauce.clock import SystemClock
+
+    store = await Store.open(tmp_path / "s", "s", SystemClock())
+    # What the loop has in hand when the writer begins.
+    noted = store._journal.moves
+    store.move(None, "handle", "counters", 1, "log", 5)
+    await store.flush()
+    noted["handle", "counters", 2] = None, "log", 6
+    await store.flush()
+    assert store.places("handle", "log", 100) == {("counters", 1): 5, ("counters", 2): 6}
+    # A transaction that failed does not set back what was noted since.
+    store.move(None, "handle", "counters", 1, "log", 7)
+    store._journal._moving["handle", "counters", 1] = None, "log", 6
+    store._journal._moving["handle", "counters", 2] = None, "log", 8
+    store._journal.rolled_back()
+    assert noted == {("handle", "counters", 1): (None, "log", 7), ("handle", "counters", 2): (None, "log", 8)}
+    await store.close()
 
 
 # --------------------------------------------------------------------------------------------- run --each
