@@ -367,6 +367,65 @@ async def test_a_batch_that_is_written_while_the_service_stops_is_written_once(b
         assert await bus.ask(Rows()) == [("a", 7)]
 
 
+async def test_a_view_that_hangs_is_left_behind_and_catches_up_alone(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cauce.derived._BATCH", 10)
+    monkeypatch.setattr("cauce.copies._ROOM", 0.05)
+    gate, entered = asyncio.Event(), asyncio.Event()
+
+    async def hangs(event: Grown, db: Store) -> None:
+        entered.set()
+        await gate.wait()
+        db.execute("insert into sums values (?, ?)", (f"{event.name} {event.n}", event.n))
+
+    service, seen = sums(hangs), list[str]()
+
+    @service.view("other", schema="create table other (name text)")
+    def other(event: Grown, db: Store) -> None:
+        seen.append(event.name)
+
+    # What was there before, and what comes while it hangs.
+    await filled(bus_url, 50)
+    async with running(owner, service, bus=bus_url) as bus:
+        await until(lambda: len(seen) == 50)
+        assert entered.is_set()
+        await asyncio.gather(*(bus.call(Grow("a", n)) for n in range(50)))
+        await until(lambda: len(seen) == 100)
+        gate.set()
+        await bus.settled()
+        copies: Any = bus.copies["viewer"]
+        rows = await copies.view("sums").fetch("select n from sums where name like 'a%' order by rowid")
+        assert rows == [(n,) for n in range(50)]
+        # It goes with the others again.
+        receipt = await bus.call(Grow("b", 7))
+        found = await bus.ask(Rows(), after=receipt)
+        assert ("b 7", 7) in found
+        assert len(found) == 101
+    assert any("the others go on without it" in record.getMessage() for record in caplog.records)
+
+
+async def test_a_view_that_hangs_does_not_keep_its_service_from_stopping(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cauce.derived._LAST", 0.1)
+    entered = asyncio.Event()
+
+    async def hangs(event: Grown, db: Store) -> None:
+        entered.set()
+        await asyncio.Event().wait()
+
+    async with asyncio.timeout(20):
+        async with running(owner, sums(hangs), bus=bus_url) as bus:
+            await bus.call(Grow("a", 3))
+            await entered.wait()
+    words = "view sums of viewer: what it read last is read again: it is not done within 0.1 s"
+    assert [record.getMessage() for record in caplog.records if "read again" in record.getMessage()] == [words]
+    async with running(owner, sums(), bus=bus_url) as bus:
+        await bus.settled()
+        assert await bus.ask(Rows()) == [("a", 3)]
+
+
 async def test_a_handler_waits_until_a_view_has_passed_a_receipt(bus_url: str) -> None:
     service, seen = sums(), list[Any]()
 
