@@ -482,7 +482,7 @@ class Derived:
         try:
             while (looked := self._committed) < self._gap:
                 page = await self._log.read(filter_of([self]), after=looked, limit=_PAGE)
-                self._in_hand = [entry for entry in page.entries if entry.position <= self._gap]
+                self._in_hand = [entry for entry in page.entries if self.has(entry) and entry.position <= self._gap]
                 looked = min(page.looked, self._gap)
                 while self._in_hand:
                     await self._commit(looked)
@@ -569,6 +569,7 @@ async def feed(log: Log, many: Sequence[Derived], clock: Clock, told: Told = _qu
     for each in many:
         each.start()
     wanted, head = filter_of(many), await log.head()
+    exact = len(many) == 1 and len(many[0].wants) == 1
     while looked < head:
         try:
             page = await log.read(wanted, after=looked, limit=_PAGE)
@@ -577,9 +578,7 @@ async def feed(log: Log, many: Sequence[Derived], clock: Clock, told: Told = _qu
             await clock.sleep(1.0)
             continue
         for each in many:
-            await each.take_all(
-                page.entries if len(many) == 1 else [entry for entry in page.entries if each.has(entry)]
-            )
+            await each.take_all(page.entries if exact else [entry for entry in page.entries if each.has(entry)])
             each.looked(page.looked)
         looked, entries = page.looked, entries + len(page.entries)
         # A read does not give up the loop.

@@ -44,8 +44,10 @@ from cauce.backends.sqlite.file import folder_of
 from cauce.cli import main
 from cauce.copies import Copies
 from cauce.copying import views_of
+from cauce.derived import Derived
 from cauce.derived_file import Lock
 from cauce.service import bind
+from cauce.view import View
 from shop import crm, users
 from shop.crm import WhoHas
 from shop.users import ChangeEmail, RegisterUser
@@ -271,6 +273,48 @@ async def test_several_functions_build_one_view_from_several_events_in_the_order
             receipt = await bus.call(Shrink("a"))
             n = (n + step) * 2 - 1
         assert await bus.ask(Rows(), after=receipt) == [("a", n)]
+
+
+async def test_a_view_of_two_domains_that_is_rebuilt_gets_of_each_only_what_it_wants(
+    bus_url: str, tmp_path: Path
+) -> None:
+    pets = Domain("pets", key="name")
+
+    class Pet(Record, domain=pets):
+        name: str
+
+    class PetGrown(Event, domain=pets, name="Grown"):
+        name: str
+
+    class Fed(Event, domain=pets):
+        name: str
+
+    class Feed(Command, domain=pets):
+        name: str
+
+    service = Service("pets", owns=pets)
+
+    @service.decide
+    def feed(pet: Pet | None, command: Feed) -> list[Event]:
+        return [PetGrown(command.name), Fed(command.name)]
+
+    @service.evolve
+    def changed(pet: Pet | None, event: PetGrown | Fed) -> Pet:
+        return Pet(event.name)
+
+    seen = list[str]()
+
+    def both(event: Grown | Fed, db: Store) -> None:
+        seen.append(event.name)
+
+    async with running(owner, service, bus=bus_url) as bus:
+        await bus.call(Grow("a"))
+        await bus.call(Feed("b"))
+        view = View("viewer", "sums", SUMS, [(both, [Grown, Fed])])
+        derived = Derived(view, "viewer", bus.facts, tmp_path, bus.clock)
+        await derived.rebuild(lambda looked, head, entries: None)
+        await derived.close()
+        assert seen == ["a", "b"]
 
 
 async def test_a_view_is_the_same_however_often_it_is_built(bus_url: str) -> None:
