@@ -11,13 +11,17 @@ from cauce.log import EVERYTHING, Filter, Log, Page
 from cauce.messages import Message, Record, declared
 from cauce.schema import Schema
 
-__all__ = ["LastOfEach", "carried"]
+__all__ = ["LastOfEach", "Superseded", "carried"]
+
+
+class Superseded(Entry, frozen=True, gc=False):
+    """What stands now, in the place of what was there: it comes again at its own place, so nothing is to be done."""
 
 
 class LastOfEach:
     """A log that keeps only the last of each stream, for a consumer that looks again at what had to wait.
 
-    Where a stream has moved on meanwhile, what stands there now is given in the place of what was there.
+    Where a stream has moved on meanwhile, what stands there now is given as `Superseded`.
     """
 
     def __init__(self, log: Log) -> None:
@@ -32,8 +36,14 @@ class LastOfEach:
         if filter.stream is None:
             return await self._log.read(filter, after=after, limit=limit, wait=wait, bodies=bodies)
         page = await self._log.read(filter, limit=1, bodies=bodies)
-        # The digest covers all but the position.
-        return Page([msgspec.structs.replace(entry, position=after + 1) for entry in page.entries], page.looked)
+        return Page([_at(after + 1, entry) for entry in page.entries], page.looked)
+
+
+def _at(position: int, entry: Entry) -> Entry:
+    if entry.position == position:
+        return entry
+    # The digest covers all but the position.
+    return Superseded(position, *msgspec.structs.astuple(entry)[1:])
 
 
 def carried(record: type[Message], schema: Schema, entry: Entry) -> Record | None:

@@ -13,7 +13,7 @@ from cauce.clock import Clock
 from cauce.derived import Derived, feed, filter_of
 from cauce.derived_file import Lock
 from cauce.errors import Damaged, Refused, Unavailable
-from cauce.log import Log
+from cauce.log import Log, Page
 from cauce.messages import Copy
 from cauce.replica import Replica
 from cauce.sql import Row
@@ -25,8 +25,10 @@ _log = logging.getLogger("cauce")
 C = TypeVar("C", bound=Copy)
 _LOOK = 1.0
 _POLL = 0.05
-_PAGE = 1_000
+_PAGE = 2_000
 _WAIT = 5.0
+_ROOM = 2.0
+"""Seconds for which all wait for one that makes no room, before it is left behind."""
 
 
 class _Reading:
@@ -41,6 +43,62 @@ class _Reading:
 
     async def wait(self, receipt: Receipt) -> None:
         await self._derived.wait(receipt.position)
+
+
+class _Feed:
+    """Reads one log once for all of many. Who makes no room reads alone, until it is where the others are."""
+
+    def __init__(self, service: str, log: Log, many: Sequence[Derived], clock: Clock) -> None:
+        self._service, self._log, self._many, self._clock = service, log, many, clock
+        self._looked = min(derived.after for derived in many)
+        self._alone: dict[Derived, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Feed them, for ever."""
+        try:
+            for derived in self._many:
+                derived.start()
+                derived.looked(self._looked)
+            await self._read(await self._log.head())
+        finally:
+            for task in self._alone.values():
+                task.cancel()
+
+    async def _read(self, head: int) -> None:
+        wanted = filter_of(self._many)
+        while True:
+            # What was there before is looked through page by page, and tells after each how far that is.
+            wait = _WAIT if self._looked >= head else 0.0
+            try:
+                page = await self._log.read(wanted, after=self._looked, limit=_PAGE, wait=wait)
+            except Unavailable as error:
+                _log.warning("the views and replicas of %s wait: %s", self._service, error)
+                await self._clock.sleep(_LOOK)
+                continue
+            self._looked = page.looked
+            for derived in self._many:
+                if derived not in self._alone:
+                    await self._give(derived, page)
+            # A read does not give up the loop.
+            await self._clock.sleep(0)
+
+    async def _give(self, derived: Derived, page: Page) -> None:
+        try:
+            async with asyncio.timeout(_ROOM):
+                await derived.take_all([entry for entry in page.entries if derived.has(entry)])
+        except TimeoutError:
+            _log.warning("%s is slow: the others go on without it", derived.shape.what)
+            self._alone[derived] = asyncio.get_running_loop().create_task(self._catch_up(derived))
+        derived.looked(page.looked)
+
+    async def _catch_up(self, derived: Derived) -> None:
+        try:
+            await derived.room()
+            while derived.after < self._looked:
+                await feed(self._log, [derived], self._clock)
+        except Exception as error:
+            derived.fail(error)
+        del self._alone[derived]
 
 
 class Copies:
@@ -116,29 +174,10 @@ class Copies:
             _log.info("the views and replicas of %s are fed from here now", self._service)
             await self._open()
         sides = ((self._facts, self.facts_side), (self._records, self.records_side))
-        await asyncio.gather(*(self._feed(log, many) for log, many in sides if many))
-
-    async def _feed(self, log: Log, many: list[Derived]) -> None:
-        await feed(log, many, self._clock)
-        wanted, looked = filter_of(many), min(derived.after for derived in many)
-        for derived in many:
-            derived.start()
-            derived.looked(looked)
-        while True:
-            try:
-                page = await log.read(wanted, after=looked, limit=_PAGE, wait=_WAIT)
-            except Unavailable as error:
-                _log.warning("the views and replicas of %s wait: %s", self._service, error)
-                await self._clock.sleep(_LOOK)
-                continue
-            looked = page.looked
-            for derived in many:
-                await derived.take_all([entry for entry in page.entries if derived.has(entry)])
-                derived.looked(looked)
+        await asyncio.gather(*(_Feed(self._service, log, many, self._clock).run() for log, many in sides if many))
 
     async def close(self) -> None:
-        for derived in (*self.facts_side, *self.records_side):
-            await derived.close()
+        await asyncio.gather(*(derived.close() for derived in (*self.facts_side, *self.records_side)))
         self._lead.release()
 
     # ------------------------------------------------------------------------------------------------------ reading

@@ -34,6 +34,8 @@ _LOOK = 1.0
 _POLL = 0.05
 _PAUSE = 0.25
 _LONGEST_PAUSE = 10.0
+_LAST = 3.0
+"""Seconds that a view has, when its service stops, for what it was given last."""
 
 
 Told = Callable[[int, int, int], None]
@@ -124,7 +126,7 @@ class Derived:
             self._given = entry.position
             self._queue.append(entry)
             if len(self._queue) >= _BATCH:
-                await self._full()
+                await self.room()
 
     async def take_all(self, entries: Sequence[Entry]) -> None:
         """Queue entries that it wants, in order."""
@@ -134,7 +136,14 @@ class Derived:
             self._given = max(self._given, entries[-1].position if entries else 0)
             self._queue += entries
             if len(self._queue) >= _BATCH:
-                await self._full()
+                await self.room()
+
+    async def room(self) -> None:
+        """Wait until it may be given more, or has stopped."""
+        while len(self._queue) >= _BATCH and not self.failed.done():
+            self._bell.set()
+            self._room.clear()
+            await self._room.wait()
 
     def has(self, entry: Entry) -> bool:
         """Whether it wants an entry."""
@@ -328,19 +337,17 @@ class Derived:
                     await self._clock.sleep(pause)
                     self._bell.set()
         except Exception as error:
-            _log.critical("%s stops: %s", self.shape.what, error, exc_info=None if isinstance(error, Failed) else error)
-            self._queue.clear()
-            if not self.failed.done():
-                self.failed.set_exception(error)
+            self.fail(error)
         finally:
             self._room.set()
             self._moved.set()
 
-    async def _full(self) -> None:
-        while len(self._queue) >= _BATCH and not self.failed.done():
-            self._bell.set()
-            self._room.clear()
-            await self._room.wait()
+    def fail(self, error: Exception) -> None:
+        """Say what stopped it."""
+        _log.critical("%s stops: %s", self.shape.what, error, exc_info=None if isinstance(error, Failed) else error)
+        self._queue.clear()
+        if not self.failed.done():
+            self.failed.set_exception(error)
 
     # ------------------------------------------------------------------------------------------------------- a batch
 
@@ -475,7 +482,7 @@ class Derived:
         try:
             while (looked := self._committed) < self._gap:
                 page = await self._log.read(filter_of([self]), after=looked, limit=_PAGE)
-                self._in_hand = [entry for entry in page.entries if entry.position <= self._gap]
+                self._in_hand = [entry for entry in page.entries if self.has(entry) and entry.position <= self._gap]
                 looked = min(page.looked, self._gap)
                 while self._in_hand:
                     await self._commit(looked)
@@ -545,7 +552,11 @@ class Derived:
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
             if not self.failed.done():
-                await self._step(last=True)
+                try:
+                    async with asyncio.timeout(_LAST):
+                        await self._step(last=True)
+                except TimeoutError:
+                    raise Unavailable(f"it is not done within {_LAST:g} s") from None
 
 
 def _quiet(looked: int, head: int, entries: int) -> None:
@@ -558,6 +569,7 @@ async def feed(log: Log, many: Sequence[Derived], clock: Clock, told: Told = _qu
     for each in many:
         each.start()
     wanted, head = filter_of(many), await log.head()
+    exact = len(many) == 1 and len(many[0].wants) == 1
     while looked < head:
         try:
             page = await log.read(wanted, after=looked, limit=_PAGE)
@@ -566,9 +578,7 @@ async def feed(log: Log, many: Sequence[Derived], clock: Clock, told: Told = _qu
             await clock.sleep(1.0)
             continue
         for each in many:
-            await each.take_all(
-                page.entries if len(many) == 1 else [entry for entry in page.entries if each.has(entry)]
-            )
+            await each.take_all(page.entries if exact else [entry for entry in page.entries if each.has(entry)])
             each.looked(page.looked)
         looked, entries = page.looked, entries + len(page.entries)
         # A read does not give up the loop.

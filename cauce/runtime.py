@@ -14,7 +14,7 @@ import msgspec
 from cauce.accept import SLOTS, check_body, check_value, slot_of
 from cauce.backends import Backend, open_backend
 from cauce.bus import Ask, Bus, Cause, Context, Reply, correlation, error_name, keep, own, owned
-from cauce.carried import LastOfEach, carried
+from cauce.carried import LastOfEach, Superseded, carried
 from cauce.clock import Clock, SystemClock, uuid7
 from cauce.codec import Entry, Meta, derive_id, seal
 from cauce.commander import Commander, Decider
@@ -511,7 +511,7 @@ class _Running:
                 message = Notice(entry.type, entry.key, entry.version)
             elif _is_record(bound):
                 message = carried(bound.messages[0], schema, entry)
-                if message is None and not bound.gone:
+                if isinstance(entry, Superseded) or (message is None and not bound.gone):
                     return
             else:
                 message = schema.decode(entry.domain, entry.type, meta.schema, entry.body or b"")

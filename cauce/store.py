@@ -60,6 +60,8 @@ _FORBIDDEN = {
     apsw.SQLITE_TRANSACTION,
     apsw.SQLITE_SAVEPOINT,
 }
+_CHANGES = {apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE}
+_READS = {apsw.SQLITE_SELECT, apsw.SQLITE_READ, apsw.SQLITE_FUNCTION, apsw.SQLITE_RECURSIVE}
 _STATEMENT_ERRORS = (
     apsw.SQLError, apsw.ConstraintError, apsw.MismatchError, apsw.TooBigError, apsw.RangeError, apsw.BindingsError,
     apsw.AuthError, apsw.MisuseError, TypeError, ValueError, OverflowError,
@@ -135,7 +137,7 @@ class _Journal:
         self.moves: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
         self.places: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
         self.touched, self.told = True, False
-        self.handler = False
+        self.handler = self.migrating = False
         self.behind = False
         self._moving: dict[tuple[str, str, int], tuple[Share | None, str, int]] = {}
         self._seen = -1
@@ -152,7 +154,10 @@ class _Journal:
             self._seen = version
 
     def flush(self) -> None:
-        self._moving, self.moves = self.moves, {}
+        # The loop notes more meanwhile: one by one, so that none is noted in what has been looked through.
+        while self.moves:
+            place, noted = self.moves.popitem()
+            self._moving[place] = noted
         for (consumer, domain, slot), (share, log, position) in (self._moving | self.places).items():
             if share is None or self.fence(share.name) == share.fence:
                 self.connection.execute(
@@ -174,7 +179,9 @@ class _Journal:
         self.told = False
         self.fences.clear()
         # What the units of this transaction changed is gone, and so are their places; those noted alone still hold.
-        self.moves, self._moving, self.places = self._moving | self.moves, {}, {}
+        for place, noted in self._moving.items():
+            self.moves.setdefault(place, noted)
+        self._moving, self.places = {}, {}
         self.behind, self.touched = False, True
 
     def fence(self, name: str) -> int:
@@ -189,11 +196,24 @@ class _Journal:
         """A handler's SQL must not end our transaction, nor change what we keep about it."""
         if self.handler and (action in _FORBIDDEN or (one or "").startswith(_OURS) or (two or "").startswith(_OURS)):
             return apsw.SQLITE_DENY
+        # The numbers of our outbox are kept there. A migration may drop or rename a table, which changes it, too.
+        if self.handler and not self.migrating and action in _CHANGES and one == "sqlite_sequence":
+            return apsw.SQLITE_DENY
         return apsw.SQLITE_OK
 
 
 def _nothing() -> None:
     return
+
+
+def _may_read(action: int, one: str | None, two: str | None, _database: str | None, _inner: str | None) -> int:
+    """A handler's query must not hold a snapshot, reach other files, or show what we keep."""
+    if action == apsw.SQLITE_PRAGMA and (one, two) == ("data_version", None):
+        # So a full text index asks whether it has changed.
+        return apsw.SQLITE_OK
+    if action not in _READS or (action == apsw.SQLITE_READ and (one or "").startswith(_OURS)):
+        return apsw.SQLITE_DENY
+    return apsw.SQLITE_OK
 
 
 class Store:
@@ -207,6 +227,7 @@ class Store:
         self._known: set[str] = set()
         self._writer: Writer
         self._reader: apsw.Connection
+        self._fetcher: apsw.Connection
 
     @classmethod
     async def open(cls, folder: Path, service: str, clock: Clock, migrations: Sequence[str] = ()) -> Store:
@@ -224,6 +245,10 @@ class Store:
             threads.callback(forget, inode)
             store._reader = connect(store.path, flags=apsw.SQLITE_OPEN_READONLY, busy=_PATIENCE)
             undo.callback(store._reader.close)
+            # Not ours: what a handler's query does to its connection must not befall what we read.
+            store._fetcher = connect(store.path, flags=apsw.SQLITE_OPEN_READONLY, busy=_PATIENCE)
+            undo.callback(store._fetcher.close)
+            store._fetcher.authorizer = _may_read
             turnstile = Turnstile(folder)
             threads.callback(turnstile.close)
             store._writer = Writer(store.path, turnstile, store._journal, clock, _PATIENCE, threads.pop_all().close)
@@ -253,7 +278,7 @@ class Store:
                 )
             for number, sql in enumerate(migrations[len(before) :], len(before) + 1):
                 try:
-                    self._journal.handler = True
+                    self._journal.handler = self._journal.migrating = True
                     self._journal.open(connection)
                     connection.execute(sql)
                 except apsw.Error as error:
@@ -261,7 +286,7 @@ class Store:
                         f"part {number} of the schema of service {service!r} cannot be run: {error}"
                     ) from None
                 finally:
-                    self._journal.handler = False
+                    self._journal.handler = self._journal.migrating = False
             connection.execute(
                 "update cauce_store set migrations = ?", (msgspec.json.encode(list(migrations)).decode(),)
             )
@@ -378,7 +403,9 @@ class Store:
             for sql, parameters in statements:
                 known = sql in self._known
                 # Statements of ours are in the cache, where nobody asks any more whether they are allowed.
-                connection.execute(sql, parameters, can_cache=known)
+                for _ in connection.execute(sql, parameters, can_cache=known):
+                    # Not before all rows are taken the rest of the text is run.
+                    pass
                 if not known and len(self._known) < _KNOWN:
                     self._known.add(sql)
         except _STATEMENT_ERRORS as error:
@@ -452,9 +479,9 @@ class Store:
         return not self._read("select 1 from cauce_claims limit 1", ())
 
     async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Rows of what was last committed. Raises `Refused` for SQL that cannot be run."""
+        """Rows of what was last committed. Raises `Refused` for SQL that cannot be run, or does more than read."""
         try:
-            rows: list[Any] = self._reader.execute(sql, parameters).fetchall()
+            rows: list[Any] = self._fetcher.execute(sql, parameters).fetchall()
             return rows
         except _STATEMENT_ERRORS as error:
             raise BadStatement(f"{sql!r} cannot be run on {self.path.parent.name}'s store: {error}") from None
@@ -471,4 +498,5 @@ class Store:
     async def close(self) -> None:
         """Write what waits, then let go."""
         await self._writer.close()
+        self._fetcher.close()
         self._reader.close()

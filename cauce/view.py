@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -73,7 +73,7 @@ class View:
         entry, many = ready if self._async else (ready, self._queued(ready))
         for function, (sql, params) in many:
             try:
-                connection.execute(sql, params)
+                _exhaust(connection.execute(sql, params))
             except apsw.AuthError as error:
                 raise self._failed(
                     function, entry, f"may not begin or end a transaction, attach a file or set a pragma, in {sql!r}"
@@ -131,10 +131,16 @@ def _execute(connection: apsw.Connection, queued: Sequence[Statement]) -> None:
         while last < many and queued[last][0] == sql:
             last += 1
         if last - first == 1:
-            connection.execute(sql, queued[first][1])
+            _exhaust(connection.execute(sql, queued[first][1]))
         else:
-            connection.executemany(sql, [params for _, params in queued[first:last]])
+            _exhaust(connection.executemany(sql, [params for _, params in queued[first:last]]))
         first = last
+
+
+def _exhaust(rows: Iterable[object]) -> None:
+    """What follows a statement with rows is run when these are taken."""
+    for _ in rows:
+        pass
 
 
 def check_schema(what: str, schema: str) -> None:

@@ -337,7 +337,7 @@ async def test_what_is_being_given_away_at_the_end_is_let_go_of_too(tmp_path: Pa
     giving.cancel()
     await asyncio.gather(giving, return_exceptions=True)
     await shares.stop()
-    assert await store.fetch("select name from cauce_claims where owner != ''") == []
+    assert store._read("select name from cauce_claims where owner != ''", ()) == []
     await store.close()
 
 

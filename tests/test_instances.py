@@ -171,6 +171,9 @@ async def test_a_statement_that_fails_takes_only_its_own_message_with_it(bus_url
         "attach '/tmp/x' as y",
         "pragma journal_mode = off",
         "drop table cauce_waiting",
+        "delete from sqlite_sequence",
+        "update SQLITE_SEQUENCE set seq = 0",
+        "insert into sqlite_sequence values ('cauce_outbox', 0)",
     ],
 )
 async def test_a_handler_may_not_touch_what_the_store_keeps_of_it(sql: str, bus_url: str) -> None:
@@ -186,6 +189,57 @@ async def test_a_handler_may_not_touch_what_the_store_keeps_of_it(sql: str, bus_
         (letter,) = letters(folder(bus_url))
         assert "cannot be run" in letter.error
         assert "not authorized" in letter.error or "prohibited" in letter.error
+
+
+async def test_what_follows_a_statement_with_rows_is_run_too(bus_url: str) -> None:
+    writer = Service("writer", schema=SEEN)
+
+    @writer.on
+    async def note(event: Added, ctx: Context) -> None:
+        ctx.store.execute("insert into seen values ('a', 1, '') returning n; update seen set n = n + 1; select 1")
+        ctx.store.execute("select * from seen; update seen set by = 'all'")
+
+    async with running(owner, writer, bus=bus_url) as bus:
+        for _ in range(2):
+            await bus.call(Add("a"))
+        await bus.settled()
+        assert seen(bus_url, "writer") == [("a", 3, "all"), ("a", 2, "all")]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "begin",
+        "savepoint x",
+        "attach ':memory:' as x",
+        "pragma query_only = off",
+        "select * from cauce_outbox",
+        "create temp table x (a)",
+        "insert into seen values ('a', 1, '')",
+        "select 1; begin",
+    ],
+)
+async def test_a_query_of_a_handler_reads_and_does_nothing_else(sql: str, tmp_path: Path) -> None:
+    from cauce.clock import SystemClock
+    from cauce.store import Unit
+
+    index = "create virtual table words using fts5 (word)"
+    store = await Store.open(tmp_path / "s", "s", SystemClock(), [SEEN, index])
+    with pytest.raises(Refused, match=r"cannot be run.*(not authorized|prohibited)"):
+        await store.fetch(sql)
+    # What is committed later is read: no snapshot is held.
+    await store.tick("one", (), join=True)
+    await store.take("one", ["slot/1"])
+    assert not store.is_fresh
+    unit = Unit(None)
+    unit.statements.append(("insert into seen values ('b', 2, '')", ()))
+    await store.commit(unit)
+    assert await store.fetch("select name, upper(name), n from seen") == [("b", "B", 2)]
+    assert await store.fetch("select * from words where words match 'x'") == []
+    assert await store.fetch("select value from json_each('[1]')") == [(1,)]
+    count = "with recursive c (n) as (select 1 union all select n + 1 from c where n < 3) select * from c"
+    assert await store.fetch(count) == [(1,), (2,), (3,)]
+    await store.close()
 
 
 async def test_what_was_stored_is_read_by_later_messages_of_the_thing(bus_url: str) -> None:
@@ -223,6 +277,26 @@ async def test_the_schema_of_a_store_grows_by_parts_and_is_never_changed_behind_
     assert store_of(bus_url, "writer").execute("select count(*) from cauce_claims where owner != ''").fetchall() == [
         (0,)
     ]
+
+
+async def test_the_schema_of_a_store_may_number_its_rows_and_drop_what_it_numbered(bus_url: str) -> None:
+    schema = ["create table old (n integer primary key autoincrement)"]
+    schema += [
+        "alter table old rename to older",
+        "drop table older",
+        SEEN.replace("n integer", "n integer primary key autoincrement"),
+    ]
+    writer = Service("writer", schema=schema)
+
+    @writer.on
+    async def note(event: Added, ctx: Context) -> None:
+        ctx.store.execute("insert into seen (name, by) values ('a', '')")
+
+    for _ in range(2):
+        async with running(owner, writer, bus=bus_url) as bus:
+            await bus.call(Add("a"))
+            await bus.settled()
+    assert seen(bus_url, "writer") == [("a", 1, ""), ("a", 2, "")]
 
 
 async def test_a_second_store_for_one_service_is_refused_and_a_removed_one_is_begun_anew(bus_url: str) -> None:
@@ -632,6 +706,26 @@ async def test_who_was_struck_off_cannot_store_anything(tmp_path: Path) -> None:
     assert not (await one.tick("one", ())).alive
     await one.close()
     await two.close()
+
+
+async def test_a_place_noted_while_another_is_written_is_written_next(tmp_path: Path) -> None:
+    from cauce.clock import SystemClock
+
+    store = await Store.open(tmp_path / "s", "s", SystemClock())
+    # What the loop has in hand when the writer begins.
+    noted = store._journal.moves
+    store.move(None, "handle", "counters", 1, "log", 5)
+    await store.flush()
+    noted["handle", "counters", 2] = None, "log", 6
+    await store.flush()
+    assert store.places("handle", "log", 100) == {("counters", 1): 5, ("counters", 2): 6}
+    # A transaction that failed does not set back what was noted since.
+    store.move(None, "handle", "counters", 1, "log", 7)
+    store._journal._moving["handle", "counters", 1] = None, "log", 6
+    store._journal._moving["handle", "counters", 2] = None, "log", 8
+    store._journal.rolled_back()
+    assert noted == {("handle", "counters", 1): (None, "log", 7), ("handle", "counters", 2): (None, "log", 8)}
+    await store.close()
 
 
 # --------------------------------------------------------------------------------------------- run --each

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,10 @@ from cauce.backends.sqlite.file import folder_of
 from cauce.cli import main
 from cauce.copies import Copies
 from cauce.copying import views_of
+from cauce.derived import Derived
 from cauce.derived_file import Lock
 from cauce.service import bind
+from cauce.view import View
 from shop import crm, users
 from shop.crm import WhoHas
 from shop.users import ChangeEmail, RegisterUser
@@ -272,6 +275,48 @@ async def test_several_functions_build_one_view_from_several_events_in_the_order
         assert await bus.ask(Rows(), after=receipt) == [("a", n)]
 
 
+async def test_a_view_of_two_domains_that_is_rebuilt_gets_of_each_only_what_it_wants(
+    bus_url: str, tmp_path: Path
+) -> None:
+    pets = Domain("pets", key="name")
+
+    class Pet(Record, domain=pets):
+        name: str
+
+    class PetGrown(Event, domain=pets, name="Grown"):
+        name: str
+
+    class Fed(Event, domain=pets):
+        name: str
+
+    class Feed(Command, domain=pets):
+        name: str
+
+    service = Service("pets", owns=pets)
+
+    @service.decide
+    def feed(pet: Pet | None, command: Feed) -> list[Event]:
+        return [PetGrown(command.name), Fed(command.name)]
+
+    @service.evolve
+    def changed(pet: Pet | None, event: PetGrown | Fed) -> Pet:
+        return Pet(event.name)
+
+    seen = list[str]()
+
+    def both(event: Grown | Fed, db: Store) -> None:
+        seen.append(event.name)
+
+    async with running(owner, service, bus=bus_url) as bus:
+        await bus.call(Grow("a"))
+        await bus.call(Feed("b"))
+        view = View("viewer", "sums", SUMS, [(both, [Grown, Fed])])
+        derived = Derived(view, "viewer", bus.facts, tmp_path, bus.clock)
+        await derived.rebuild(lambda looked, head, entries: None)
+        await derived.close()
+        assert seen == ["a", "b"]
+
+
 async def test_a_view_is_the_same_however_often_it_is_built(bus_url: str) -> None:
     async with running(owner, sums(), bus=bus_url) as bus:
         await asyncio.gather(*(bus.call(Grow(f"t{n % 50}", n)) for n in range(1000)))
@@ -299,6 +344,26 @@ async def test_an_async_view_function_fetches_what_was_committed_before(bus_url:
             await bus.ask(Rows(), after=receipt)
         assert await bus.ask(Rows()) == [("a", 5)]
     assert seen == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("many", [1, 5])
+@pytest.mark.parametrize("one_by_one", [False, True])
+async def test_what_follows_a_statement_with_rows_is_run_too(bus_url: str, *, one_by_one: bool, many: int) -> None:
+    def bad(event: Grown, db: Store) -> None:
+        if event.name == "bad":
+            raise ValueError("bad")
+        sql = "insert into sums values (?, 0) returning n; update sums set n = n + 1 where name = ?"
+        db.execute(sql, (event.name, event.name))
+
+    await filled(bus_url, many)
+    if one_by_one:
+        async with running(owner, bus=bus_url) as bus:
+            await bus.call(Grow("bad"))
+    async with running(owner, sums(bad), bus=bus_url) as bus:
+        with suppress(Unavailable):
+            await bus.settled()
+    rows = apsw.Connection(str(folder(bus_url) / "1.db")).execute("select n from sums").fetchall()
+    assert rows == [(1,)] * many
 
 
 async def test_a_plain_view_function_that_fetches_is_told_to_be_async(bus_url: str) -> None:
@@ -344,6 +409,65 @@ async def test_a_batch_that_is_written_while_the_service_stops_is_written_once(b
     async with running(owner, sums(), bus=bus_url) as bus:
         await bus.settled()
         assert await bus.ask(Rows()) == [("a", 7)]
+
+
+async def test_a_view_that_hangs_is_left_behind_and_catches_up_alone(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cauce.derived._BATCH", 10)
+    monkeypatch.setattr("cauce.copies._ROOM", 0.05)
+    gate, entered = asyncio.Event(), asyncio.Event()
+
+    async def hangs(event: Grown, db: Store) -> None:
+        entered.set()
+        await gate.wait()
+        db.execute("insert into sums values (?, ?)", (f"{event.name} {event.n}", event.n))
+
+    service, seen = sums(hangs), list[str]()
+
+    @service.view("other", schema="create table other (name text)")
+    def other(event: Grown, db: Store) -> None:
+        seen.append(event.name)
+
+    # What was there before, and what comes while it hangs.
+    await filled(bus_url, 50)
+    async with running(owner, service, bus=bus_url) as bus:
+        await until(lambda: len(seen) == 50)
+        assert entered.is_set()
+        await asyncio.gather(*(bus.call(Grow("a", n)) for n in range(50)))
+        await until(lambda: len(seen) == 100)
+        gate.set()
+        await bus.settled()
+        copies: Any = bus.copies["viewer"]
+        rows = await copies.view("sums").fetch("select n from sums where name like 'a%' order by rowid")
+        assert rows == [(n,) for n in range(50)]
+        # It goes with the others again.
+        receipt = await bus.call(Grow("b", 7))
+        found = await bus.ask(Rows(), after=receipt)
+        assert ("b 7", 7) in found
+        assert len(found) == 101
+    assert any("the others go on without it" in record.getMessage() for record in caplog.records)
+
+
+async def test_a_view_that_hangs_does_not_keep_its_service_from_stopping(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cauce.derived._LAST", 0.1)
+    entered = asyncio.Event()
+
+    async def hangs(event: Grown, db: Store) -> None:
+        entered.set()
+        await asyncio.Event().wait()
+
+    async with asyncio.timeout(20):
+        async with running(owner, sums(hangs), bus=bus_url) as bus:
+            await bus.call(Grow("a", 3))
+            await entered.wait()
+    words = "view sums of viewer: what it read last is read again: it is not done within 0.1 s"
+    assert [record.getMessage() for record in caplog.records if "read again" in record.getMessage()] == [words]
+    async with running(owner, sums(), bus=bus_url) as bus:
+        await bus.settled()
+        assert await bus.ask(Rows()) == [("a", 3)]
 
 
 async def test_a_handler_waits_until_a_view_has_passed_a_receipt(bus_url: str) -> None:
