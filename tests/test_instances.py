@@ -694,6 +694,38 @@ def test_what_run_each_started_ends_when_the_supervisor_was_killed(bus_url: str,
     assert not Path(f"/proc/{child}/stat").exists()
 
 
+def test_run_each_starts_again_what_was_struck_off_and_the_others_go_on(bus_url: str, tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(root / "examples")))}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", "from cauce.cli import main; main()", "run", "shop.users", "--each", "--bus", bus_url],
+        env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert parent.stderr is not None
+
+    def wait_for(what: str) -> None:
+        assert parent.stderr is not None
+        for line in parent.stderr:
+            if what in line:
+                return
+        raise AssertionError(f"it ended without {what!r}")
+
+    try:
+        wait_for("running users")
+        store = apsw.Connection(str(folder_of(Path(bus_url.removeprefix("sqlite:///"))) / "users" / "store.db"))
+        store.set_busy_timeout(5000)
+        store.execute("delete from cauce_instances")
+        store.close()
+        wait_for("ended with 4, and starts again")
+        wait_for("running users")
+        parent.terminate()
+        parent.communicate(timeout=30)
+        assert parent.returncode == 0
+    finally:
+        parent.kill()
+        parent.communicate()
+
+
 SPEAKING = """
 import logging
 from test_instances import Add, Added, Service, owner
