@@ -789,6 +789,84 @@ async def test_facts_of_reactions_and_of_calls_on_one_thing_are_decided_on_what_
         assert await bus.record(Letter, "shared") == await bus.fetch(Letter, "shared") == Letter("shared", 50)
 
 
+def recorders(tries: list[str], broken: list[str]) -> Service:
+    """A service that records letters, and fails on those that are broken."""
+    service = Service("letters", owns=letters)
+
+    @service.evolve
+    def written(letter: Letter | None, event: Written) -> Letter:
+        tries.append(event.name)
+        if event.name in broken:
+            raise KeyError(event.name)
+        return Letter(event.name, event.pages)
+
+    @service.on
+    async def copies(event: Grown) -> Written:
+        return Written(event.name, event.n)
+
+    return service
+
+
+def test_an_event_that_evolve_fails_on_holds_up_no_other_thing_nor_the_end_and_stops_no_service(
+    virtual: Run, clock: VirtualClock, bus_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries, broken = list[str](), ["bad"]
+
+    async def main() -> None:
+        async with running(owner, recorders(tries, broken), bus=bus_url, clock=clock) as bus:
+            await bus.call(Grow("bad"))
+            await bus.call(Grow("bad"))
+            for n in range(8):
+                at = clock.monotonic()
+                await bus.call(Grow(f"good{n}"))
+                await until(lambda n=n: f"good{n}" in tries, bus)  # type: ignore[misc]
+                assert clock.monotonic() - at < 1, "it waited for the bad one"
+                await clock.sleep(30)
+            assert tries.count("bad") == 13, "12 within 152 s, then one a minute"
+            await clock.sleep(130)
+            assert tries.count("bad") == 15
+            assert not bus.failed.done()
+            at = clock.monotonic()
+        assert clock.monotonic() - at < 2
+        assert [record.levelname for record in caplog.records].count("CRITICAL") == 1
+        broken.clear()
+        async with running(owner, recorders(tries, broken), bus=bus_url, clock=clock) as bus:
+            await bus.settled()
+            assert await bus.record(Letter, "bad") == Letter("bad", 2)
+            assert [fact.version for fact in await entries(bus.facts, "letters") if fact.key == "bad"] == [1, 2]
+
+    virtual(main)
+
+
+async def test_an_event_that_takes_long_to_be_recorded_holds_up_no_other_thing_and_keeps_its_order(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cauce.runtime import _Running
+
+    gate, relay, came, tries = asyncio.Event(), _Running._relay_one, list[str](), list[str]()
+
+    async def slow(self: _Running, said: Any) -> None:
+        came.append(said.stream)
+        if said.stream == "letters/slow":
+            await gate.wait()
+        await relay(self, said)
+
+    monkeypatch.setattr(_Running, "_relay_one", slow)
+    async with running(owner, recorders(tries, []), bus=bus_url) as bus:
+        await bus.call(Grow("slow"))
+        await until(lambda: came == ["letters/slow"], bus)
+        await bus.call(Grow("slow"))
+        for n in range(3):
+            await bus.call(Grow(f"good{n}"))
+            await until(lambda n=n: f"good{n}" in tries, bus)  # type: ignore[misc]
+        assert came.count("letters/slow") == 1
+        gate.set()
+        await bus.settled()
+        assert came.count("letters/slow") == 2
+        pages = [fact.body for fact in await entries(bus.facts, "letters") if fact.key == "slow"]
+        assert [b'"pages":%d' % n in (body or b"") for n, body in enumerate(pages, 1)] == [True, True]
+
+
 def test_a_foreign_event_that_a_reaction_returns_is_not_recorded_nor_what_it_returned_beside_it(
     virtual: Run, clock: VirtualClock, bus_url: str
 ) -> None:
