@@ -474,7 +474,8 @@ class _Running:
         if domain.key is None:
             return
         deciders = {
-            cls: Decider(bound.part.function, bound.context) for cls, bound in self._functions("decide").items()
+            cls: Decider(bound.part.function, bound.context, bound.is_async)
+            for cls, bound in self._functions("decide").items()
         }
         commander = Commander(self._service.name, domain.name, deciders, folder, schema, self._bus, self._leases)
         self._commanders[domain.name] = commander
