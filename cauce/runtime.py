@@ -25,6 +25,7 @@ from cauce.messages import Command, Domain, Event, Message, Notice, Record, decl
 from cauce.schema import Schema, encode
 from cauce.service import ATTEMPTS, Bound, Service, bind
 from cauce.sql import Store as Sql
+from cauce.threads import Threads
 from cauce.wire import Instance, State
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ class _Running:
         self._shares: Shares | None = None
         self._running = False
         self._said = asyncio.Event()
+        self._threads = Threads()
         self._put_off: dict[str, _PutOff] = {}
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._stands: list[int] = []
@@ -436,6 +438,9 @@ class _Running:
 
     async def close(self) -> None:
         """Write the last places, and let go of everything."""
+        for name in self._threads.at_work:
+            _log.warning("%s hangs in its thread: nobody waits for it any more", name)
+        self._threads.shutdown()
         try:
             if self._copies is not None:
                 await self._copies.close()
@@ -522,7 +527,7 @@ class _Running:
             cause = Cause(entry.id, meta.correlation or entry.id, "", meta.trace, meta.tracestate)
             correlation.set(cause.correlation)
             context = Context(bus, service, bound.name, entry, cause, Sql(store.fetch))
-            self._say(bound, context, unit, slot_of(entry.key), await _run(bound, (message,), context))
+            self._say(bound, context, unit, slot_of(entry.key), await _run(bound, (message,), context, self._threads))
 
         return Consumer(
             bound.name, _wants(bound), handle, log, store, bus.clock, bodies=not bound.notice,
@@ -752,7 +757,7 @@ class _Running:
             context = Context(self._bus, self._service.name, name, None, Cause(id, id), Sql(store.fetch))
             unit = Unit(share)
             try:
-                self._say(bound, context, unit, 0, await _run(bound, (), context))
+                self._say(bound, context, unit, 0, await _run(bound, (), context, self._threads))
                 # What was missed is made up for once.
                 unit.timer = name, due + step if due + step > clock.now() else clock.now() + step
                 await store.commit(unit)
@@ -819,7 +824,8 @@ class _Running:
         cause = Cause(ask.id, ask.correlation or ask.id, ask.by, ask.trace, ask.tracestate)
         before = correlation.set(cause.correlation)
         try:
-            answer = await _run(bound, (query,), Context(self._bus, self._service.name, bound.name, None, cause))
+            context = Context(self._bus, self._service.name, bound.name, None, cause)
+            answer = await _run(bound, (query,), context, self._threads)
         finally:
             correlation.reset(before)
         what = f"the answer of {self._service.name}.{bound.name}"
@@ -872,9 +878,9 @@ def _wants(bound: Bound) -> dict[str, frozenset[str]]:
     return {domain: frozenset(types) for domain, types in wants.items()}
 
 
-async def _run(bound: Bound, told: tuple[Any, ...], context: Context) -> Any:
+async def _run(bound: Bound, told: tuple[Any, ...], context: Context, threads: Threads) -> Any:
     """Call a handler: a plain one in a thread, because it may block."""
     named = {} if bound.context is None else {bound.context: context}
     if bound.is_async:
         return await bound.part.function(*told, **named)
-    return await asyncio.to_thread(bound.part.function, *told, **named)
+    return await threads.run(f"{context.service}.{bound.name}", bound.part.function, *told, **named)
