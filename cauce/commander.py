@@ -33,16 +33,21 @@ __all__ = ["Commander", "Decider"]
 _log = logging.getLogger("cauce")
 _encode = msgspec.json.Encoder().encode
 _MOST_CONFLICTS = 10
+_IMPATIENT = 3
+"""Conflicts after which all others wait while a function that waits decides."""
+
+_NESTED = 0.5
 _CACHED = 100_000
 _PAUSE = 0.25
 _LONGEST_PAUSE = 5.0
 
 
 class Decider(msgspec.Struct, frozen=True):
-    """A `decide` function and the name of its context parameter, if it has one."""
+    """A `decide` function, the name of its context parameter, if it has one, and whether it may wait."""
 
     function: Callable[..., Any]
     context: str | None = None
+    is_async: bool = False
 
 
 class _Standing:
@@ -53,6 +58,31 @@ class _Standing:
     def __init__(self, folded: Folded) -> None:
         self.folded = folded
         self.tail: asyncio.Future[Appended] | None = None
+
+
+class _Turn:
+    """Whose turn it is with a thing that functions which wait decide for; `all`: the others keep to it, too."""
+
+    __slots__ = ("all", "cause", "lock", "users")
+
+    def __init__(self) -> None:
+        self.lock, self.users, self.all = asyncio.Lock(), 0, False
+        self.cause: Cause | None = None
+
+    async def entered(self, cause: Cause, parent: str) -> bool:
+        """Wait for the turn. False: whose turn it is may be waiting for this one, so they decide side by side."""
+        if self.cause is None or self.cause.correlation != cause.correlation:
+            await self.lock.acquire()
+        elif self.cause.id == parent:
+            return False
+        else:
+            try:
+                async with asyncio.timeout(_NESTED):
+                    await self.lock.acquire()
+            except TimeoutError:
+                return False
+        self.cause = cause
+        return True
 
 
 class Commander:
@@ -73,6 +103,7 @@ class Commander:
         self._facts, self._clock = bus.facts, bus.clock
         self._things: dict[str, _Standing] = {}
         self._deciding: dict[str, asyncio.Future[None] | None] = {}
+        self._turns: dict[str, _Turn] = {}
         self.slots: set[int] = set()
         self._backlog: dict[int, int] = {}
         self._busy: Counter[int] = Counter()
@@ -171,7 +202,7 @@ class Commander:
                 before = await self._accepted(ask.key, Wish(ask.type, ask.body, ask.schema), ask.id)
                 if before is not None:
                     return before
-            return await self._decide(command, cause, ask.body, ask.schema)
+            return await self._decide(command, cause, ask.body, ask.schema, ask.causation)
         finally:
             self._done(ask.id)
 
@@ -215,10 +246,15 @@ class Commander:
         key = _one_key(self._service, events)
         entries = self._sealed(f"{self.domain}/{key}", events, ids, cause, self._clock.now())
         with self._working(key):
-            for _ in range(_MOST_CONFLICTS):
-                thing = self._things.get(key) or await self._load(key)
-                if await self._record(key, thing, events, entries, repeat=True) is not None:
-                    return
+            for conflicts in range(_MOST_CONFLICTS):
+                leave = await self._my_turn(key, cause, "", conflicts) if self._is_waited_for(key, conflicts) else None
+                try:
+                    thing = self._things.get(key) or await self._load(key)
+                    if await self._record(key, thing, events, entries, leave, repeat=True) is not None:
+                        return
+                finally:
+                    if leave is not None:
+                        leave()
         raise _contended(entries[0].stream)
 
     async def settled(self) -> None:
@@ -228,50 +264,128 @@ class Commander:
             await asyncio.wait(self._tasks)
         await self.records.settled()
 
-    async def _decide(self, command: Message, cause: Cause, body: msgspec.Raw, schema: int) -> Receipt:
+    async def _decide(
+        self, command: Message, cause: Cause, body: msgspec.Raw, schema: int, parent: str = ""
+    ) -> Receipt:
         key = key_of(command)
         kind = declared(command)
         decider = self._deciders.get(type(command))
         if decider is None:
             raise NoAnswer(f"service {self._service!r} decides no {kind.name}: add a decide function for it")
-        stream = f"{self.domain}/{key}"
-        for _ in range(_MOST_CONFLICTS):
-            thing = self._things.get(key) or await self._load(key)
-            before = thing.folded
+        for conflicts in range(_MOST_CONFLICTS):
+            leave = None
+            if decider.is_async or self._is_waited_for(key, conflicts):
+                leave = await self._my_turn(key, cause, parent, conflicts)
             try:
-                events = await self._wished(decider, before, command, key, cause)
-            except Rejected as rejected:
-                if await self._shown(key, thing):
-                    self._audit(stream, kind.name, schema, bytes(body), cause, f"rejected: {rejected}")
-                    raise
-                continue
-            if thing.folded is not before or self._things.get(key) is not thing:
-                continue
-            if not events:
-                tail = thing.tail
-                if await self._shown(key, thing):
-                    self._audit(stream, kind.name, schema, bytes(body), cause, "unchanged")
-                    position = before.position or (0 if tail is None else tail.result().position)
-                    return Receipt(cause.id, key, before.version, position, False)
-                continue
-            ids = [derive_id(cause.id, self._service, stream, str(n)) for n in range(len(events))]
-            now = self._clock.now()
-            wish = _encode(Wish(kind.name, body, schema, now))
-            appended = await self._record(key, thing, events, self._sealed(stream, events, ids, cause, now, wish))
-            if appended is not None:
-                return Receipt(cause.id, key, appended.version, appended.position, True)
-        raise _contended(stream)
+                receipt = await self._decided(decider, command, cause, body, schema, leave)
+            finally:
+                if leave is not None:
+                    leave()
+            if receipt is not None:
+                return receipt
+        raise _contended(f"{self.domain}/{key}")
+
+    async def _decided(
+        self,
+        decider: Decider,
+        command: Message,
+        cause: Cause,
+        body: msgspec.Raw,
+        schema: int,
+        leave: Callable[[], None] | None,
+    ) -> Receipt | None:
+        """Decide once. None: the thing changed meanwhile, so that must be decided again."""
+        key, kind = key_of(command), declared(command)
+        stream = f"{self.domain}/{key}"
+        thing = self._things.get(key) or await self._load(key)
+        before = thing.folded
+        try:
+            events = await self._wished(decider, before, command, key, cause)
+        except Rejected as rejected:
+            if leave is not None:
+                leave()
+            if await self._shown(key, thing):
+                self._audit(stream, kind.name, schema, bytes(body), cause, f"rejected: {rejected}")
+                raise
+            return None
+        if (thing.folded.version, thing.folded.id) != (before.version, before.id) or self._things.get(key) is not thing:
+            return None
+        # The same, but perhaps committed meanwhile.
+        before = thing.folded
+        if not events:
+            if leave is not None:
+                leave()
+            tail = thing.tail
+            if await self._shown(key, thing):
+                self._audit(stream, kind.name, schema, bytes(body), cause, "unchanged")
+                position = before.position or (0 if tail is None else tail.result().position)
+                return Receipt(cause.id, key, before.version, position, False)
+            return None
+        ids = [derive_id(cause.id, self._service, stream, str(n)) for n in range(len(events))]
+        now = self._clock.now()
+        wish = _encode(Wish(kind.name, body, schema, now))
+        entries = self._sealed(stream, events, ids, cause, now, wish)
+        appended = await self._record(key, thing, events, entries, leave)
+        return None if appended is None else Receipt(cause.id, key, appended.version, appended.position, True)
+
+    def _is_waited_for(self, key: str, conflicts: int) -> bool:
+        """Whether who does not wait while it decides takes its turn all the same."""
+        return conflicts > 0 or (key in self._turns and self._turns[key].all)
+
+    async def _my_turn(self, key: str, cause: Cause, parent: str, conflicts: int) -> Callable[[], None]:
+        """Wait until it is this one's turn to decide for a thing; what is returned ends it.
+
+        Parameters:
+            parent: the id of the message because of which it was wished: who decides that waits for this one.
+            conflicts: how often it was decided in vain.
+        """
+        turn = self._turns.setdefault(key, _Turn())
+        turn.users += 1
+        entered, left = False, False
+
+        def leave() -> None:
+            nonlocal left
+            if left:
+                return
+            left = True
+            if entered:
+                turn.cause = None
+                turn.lock.release()
+            turn.users -= 1
+            if not turn.users:
+                del self._turns[key]
+
+        try:
+            entered = await turn.entered(cause, parent)
+        except BaseException:
+            leave()
+            raise
+        turn.all |= conflicts >= _IMPATIENT
+        return leave
 
     async def _record(
-        self, key: str, thing: _Standing, events: Sequence[Event], entries: Sequence[Entry], *, repeat: bool = False
+        self,
+        key: str,
+        thing: _Standing,
+        events: Sequence[Event],
+        entries: Sequence[Entry],
+        leave: Callable[[], None] | None,
+        *,
+        repeat: bool = False,
     ) -> Appended | None:
-        """Append upon what stands as far as decided. None: the stream is elsewhere, so that must be decided again."""
+        """Append upon what stands as far as decided. None: the stream is elsewhere, so that must be decided again.
+
+        Parameters:
+            leave: called as soon as the next may decide ahead of the disk.
+        """
         before = thing.folded
         after, body = self._stepped(key, before, events, entries)
         thing.tail = future = self._facts.append(
             entries[0].stream, entries, expect=before.version, fence=self._claim(key), repeat=repeat
         )
         thing.folded = after
+        if leave is not None:
+            leave()
         try:
             appended = await future
         except Conflict:

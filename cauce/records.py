@@ -40,6 +40,7 @@ class Records:
         self._clean = asyncio.Event()
         self._clean.set()
         self._hurry = asyncio.Event()
+        self._flushing = asyncio.Lock()
 
     def changed(self, key: str, folded: Folded, body: bytes | None = None) -> None:
         """A fact of this thing was committed. Calls come in the order of positions.
@@ -87,6 +88,11 @@ class Records:
 
     async def flush(self) -> None:
         """Write what waits now, then how far each slot is."""
+        # Two at once: the marks of one would pass what the other has taken away and not written yet.
+        async with self._flushing:
+            await self._flush()
+
+    async def _flush(self) -> None:
         dirty, self._dirty = self._dirty, {}
         marks = (
             {}

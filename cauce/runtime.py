@@ -25,6 +25,7 @@ from cauce.messages import Command, Domain, Event, Message, Notice, Record, decl
 from cauce.schema import Schema, encode
 from cauce.service import ATTEMPTS, Bound, Service, bind
 from cauce.sql import Store as Sql
+from cauce.threads import Threads
 from cauce.wire import Instance, State
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ _LEAD = "lead"
 _AT_ONCE = 500
 _PAUSE = 0.25
 _LONGEST_PAUSE = 30.0
+_HOPELESS_PAUSE = 60.0
+_REST = 1.0
+_MOST_UNDER_WAY = 5_000
 _decode_ask = msgspec.json.Decoder(Ask).decode
 
 
@@ -212,6 +216,11 @@ class _Running:
         self._shares: Shares | None = None
         self._running = False
         self._said = asyncio.Event()
+        self._threads = Threads()
+        self._put_off: dict[str, _PutOff] = {}
+        self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._stands: list[int] = []
+        self._looked, self._looked_for, self._look_anew = 0, set[int](), True
         self._leading: list[asyncio.Task[None]] = []
 
     # ------------------------------------------------------------------------------------------------------ starting
@@ -407,9 +416,15 @@ class _Running:
                 consumer.stop()
         try:
             async with asyncio.timeout(seconds):
-                await self._relayed()
+                await self._relayed(patient=False)
         except (CauceError, TimeoutError) as error:
             _log.warning("what %s said waits in its outbox for the next start: %r", self._service.name, error)
+        if self._put_off:
+            _log.warning(
+                "what %s said of %d things waits in its outbox for the next start",
+                self._service.name,
+                len(self._put_off),
+            )
 
     def leave(self) -> None:
         """Answer no more."""
@@ -433,6 +448,9 @@ class _Running:
 
     async def close(self) -> None:
         """Write the last places, and let go of everything."""
+        for name in self._threads.at_work:
+            _log.warning("%s hangs in its thread: nobody waits for it any more", name)
+        self._threads.shutdown()
         try:
             if self._copies is not None:
                 await self._copies.close()
@@ -471,7 +489,8 @@ class _Running:
         if domain.key is None:
             return
         deciders = {
-            cls: Decider(bound.part.function, bound.context) for cls, bound in self._functions("decide").items()
+            cls: Decider(bound.part.function, bound.context, bound.is_async)
+            for cls, bound in self._functions("decide").items()
         }
         commander = Commander(self._service.name, domain.name, deciders, folder, schema, self._bus, self._leases)
         self._commanders[domain.name] = commander
@@ -518,7 +537,7 @@ class _Running:
             cause = Cause(entry.id, meta.correlation or entry.id, "", meta.trace, meta.tracestate)
             correlation.set(cause.correlation)
             context = Context(bus, service, bound.name, entry, cause, Sql(store.fetch))
-            self._say(bound, context, unit, slot_of(entry.key), await _run(bound, (message,), context))
+            self._say(bound, context, unit, slot_of(entry.key), await _run(bound, (message,), context, self._threads))
 
         return Consumer(
             bound.name, _wants(bound), handle, log, store, bus.clock, bodies=not bound.notice,
@@ -569,62 +588,143 @@ class _Running:
         await asyncio.gather(*(consumer.settled() for consumer, tail in self._consumers if tail is self._tails.records))
         await self._relayed()
 
-    async def _relayed(self) -> None:
-        """Wait until all that was said is in its log."""
-        assert self._store is not None
-        while [row for row in self._store.outbox(0, 10_000) if row[2] in self._slots]:
+    async def _relayed(self, *, patient: bool = True) -> None:
+        """Wait until all that was said is in its log.
+
+        Parameters:
+            patient: wait for the things too that were put off because something of them failed.
+        """
+        while self._unsaid(patient):
             self._said.set()
             await self._bus.clock.sleep(0.01)
 
+    def _unsaid(self, patient: bool) -> bool:
+        """Whether something waits in the outbox for this instance."""
+        assert self._store is not None
+        after, mine = 0, set(self._slots)
+        while rows := self._store.outbox(after, 10_000):
+            after = rows[-1][0]
+            if any(row[2] in mine and (patient or _unpack(row[3]).stream not in self._put_off) for row in rows):
+                return True
+        return False
+
     async def _relay(self) -> None:
         """Bring what was said to its log, in order per thing, once however often that is tried; for ever."""
-        pause = 0.0
-        while True:
-            await self._said.wait()
-            self._said.clear()
-            try:
-                well = await self._relay_all()
-            except Unavailable as error:
-                _log.warning("the outbox of %s waits: %s", self._service.name, error)
-                well = False
-            pause = 0.0 if well else min(_LONGEST_PAUSE, pause * 2 or _PAUSE)
-            if not well:
-                await self._bus.clock.sleep(pause)
-                self._said.set()
+        try:
+            while True:
+                await self._due()
+                self._said.clear()
+                try:
+                    await self._relay_all()
+                except Unavailable as error:
+                    _log.warning("the outbox of %s waits: %s", self._service.name, error)
+                    self._look_anew = True
+                    await self._bus.clock.sleep(_REST)
+                    self._said.set()
+        finally:
+            under_way = list(self._under_way.values())
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
 
-    async def _relay_all(self) -> bool:
+    async def _due(self) -> None:
+        """Wait until something was said, or what was put off is due."""
+        due = min((off.due for stream, off in self._put_off.items() if stream not in self._under_way), default=None)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None if due is None else max(0.0, due - self._bus.clock.monotonic())):
+                await self._said.wait()
+
+    async def _relay_all(self) -> None:
+        """Relay what is new; and all from the beginning, where something behind may go on by now."""
         assert self._store is not None
-        after, held_up, mine = 0, set[str](), set(self._slots)
+        await self._strike_out()
+        now, mine = self._bus.clock.monotonic(), set(self._slots)
+        held_up = {stream for stream, off in self._put_off.items() if off.due > now}
+        whole = self._look_anew or len(held_up) < len(self._put_off) or not mine <= self._looked_for
+        held_up |= self._under_way.keys()
+        self._look_anew, met = False, set[str]()
+        after = 0 if whole else self._looked
         while rows := self._store.outbox(after, _AT_ONCE):
             after = rows[-1][0]
             # Of a slot that is gained meanwhile the earlier pages were passed by.
             mine.intersection_update(self._slots)
             streams: dict[str, list[tuple[int, _Said]]] = {}
             for number, _, slot, packed in rows:
-                # What waits behind one that failed may be in a later page.
-                if slot in mine and (said := _unpack(packed)).stream not in held_up:
-                    streams.setdefault(said.stream, []).append((number, said))
-            done = await asyncio.gather(*(self._relay_stream(each) for each in streams.values()))
-            held_up.update(
-                stream for (stream, each), well in zip(streams.items(), done, strict=True) if len(well) < len(each)
-            )
-            numbers = [number for each in done for number in each]
-            if numbers:
-                await self._store.relayed(numbers)
-        return not held_up
+                if slot in mine:
+                    said = _unpack(packed)
+                    met.add(said.stream)
+                    # What waits behind one that failed may be in a later page.
+                    if said.stream not in held_up:
+                        streams.setdefault(said.stream, []).append((number, said))
+            await self._relay_page(streams)
+            held_up |= streams.keys() & (self._under_way.keys() | self._put_off.keys())
+        if whole:
+            # What another instance relayed for a slot that was given away.
+            self._put_off = {stream: off for stream, off in self._put_off.items() if stream in met}
+        self._looked, self._looked_for = after, mine
 
-    async def _relay_stream(self, waiting: list[tuple[int, _Said]]) -> list[int]:
+    async def _relay_page(self, streams: dict[str, list[tuple[int, _Said]]]) -> None:
+        """Each thing by itself: one that takes long, such as one whose instance is stopped, goes on behind."""
+        tasks = []
+        for stream, waiting in streams.items():
+            task = asyncio.get_running_loop().create_task(self._relay_stream(stream, waiting))
+            self._under_way[stream] = task
+            tasks.append(task)
+        if tasks:
+            _, slow = await asyncio.wait(tasks, timeout=_PAUSE)
+            for task in slow:
+                task.add_done_callback(self._went_on)
+        while len(self._under_way) > _MOST_UNDER_WAY:
+            await asyncio.wait(self._under_way.values(), return_when=asyncio.FIRST_COMPLETED)
+        await self._strike_out()
+
+    async def _strike_out(self) -> None:
+        assert self._store is not None
+        numbers, self._stands = self._stands, []
+        if numbers:
+            await self._store.relayed(numbers)
+
+    def _went_on(self, task: asyncio.Task[None]) -> None:
+        # What came behind it meanwhile was passed by.
+        self._look_anew = True
+        self._said.set()
+
+    async def _relay_stream(self, stream: str, waiting: list[tuple[int, _Said]]) -> None:
         """One after the other; what comes behind one that failed waits for it."""
-        done = []
-        for number, said in waiting:
-            try:
-                await self._relay_one(said)
-            except CauceError as error:
-                level = logging.WARNING if isinstance(error, Unavailable) else logging.ERROR
-                _log.log(level, "%s of %s waits in the outbox: %s", said.type, said.stream, error)
-                break
-            done.append(number)
-        return done
+        me = asyncio.current_task()
+        assert me is not None
+        try:
+            for number, said in waiting:
+                try:
+                    await self._relay_one(said)
+                except (Exception, asyncio.CancelledError) as error:
+                    if me.cancelling():
+                        raise
+                    self._delay(said, error)
+                    break
+                self._put_off.pop(stream, None)
+                self._stands.append(number)
+        finally:
+            del self._under_way[stream]
+
+    def _delay(self, said: _Said, error: BaseException) -> None:
+        """Try a thing again later, and leave all others alone."""
+        off = self._put_off.setdefault(said.stream, _PutOff())
+        off.pause = min(_LONGEST_PAUSE, off.pause * 2 or _PAUSE)
+        level, more = logging.WARNING, ""
+        if not isinstance(error, Unavailable):
+            off.failures += 1
+            level = logging.ERROR
+            if off.failures >= ATTEMPTS:
+                off.pause = _HOPELESS_PAUSE
+            if off.failures == ATTEMPTS:
+                level, more = logging.CRITICAL, f" (failed {ATTEMPTS} times, from now on tried once a minute)"
+        off.due = self._bus.clock.monotonic() + off.pause
+        _log.log(
+            level, "%s of %s waits in the outbox of %s%s: %s", said.type, said.stream, self._service.name, more,
+            error if isinstance(error, CauceError) else repr(error),
+            exc_info=error if off.failures in (1, ATTEMPTS) and not isinstance(error, CauceError) else None,
+        )  # fmt: skip
 
     async def _relay_one(self, said: _Said) -> None:
         entry = Entry(0, said.stream, 0, said.type, said.id, said.raw, None, said.body, 0)
@@ -667,7 +767,7 @@ class _Running:
             context = Context(self._bus, self._service.name, name, None, Cause(id, id), Sql(store.fetch))
             unit = Unit(share)
             try:
-                self._say(bound, context, unit, 0, await _run(bound, (), context))
+                self._say(bound, context, unit, 0, await _run(bound, (), context, self._threads))
                 # What was missed is made up for once.
                 unit.timer = name, due + step if due + step > clock.now() else clock.now() + step
                 await store.commit(unit)
@@ -734,7 +834,8 @@ class _Running:
         cause = Cause(ask.id, ask.correlation or ask.id, ask.by, ask.trace, ask.tracestate)
         before = correlation.set(cause.correlation)
         try:
-            answer = await _run(bound, (query,), Context(self._bus, self._service.name, bound.name, None, cause))
+            context = Context(self._bus, self._service.name, bound.name, None, cause)
+            answer = await _run(bound, (query,), context, self._threads)
         finally:
             correlation.reset(before)
         what = f"the answer of {self._service.name}.{bound.name}"
@@ -751,6 +852,17 @@ class _Said(msgspec.Struct, frozen=True, array_like=True):
     id: str
     raw: bytes
     body: bytes
+
+
+class _PutOff(msgspec.Struct):
+    """A thing that the outbox tries again later.
+
+    When by monotonic time, after how many seconds, and how often it failed by somebody's fault.
+    """
+
+    due: float = 0.0
+    pause: float = 0.0
+    failures: int = 0
 
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -776,9 +888,9 @@ def _wants(bound: Bound) -> dict[str, frozenset[str]]:
     return {domain: frozenset(types) for domain, types in wants.items()}
 
 
-async def _run(bound: Bound, told: tuple[Any, ...], context: Context) -> Any:
+async def _run(bound: Bound, told: tuple[Any, ...], context: Context, threads: Threads) -> Any:
     """Call a handler: a plain one in a thread, because it may block."""
     named = {} if bound.context is None else {bound.context: context}
     if bound.is_async:
         return await bound.part.function(*told, **named)
-    return await asyncio.to_thread(bound.part.function, *told, **named)
+    return await threads.run(f"{context.service}.{bound.name}", bound.part.function, *told, **named)

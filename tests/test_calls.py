@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import apsw
 import pytest
@@ -39,9 +39,11 @@ from cauce.backends.sqlite import writer
 from cauce.backends.sqlite.file import folder_of
 from cauce.backends.sqlite.table import Table
 from cauce.backends.sqlite.turnstile import Turnstile
-from cauce.bus import Cause
+from cauce.bus import Bus, Cause
 from cauce.codec import Entry, Meta, seal
+from cauce.fold import Folded
 from cauce.log import Filter, Log
+from cauce.records import Records
 from cauce.testing import VirtualClock
 from shop import users
 from shop.users import RegisterUser, User
@@ -684,6 +686,70 @@ async def test_too_many_at_once_are_told_so_and_those_accepted_are_whole(
         assert len(await entries(bus.facts)) == len(accepted)
 
 
+def waiting_service(seen: list[int], wait: Callable[[Context], Any]) -> Service:
+    """The counters, with an `add` that waits before it decides."""
+    slow = Service("counters", owns=counters)
+    slow.parts += [part for part in service.parts if part.name != "add"]
+
+    async def add(counter: Counter | None, command: Add, ctx: Context) -> Added:
+        value = counter.value if counter else 0
+        seen.append(value)
+        await wait(ctx)
+        return Added(command.name, command.by, value + command.by)
+
+    slow.decide(add)
+    return slow
+
+
+async def test_calls_on_one_thing_whose_decider_waits_are_decided_one_after_the_other(bus_url: str) -> None:
+    seen, at_once, most = list[int](), 0, 0
+
+    async def wait(ctx: Context) -> None:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        await asyncio.sleep(0.005)
+        at_once -= 1
+
+    async with running(waiting_service(seen, wait), bus=bus_url) as bus:
+        receipts = await asyncio.gather(*(bus.call(Add("a")) for _ in range(40)))
+        assert sorted(receipt.version for receipt in receipts) == list(range(1, 41))
+        assert (seen, most) == (list(range(40)), 1)
+        await asyncio.gather(*(bus.call(Add(f"other{n}")) for n in range(5)))
+        assert most > 1, "other things are decided side by side"
+
+
+async def test_a_decider_that_waits_has_its_turn_among_many_that_do_not(bus_url: str) -> None:
+    seen, enough = list[int](), False
+
+    async def wait(ctx: Context) -> None:
+        await asyncio.sleep(0.02)
+
+    async def keep_busy(bus: Bus) -> None:
+        while not enough:
+            await bus.call(SetTo("a", len(seen) % 2 + 1))
+            await bus.call(SetTo("a", 7))
+
+    async with running(waiting_service(seen, wait), bus=bus_url) as bus:
+        others = [asyncio.ensure_future(keep_busy(bus)) for _ in range(3)]
+        await asyncio.gather(*(bus.call(Add("a")) for _ in range(3)))
+        enough = True
+        await asyncio.gather(*others)
+
+
+async def test_a_decider_may_wait_for_another_wish_about_the_same_thing(bus_url: str) -> None:
+    seen, inner = list[int](), list[Receipt]()
+
+    async def wait(ctx: Context) -> None:
+        if len(seen) == 1:
+            inner.append(await ctx.call(Add("a", 10), timeout=5))
+
+    async with running(waiting_service(seen, wait), bus=bus_url) as bus:
+        receipt = await bus.call(Add("a", 1))
+        assert ([each.version for each in inner], receipt.version) == ([1], 2)
+        assert seen == [0, 0, 10]
+
+
 async def test_a_decider_that_waits_is_asked_again_when_the_thing_has_changed_meanwhile(bus_url: str) -> None:
     slow = Service("counters", owns=counters)
     slow.parts += [part for part in service.parts if part.name != "add"]
@@ -725,6 +791,34 @@ async def test_a_burst_on_one_thing_costs_few_records(bus_url: str) -> None:
         await bus.settled()
         assert await bus.record(Counter, "a") == Counter("a", 500)
         assert await bus.records.head() < 50
+
+
+async def test_no_mark_passes_a_record_that_another_flush_is_still_writing(clock: VirtualClock) -> None:
+    puts = list[tuple[str, asyncio.Future[Any]]]()
+
+    class Slow:
+        def put(self, stream: str, version: int, entry: Entry) -> asyncio.Future[Any]:
+            puts.append((stream, asyncio.get_running_loop().create_future()))
+            return puts[-1][1]
+
+    records = Records(cast("Log", Slow()), "counters", clock)
+    records.changed("a", Folded(Counter("a", 1), 1, 1, clock.id()))
+    one = asyncio.ensure_future(records.flush())
+    await asyncio.sleep(0)
+    records.changed("a", Folded(Counter("a", 2), 2, 2, clock.id()))
+    two = asyncio.ensure_future(records.flush())
+    written = 0
+    while not (one.done() and two.done()):
+        await asyncio.sleep(0)
+        # The newest first: the disk may well take what came later before what came earlier.
+        waiting = [(stream, put) for stream, put in puts if not put.done()]
+        if waiting:
+            stream, put = waiting[-1]
+            assert not stream.startswith("_written") or len(waiting) == 1, "a mark passes a record"
+            put.set_result(None)
+            written += 1
+    assert [stream for stream, _ in puts] == ["counters/a", "_written/counters/3"] * 2
+    assert written == 4
 
 
 async def test_a_thing_left_without_its_record_gets_it_at_the_next_start(bus_url: str) -> None:

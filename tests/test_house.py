@@ -30,7 +30,7 @@ FLOORS = (
     ),  # what travels, and its names; no I/O
     ("log", "wire", "conformance"),  # the two seams and their contract
     ("backends.*",),  # what implements them
-    ("fold", "lease", "sql", "bus", "store", "shares", "consumer", "letters"),  # delivery
+    ("fold", "lease", "sql", "threads", "bus", "store", "shares", "consumer", "letters"),  # delivery
     (
         "records",
         "commander",

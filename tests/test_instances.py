@@ -793,6 +793,90 @@ def test_what_run_each_started_ends_when_the_supervisor_was_killed(bus_url: str,
     assert not Path(f"/proc/{child}/stat").exists()
 
 
+def test_run_each_starts_again_what_was_struck_off_and_the_others_go_on(bus_url: str, tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(root / "examples")))}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", "from cauce.cli import main; main()", "run", "shop.users", "--each", "--bus", bus_url],
+        env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert parent.stderr is not None
+
+    def wait_for(what: str) -> None:
+        assert parent.stderr is not None
+        for line in parent.stderr:
+            if what in line:
+                return
+        raise AssertionError(f"it ended without {what!r}")
+
+    try:
+        wait_for("running users")
+        store = apsw.Connection(str(folder_of(Path(bus_url.removeprefix("sqlite:///"))) / "users" / "store.db"))
+        store.set_busy_timeout(5000)
+        store.execute("delete from cauce_instances")
+        store.close()
+        wait_for("ended with 4, and starts again")
+        wait_for("running users")
+        parent.terminate()
+        parent.communicate(timeout=30)
+        assert parent.returncode == 0
+    finally:
+        parent.kill()
+        parent.communicate()
+
+
+HANGING = """
+import threading
+from test_instances import Added, Service, owner
+service = Service("hanging")
+
+@service.on
+def hang(event: Added) -> None:
+    print("hangs", flush=True)
+    threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("end", ["signal", "supervisor"])
+def test_a_process_whose_plain_handler_hangs_ends_all_the_same(end: str, bus_url: str, tmp_path: Path) -> None:
+    (tmp_path / "hanging.py").write_text(HANGING)
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(here.parent), str(here), str(tmp_path)))}
+    each = ["--each"] if end == "supervisor" else []
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from cauce.cli import main; main()", "run", "hanging", "--bus", bus_url, "--drain", "0.5", *each],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    started = ""
+    while "running " not in (line := process.stderr.readline()):
+        started += line
+
+    async def wish() -> None:
+        async with connect(bus_url) as bus:
+            await bus.call(Add("a"))
+
+    asyncio.run(wish())
+    lines = [process.stdout.readline()]
+    if end == "signal":
+        process.terminate()
+        _, errors = process.communicate(timeout=20)
+        assert process.returncode == 0
+    else:
+        children = [int(line.rpartition(" ")[2]) for line in started.splitlines() if " runs in process " in line]
+        process.kill()
+        # The end of the file comes when all who write there are gone.
+        _, errors = process.communicate(timeout=20)
+        assert children
+        until = time.monotonic() + 20
+        while left := [child for child in children if Path(f"/proc/{child}/stat").exists()]:
+            assert time.monotonic() < until, left
+            time.sleep(0.05)
+    assert lines == ["hangs\n"]
+    assert "hanging.hang hangs in its thread" in errors
+
+
 SPEAKING = """
 import logging
 from test_instances import Add, Added, Service, owner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Callable
 from itertools import pairwise
@@ -27,9 +28,11 @@ from cauce import (
     Service,
     connect,
     running,
+    runtime,
 )
 from cauce.accept import slot_of
 from cauce.backends.sqlite.file import folder_of
+from cauce.bus import correlation
 from cauce.codec import Entry, Meta, seal
 from cauce.log import Log
 from cauce.testing import VirtualClock
@@ -211,6 +214,58 @@ async def test_a_plain_reaction_may_block_without_holding_up_the_others(bus_url:
         await until(lambda: seen == ["a"], bus)
         gate.set()
         await bus.settled()
+
+
+async def test_plain_reactions_that_hang_hold_up_neither_other_services_nor_the_threads_of_the_program(
+    bus_url: str,
+) -> None:
+    import threading
+
+    gate, hanging, seen = threading.Event(), list[str](), list[str]()
+    threads = os.cpu_count() or 1
+    stuck, well = Service("stuck"), Service("well")
+
+    def make(number: int) -> Callable[[Grown], None]:
+        def hang(event: Grown) -> None:
+            hanging.append(event.name)
+            gate.wait()
+
+        hang.__name__ = f"hang{number}"
+        return hang
+
+    for number in range(threads + 8):
+        stuck.on(make(number))
+
+    @well.on
+    def see(event: Grown) -> None:
+        seen.append(event.name)
+
+    try:
+        async with running(owner, stuck, well, bus=bus_url, drain=0.1) as bus:
+            await bus.call(Grow("a"))
+            await until(lambda: len(hanging) == min(32, threads + 8), bus)
+            await until(lambda: seen == ["a"], bus)
+            async with asyncio.timeout(10):
+                assert await asyncio.to_thread(lambda: 1) == 1
+    finally:
+        gate.set()
+
+
+async def test_a_plain_reaction_runs_in_the_context_of_its_message_and_threads_are_used_again(bus_url: str) -> None:
+    import threading
+
+    seen = list[tuple[str, str]]()
+
+    def see(event: Grown, ctx: Context) -> None:
+        assert correlation.get() == ctx.correlation
+        seen.append((threading.current_thread().name, str(threading.get_ident())))
+
+    async with running(owner, writers(see=see), bus=bus_url) as bus:
+        for n in range(5):
+            await bus.call(Grow("a"))
+            await until(lambda n=n: len(seen) > n, bus)  # type: ignore[misc]
+            await bus.settled()
+        assert len(set(seen)) == 1
 
 
 async def test_a_reaction_told_only_the_key_fetches_what_is_at_least_as_new(bus_url: str) -> None:
@@ -787,6 +842,90 @@ async def test_facts_of_reactions_and_of_calls_on_one_thing_are_decided_on_what_
             for n, fact in enumerate((fact for fact in facts if fact.type == "Written"), 1)
         ]
         assert await bus.record(Letter, "shared") == await bus.fetch(Letter, "shared") == Letter("shared", 50)
+
+
+def recorders(tries: list[str], broken: list[str]) -> Service:
+    """A service that records letters, and fails on those that are broken."""
+    service = Service("letters", owns=letters)
+
+    @service.evolve
+    def written(letter: Letter | None, event: Written) -> Letter:
+        tries.append(event.name)
+        if event.name in broken:
+            raise KeyError(event.name)
+        return Letter(event.name, event.pages)
+
+    @service.on
+    async def copies(event: Grown) -> Written:
+        return Written(event.name, event.n)
+
+    return service
+
+
+def test_an_event_that_evolve_fails_on_holds_up_no_other_thing_nor_the_end_and_stops_no_service(
+    virtual: Run,
+    clock: VirtualClock,
+    bus_url: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tries, broken = list[str](), ["bad"]
+    monkeypatch.setattr(runtime, "_LONGEST_PAUSE", 2.0)
+    monkeypatch.setattr(runtime, "_HOPELESS_PAUSE", 10.0)
+
+    async def main() -> None:
+        async with running(owner, recorders(tries, broken), bus=bus_url, clock=clock) as bus:
+            await bus.call(Grow("bad"))
+            await bus.call(Grow("bad"))
+            for n in range(8):
+                at = clock.monotonic()
+                await bus.call(Grow(f"good{n}"))
+                await until(lambda n=n: f"good{n}" in tries, bus)  # type: ignore[misc]
+                assert clock.monotonic() - at < 1, "it waited for the bad one"
+                await clock.sleep(3)
+            assert tries.count("bad") == 12, "within 20 s"
+            await clock.sleep(22)
+            assert tries.count("bad") == 14, "then rarely"
+            assert not bus.failed.done()
+            at = clock.monotonic()
+        assert clock.monotonic() - at < 2
+        assert [record.levelname for record in caplog.records].count("CRITICAL") == 1
+        broken.clear()
+        async with running(owner, recorders(tries, broken), bus=bus_url, clock=clock) as bus:
+            await bus.settled()
+            assert await bus.record(Letter, "bad") == Letter("bad", 2)
+            assert [fact.version for fact in await entries(bus.facts, "letters") if fact.key == "bad"] == [1, 2]
+
+    virtual(main)
+
+
+async def test_an_event_that_takes_long_to_be_recorded_holds_up_no_other_thing_and_keeps_its_order(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cauce.runtime import _Running
+
+    gate, relay, came, tries = asyncio.Event(), _Running._relay_one, list[str](), list[str]()
+
+    async def slow(self: _Running, said: Any) -> None:
+        came.append(said.stream)
+        if said.stream == "letters/slow":
+            await gate.wait()
+        await relay(self, said)
+
+    monkeypatch.setattr(_Running, "_relay_one", slow)
+    async with running(owner, recorders(tries, []), bus=bus_url) as bus:
+        await bus.call(Grow("slow"))
+        await until(lambda: came == ["letters/slow"], bus)
+        await bus.call(Grow("slow"))
+        for n in range(3):
+            await bus.call(Grow(f"good{n}"))
+            await until(lambda n=n: f"good{n}" in tries, bus)  # type: ignore[misc]
+        assert came.count("letters/slow") == 1
+        gate.set()
+        await bus.settled()
+        assert came.count("letters/slow") == 2
+        pages = [fact.body for fact in await entries(bus.facts, "letters") if fact.key == "slow"]
+        assert [b'"pages":%d' % n in (body or b"") for n, body in enumerate(pages, 1)] == [True, True]
 
 
 def test_a_foreign_event_that_a_reaction_returns_is_not_recorded_nor_what_it_returned_beside_it(

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import click
 
 from cauce.cli.text import one_line, print_json
-from cauce.errors import CauceError, Damaged, Rejected, Unavailable
+from cauce.errors import CauceError, Damaged, Fenced, Rejected, Unavailable
 
 __all__ = ["DAMAGED", "INTERRUPTED", "NO_ROOM", "UNREAD", "ending", "exit_code", "no_room", "quietly"]
 
@@ -30,7 +30,8 @@ def exit_code(error: CauceError) -> int:
     """By what the caller can do about it: ask differently, live with it, wait, or restore a backup."""
     if isinstance(error, Rejected):
         return REJECTED
-    if isinstance(error, Unavailable):
+    if isinstance(error, (Unavailable, Fenced)):
+        # Who was fenced has only to start again: then it claims anew.
         return UNAVAILABLE
     return DAMAGED if isinstance(error, Damaged) else REFUSED
 

@@ -25,6 +25,7 @@ from cauce.cli.text import one_line
 from cauce.errors import Refused
 from cauce.runtime import DEFAULT_BUS, running
 from cauce.service import Service
+from cauce.threads import at_work
 
 __all__ = ["find", "run"]
 
@@ -68,6 +69,10 @@ def run(ctx: click.Context, names: tuple[str, ...], bus: str, drain: float, each
     if each:
         ctx.exit(asyncio.run(run_each(list(found.values()), bus, drain, with_parent=with_parent)))
     asyncio.run(_run(list(found), bus, drain, with_parent))
+    if at_work():
+        # What hangs was told of. It must not run on into the end of the interpreter.
+        logging.shutdown()
+        os._exit(0)
 
 
 class _Harmless(logging.Formatter):

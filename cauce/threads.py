@@ -1,0 +1,110 @@
+"""Threads for plain handlers, which may hang: neither other services nor the end of the process wait for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from queue import Empty, SimpleQueue
+from typing import Any, ParamSpec, TypeVar
+
+__all__ = ["Threads", "at_work"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Job = tuple[Future[Any], Callable[[], Any]]
+
+
+class Threads(Executor):
+    """Daemon threads, started when they are needed; `ThreadPoolExecutor` would be joined at the end of the process.
+
+    Parameters:
+        most: how many functions run at once; what comes beyond waits.
+    """
+
+    def __init__(self, most: int = 32) -> None:
+        self._most = most
+        self._jobs = SimpleQueue[Job | None]()
+        self._idle = threading.Semaphore(0)
+        self._starting = threading.Lock()
+        self._workers: list[_Worker] = []
+        self._closed = False
+
+    async def run(self, name: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """What the function returns, called in a thread with the context of the caller.
+
+        Parameters:
+            name: by which `at_work` tells of it.
+        """
+        call = functools.partial(contextvars.copy_context().run, function, *arguments, **named)
+        return await asyncio.get_running_loop().run_in_executor(self, _as, name, call)
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future = Future[T]()
+        with self._starting:
+            if self._closed:
+                raise RuntimeError("these threads are closed")
+            self._jobs.put((future, functools.partial(fn, *args, **kwargs)))
+            if not self._idle.acquire(blocking=False) and len(self._workers) < self._most:
+                worker = _Worker(self._jobs, self._idle)
+                self._workers.append(worker)
+                worker.start()
+        return future
+
+    @property
+    def at_work(self) -> list[str]:
+        """The names of what runs in these threads now."""
+        return sorted(worker.at_work for worker in self._workers if worker.at_work)
+
+    def shutdown(self, wait: bool = False, *, cancel_futures: bool = False) -> None:
+        """Let each thread end when it has nothing to do; waits for none."""
+        with self._starting:
+            self._closed = True
+            for _ in self._workers:
+                self._jobs.put(None)
+
+
+def at_work() -> list[str]:
+    """The names of what runs in any such thread of this process now."""
+    return sorted(each.at_work for each in threading.enumerate() if isinstance(each, _Worker) and each.at_work)
+
+
+class _Worker(threading.Thread):
+    def __init__(self, jobs: SimpleQueue[Job | None], idle: threading.Semaphore) -> None:
+        super().__init__(name="cauce handler", daemon=True)
+        self._jobs, self._free = jobs, idle
+        self.at_work = ""
+
+    def run(self) -> None:
+        while (job := self._next()) is not None:
+            future, call = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    result = call()
+                except BaseException as error:
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
+                    del result
+            # What an idle thread remembers would live as long as it.
+            del job, future, call
+
+    def _next(self) -> Job | None:
+        try:
+            return self._jobs.get_nowait()
+        except Empty:
+            self._free.release()
+            return self._jobs.get()
+
+
+def _as(name: str, call: Callable[[], T]) -> T:
+    worker = threading.current_thread()
+    assert isinstance(worker, _Worker)
+    worker.at_work = name
+    try:
+        return call()
+    finally:
+        worker.at_work = ""
