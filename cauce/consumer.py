@@ -19,7 +19,7 @@ from cauce.accept import slot_of
 from cauce.clock import Clock
 from cauce.codec import Entry, to_cloudevent
 from cauce.errors import Damaged, Unavailable
-from cauce.log import Filter, Log
+from cauce.log import Filter, Log, filter_of
 from cauce.store import BadStatement, Share, Store, Unit, Waiting
 
 __all__ = ["Consumer", "Handle", "Tail"]
@@ -257,7 +257,7 @@ class Consumer:
 
     async def _read(self, group: set[_Lane], tail: Tail) -> None:
         """Read for a group, which lanes may leave meanwhile: the full ones to read alone, others with their slot."""
-        wanted = filter_of([self])
+        wanted = filter_of([self.wants])
         try:
             while group:
                 await self._part(group)
@@ -318,7 +318,7 @@ class Consumer:
     async def settled(self) -> None:
         """Wait until it has passed the head as it is now. Raises what stopped it."""
         head = await self._log.head()
-        wanted = filter_of([self])
+        wanted = filter_of([self.wants])
         while not self.passed(head):
             if self.failed.done():
                 await self.failed
@@ -571,13 +571,6 @@ class Consumer:
         return page.entries[0]
 
 
-def filter_of(consumers: Sequence[Consumer]) -> Filter:
-    """What these want, and perhaps more."""
-    wants = [each for consumer in consumers for each in consumer.wants.items()]
-    types = frozenset[str]().union(*(types for _, types in wants)) if all(types for _, types in wants) else frozenset()
-    return Filter(domains=frozenset(domain for domain, _ in wants), types=types)
-
-
 class Tail:
     """Reads one log once, from where it ends now, for all consumers in this process that are that far."""
 
@@ -594,7 +587,7 @@ class Tail:
         """Read and hand out, for ever."""
         consumers = self.consumers
         table: dict[tuple[str, str], list[Consumer]] = {}
-        wanted = filter_of(consumers)
+        wanted = filter_of(each.wants for each in consumers)
         bodies = any(consumer.bodies for consumer in consumers)
         while True:
             try:

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from cauce.bus import After, Receipt
 from cauce.clock import Clock
-from cauce.derived import Derived, feed, filter_of
+from cauce.derived import Derived, feed
 from cauce.derived_file import Lock
 from cauce.errors import Damaged, Refused, Unavailable
-from cauce.log import Log, Page
+from cauce.log import Log, Page, filter_of
 from cauce.messages import Copy
 from cauce.replica import Replica
 from cauce.sql import Row
@@ -65,7 +65,7 @@ class _Feed:
                 task.cancel()
 
     async def _read(self, head: int) -> None:
-        wanted = filter_of(self._many)
+        wanted = filter_of(each.wants for each in self._many)
         while True:
             # What was there before is looked through page by page, and tells after each how far that is.
             wait = _WAIT if self._looked >= head else 0.0

@@ -18,10 +18,10 @@ from cauce.clock import Clock
 from cauce.codec import Entry
 from cauce.derived_file import DerivedFile, Files, Lock, Reading, Stamp, Unusable, in_thread
 from cauce.errors import Busy, Damaged, Unavailable
-from cauce.log import Filter, Log
+from cauce.log import Log, filter_of
 from cauce.sql import Fetch
 
-__all__ = ["Derived", "Failed", "Shape", "Told", "feed", "filter_of", "schema_of"]
+__all__ = ["Derived", "Failed", "Shape", "Told", "feed", "schema_of"]
 
 _log = logging.getLogger("cauce")
 _BATCH = 20_000
@@ -213,7 +213,7 @@ class Derived:
 
     async def _nothing(self, after: int) -> int:
         """How far after a position there is nothing that it wants."""
-        page = await self._log.read(filter_of([self]), after=after, limit=1, bodies=False)
+        page = await self._log.read(filter_of([self.wants]), after=after, limit=1, bodies=False)
         return after if page.entries else page.looked
 
     # ------------------------------------------------------------------------------------------------------- a life
@@ -481,7 +481,7 @@ class Derived:
         self._in_hand = []
         try:
             while (looked := self._committed) < self._gap:
-                page = await self._log.read(filter_of([self]), after=looked, limit=_PAGE)
+                page = await self._log.read(filter_of([self.wants]), after=looked, limit=_PAGE)
                 self._in_hand = [entry for entry in page.entries if self.has(entry) and entry.position <= self._gap]
                 looked = min(page.looked, self._gap)
                 while self._in_hand:
@@ -568,7 +568,7 @@ async def feed(log: Log, many: Sequence[Derived], clock: Clock, told: Told = _qu
     looked, entries = min((each.after for each in many), default=0), 0
     for each in many:
         each.start()
-    wanted, head = filter_of(many), await log.head()
+    wanted, head = filter_of(each.wants for each in many), await log.head()
     exact = len(many) == 1 and len(many[0].wants) == 1
     while looked < head:
         try:
@@ -591,13 +591,6 @@ async def feed(log: Log, many: Sequence[Derived], clock: Clock, told: Told = _qu
 def schema_of(entry: Entry) -> int:
     """The schema version of a body. Most envelopes do not name it, and need not be decoded for it."""
     return entry.meta.schema if b'"schema":' in entry.raw else 1
-
-
-def filter_of(many: Sequence[Derived]) -> Filter:
-    """What these want, and perhaps more."""
-    wants = [each for one in many for each in one.wants.items()]
-    types = frozenset[str]().union(*(types for _, types in wants)) if all(types for _, types in wants) else frozenset()
-    return Filter(domains=frozenset(domain for domain, _ in wants), types=types)
 
 
 def _seen(failed: asyncio.Future[None]) -> None:

@@ -6,14 +6,14 @@ The words here are the contract; `cauce.conformance` is the same contract as cod
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
 
 from cauce.codec import Entry
 
-__all__ = ["EVERYTHING", "Appended", "Claim", "Filter", "Log", "Page"]
+__all__ = ["EVERYTHING", "Appended", "Claim", "Filter", "Log", "Page", "filter_of"]
 
 
 class Appended(msgspec.Struct, frozen=True, gc=False):
@@ -34,6 +34,13 @@ class Filter(msgspec.Struct, frozen=True):
 
 
 EVERYTHING = Filter()
+
+
+def filter_of(wants: Iterable[Mapping[str, frozenset[str]]]) -> Filter:
+    """What many readers want, each its types by domain (none means all), and perhaps more."""
+    pairs = [each for one in wants for each in one.items()]
+    types = frozenset[str]().union(*(types for _, types in pairs)) if all(types for _, types in pairs) else frozenset()
+    return Filter(domains=frozenset(domain for domain, _ in pairs), types=types)
 
 
 class Page(msgspec.Struct, frozen=True):

@@ -40,7 +40,6 @@ DEFAULT_BUS = "sqlite:///.cauce/bus.db"
 
 _log = logging.getLogger("cauce")
 _encode = msgspec.json.Encoder().encode
-_LEAD = "lead"
 _AT_ONCE = 500
 _PAUSE = 0.25
 _LONGEST_PAUSE = 30.0
@@ -342,13 +341,13 @@ class _Running:
 
     async def _hold(self, shares: Sequence[Share]) -> None:
         """Begin to work on what was taken."""
-        by_slot: dict[int, Share | None] = {int(share.name[5:]): share for share in shares if share.name != _LEAD}
+        by_slot: dict[int, Share | None] = {share.slot: share for share in shares if share.slot is not None}
         if by_slot:
             for consumer, tail in self._consumers:
                 await consumer.hold(tail, by_slot)
             self._said.set()
         for share in shares:
-            if share.name == _LEAD:
+            if share.slot is None:
                 self._leading = [
                     asyncio.get_running_loop().create_task(self._interval(bound, share)) for bound in self._of("every")
                 ]
@@ -365,7 +364,7 @@ class _Running:
             await self._announce("running")
         for commander in self._commanders.values():
             await commander.let_go(slots, self._drain)
-        if any(share.name == _LEAD for share in shares):
+        if any(share.slot is None for share in shares):
             await self._stop_leading()
         assert self._store is not None
         await self._store.flush()
@@ -870,7 +869,7 @@ _unpack = msgspec.msgpack.Decoder(_Said).decode
 
 
 def _slots_of(shares: Iterable[Share]) -> list[int]:
-    return [int(share.name.partition("/")[2]) for share in shares if share.name != _LEAD]
+    return [share.slot for share in shares if share.slot is not None]
 
 
 def _is_record(bound: Bound) -> bool:

@@ -164,7 +164,7 @@ class Shares:
             await self._give_on()
         if self._gaining:
             await self._gain_on()
-        mine = [share for name, share in self.held.items() if name != LEAD]
+        mine = [share for share in self.held.values() if share.slot is not None]
         free = [name for name in _NAMES if standing.holders.get(name, "") not in standing.instances]
         self._is_settled = not free and len(mine) <= fair
         if len(mine) > fair:

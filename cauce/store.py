@@ -98,6 +98,12 @@ class Share(msgspec.Struct, frozen=True):
     clean: bool
     before: str
 
+    @property
+    def slot(self) -> int | None:
+        """Its number; None for what is no slot."""
+        number = self.name.partition("/")[2]
+        return int(number) if number else None
+
 
 class Standing(msgspec.Struct, frozen=True):
     """What the store knows: beats by instance, holders by name. `touched`: another process has written since."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 import msgspec
@@ -18,6 +20,21 @@ from cauce.letters import discard as give_up
 from cauce.letters import retry as try_again
 
 __all__ = ["dead"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _one(command: F) -> F:
+    """The arguments that name one dead letter, and the options of all."""
+    for each in (
+        as_json,
+        bus,
+        click.argument("position", type=int),
+        click.argument("consumer"),
+        click.argument("service"),
+    ):
+        command = each(command)
+    return command
 
 
 @click.group()
@@ -43,11 +60,7 @@ def list_(service: str, url: str, as_json: bool) -> None:
 
 
 @dead.command()
-@click.argument("service")
-@click.argument("consumer")
-@click.argument("position", type=int)
-@bus
-@as_json
+@_one
 def show(service: str, consumer: str, position: int, url: str, as_json: bool) -> None:
     """One dead letter, with the message as it came, and the traceback."""
     letter = _find(url, service, consumer, position)
@@ -61,11 +74,7 @@ def show(service: str, consumer: str, position: int, url: str, as_json: bool) ->
 
 
 @dead.command()
-@click.argument("service")
-@click.argument("consumer")
-@click.argument("position", type=int)
-@bus
-@as_json
+@_one
 def retry(service: str, consumer: str, position: int, url: str, as_json: bool) -> None:
     """Try it again, as if for the first time; then the later ones of its thing."""
     letter = _find(url, service, consumer, position)
@@ -74,11 +83,7 @@ def retry(service: str, consumer: str, position: int, url: str, as_json: bool) -
 
 
 @dead.command()
-@click.argument("service")
-@click.argument("consumer")
-@click.argument("position", type=int)
-@bus
-@as_json
+@_one
 def discard(service: str, consumer: str, position: int, url: str, as_json: bool) -> None:
     """Give it up: this consumer goes on with the later ones of its thing. The message stays in its log."""
     letter = _find(url, service, consumer, position)
