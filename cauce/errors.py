@@ -16,12 +16,14 @@ __all__ = [
     "IdReused",
     "NoAnswer",
     "NotOwner",
+    "NotPermitted",
     "OutcomeUnknown",
     "Overloaded",
     "Refused",
     "Rejected",
     "StorageFull",
     "Unavailable",
+    "Unreachable",
     "Unreadable",
 ]
 
@@ -45,6 +47,10 @@ class Rejected(CauceError):
 
 class NotOwner(CauceError):
     """Another service owns this domain: ask it (`call`, `send`) instead of recording its facts."""
+
+
+class NotPermitted(CauceError):
+    """The backend's own permissions do not allow this, and nothing was written: grant what the message names."""
 
 
 class Fenced(CauceError):
@@ -101,6 +107,10 @@ class Overloaded(Unavailable):
 
 class StorageFull(Unavailable):
     """The disk took no more, nothing was written: make room, then try again."""
+
+
+class Unreachable(Unavailable):
+    """The server of the bus cannot be reached, and nothing was written: it is tried again by itself."""
 
 
 class Held(Busy):

@@ -11,9 +11,11 @@ from typing import Protocol
 
 import msgspec
 
+from cauce.accept import APPEND_ENTRIES, ENTRY_BYTES
 from cauce.codec import Entry
+from cauce.errors import Refused
 
-__all__ = ["EVERYTHING", "Appended", "Claim", "Filter", "Log", "Page", "filter_of"]
+__all__ = ["EVERYTHING", "Appended", "Claim", "Filter", "Log", "Page", "check_append", "check_put", "filter_of"]
 
 
 class Appended(msgspec.Struct, frozen=True, gc=False):
@@ -66,9 +68,10 @@ class Log(Protocol):
     """An ordered sequence of entries, the same for every reader, for ever.
 
     Positions are whole numbers from 1 that fit 64 bits; they rise, and may have holes. The versions of a stream count
-    1, 2, 3 without holes. What may raise: `Refused`, `Conflict`, `Fenced`, `IdReused`, `Busy`, `Overloaded`,
-    `StorageFull`, `Damaged`, be it the call or the future that it returns; after each of them nothing was written, and
-    the next append works. What is acknowledged is read at once, through every handle.
+    1, 2, 3 without holes. What may raise: `Refused`, `Conflict`, `Fenced`, `IdReused`, `NotPermitted`, `Busy`,
+    `Overloaded`, `Unreachable`, `StorageFull`, `Damaged`, be it the call or the future that it returns; after each of
+    them nothing was written, and the next append works. Where a server went away before it answered, `OutcomeUnknown`:
+    append again with `repeat`. What is acknowledged is read at once, through every handle.
 
     A log keeps all, and is appended to, or the last of each stream, and is put to: the other is `Refused`.
     """
@@ -147,3 +150,35 @@ class Log(Protocol):
     async def head(self) -> int:
         """The last position, 0 in an empty log."""
         ...
+
+
+def check_append(stream: str, entries: Sequence[Entry]) -> int:
+    """How many bytes an append has. Raises `Refused` for what no log takes, whatever names and ids it bears."""
+    if not 0 < len(entries) <= APPEND_ENTRIES:
+        raise Refused(f"an append to {stream} of {len(entries)} entries: 1 to {APPEND_ENTRIES} are taken at once")
+    size = 0
+    for entry in entries:
+        size += _size(stream, entry)
+    return size
+
+
+def check_put(stream: str, version: int, entry: Entry) -> int:
+    """How many bytes a put has. Raises `Refused` for what no log takes, whatever names and id it bears."""
+    if not 0 < version < 2**63:
+        raise Refused(
+            f"{stream} cannot be put at version {version}: versions are whole numbers from 1 that fit 64 bits"
+        )
+    return _size(stream, entry)
+
+
+def _size(stream: str, entry: Entry) -> int:
+    if entry.stream != stream or entry.body is None:
+        raise Refused(
+            f"an entry for {entry.stream!r}, or one read without its body, cannot be written to {stream!r}: seal it for that stream"
+        )
+    size = len(entry.body) + len(entry.raw) + (0 if entry.wish is None else len(entry.wish))
+    if size > ENTRY_BYTES:
+        raise Refused(
+            f"an entry for {stream} of {size:,} bytes: at most {ENTRY_BYTES:,}, so keep large things elsewhere"
+        )
+    return size

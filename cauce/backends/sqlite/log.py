@@ -10,14 +10,14 @@ from typing import Any
 
 import apsw
 
-from cauce.accept import APPEND_ENTRIES, ENTRY_BYTES, check_key, check_stream, slot_of
+from cauce.accept import check_key, check_stream, slot_of
 from cauce.backends.sqlite.chain import Chain
 from cauce.backends.sqlite.file import translate
 from cauce.backends.sqlite.table import Table
 from cauce.backends.sqlite.writer import Writer
 from cauce.codec import Entry
 from cauce.errors import Damaged, Refused
-from cauce.log import EVERYTHING, Appended, Claim, Filter, Page
+from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_put
 
 __all__ = ["Reader", "SQLiteLog"]
 
@@ -107,23 +107,16 @@ class SQLiteLog:
         fence: Claim | None = None,
         repeat: bool = False,
     ) -> asyncio.Future[Appended]:
-        if not 0 < len(entries) <= APPEND_ENTRIES:
-            raise Refused(f"an append to {stream} of {len(entries)} entries: 1 to {APPEND_ENTRIES} are taken at once")
         if self._table.last:
             raise Refused(f"{self._table.name} keeps only the last of each stream: put there, do not append")
-        size = 0
-        for entry in entries:
-            size += _size(stream, entry) + _OVERHEAD
+        size = check_append(stream, entries) + _OVERHEAD * len(entries)
         return self._writer.submit(self._table.append, stream, entries, expect, fence, repeat, size=size)
 
     def put(self, stream: str, version: int, entry: Entry) -> asyncio.Future[Appended]:
         if not self._table.last:
             raise Refused(f"{self._table.name} keeps all of each stream: append there, do not put")
-        if not 0 < version < 2**63:
-            raise Refused(
-                f"{stream} cannot be put at version {version}: versions are whole numbers from 1 that fit 64 bits"
-            )
-        return self._writer.submit(self._table.put, stream, version, entry, size=_size(stream, entry))
+        size = check_put(stream, version, entry)
+        return self._writer.submit(self._table.put, stream, version, entry, size=size)
 
     async def read(
         self, filter: Filter = EVERYTHING, *, after: int = 0, limit: int = 1000, wait: float = 0.0, bodies: bool = True
@@ -273,19 +266,6 @@ class SQLiteLog:
                 query, values
             )
         ]
-
-
-def _size(stream: str, entry: Entry) -> int:
-    if entry.stream != stream or entry.body is None:
-        raise Refused(
-            f"an entry for {entry.stream!r}, or one read without its body, cannot be written to {stream!r}: seal it for that stream"
-        )
-    size = len(entry.body) + len(entry.raw) + (0 if entry.wish is None else len(entry.wish))
-    if size > ENTRY_BYTES:
-        raise Refused(
-            f"an entry for {stream} of {size:,} bytes: at most {ENTRY_BYTES:,}, so keep large things elsewhere"
-        )
-    return size
 
 
 def _done(future: asyncio.Future[None]) -> None:
