@@ -25,6 +25,7 @@ from cauce.messages import Command, Domain, Event, Message, Notice, Record, decl
 from cauce.schema import Schema, encode
 from cauce.service import ATTEMPTS, Bound, Service, bind
 from cauce.sql import Store as Sql
+from cauce.store import Share, Store, Stores, Unit
 from cauce.threads import Threads
 from cauce.wire import Instance, State
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from cauce.consumer import Consumer, Tail
     from cauce.copies import Copies
     from cauce.shares import Shares
-    from cauce.store import Share, Store, Unit
 
 __all__ = ["DEFAULT_BUS", "connect", "running"]
 
@@ -89,7 +89,7 @@ async def running(
         face = _bus(backend, clock)
         tasks = _Tasks(face.failed)
         tails = Tails(face)
-        each = [_Running(service, parts, backend, face, tasks, tails, drain) for service, parts in bounds]
+        each = [_Running(service, parts, backend.stores, face, tasks, tails, drain) for service, parts in bounds]
         stack.push_async_callback(_stop, each, tasks, drain)
         # Each step for all, before the next for any: nobody owns half of what it says, or reacts before others answer.
         for step in (_Running.look, _Running.open, _Running.own, _Running.copy, _Running.join, _Running.serve):
@@ -191,16 +191,16 @@ class _Running:
         self,
         service: Service,
         parts: list[Bound],
-        backend: Backend,
+        stores: Stores,
         bus: Bus,
         tasks: _Tasks,
         tails: Tails,
         drain: float,
     ) -> None:
-        self._service, self._parts, self._backend, self._bus, self._drain = service, parts, backend, bus, drain
+        self._service, self._parts, self._stores, self._bus, self._drain = service, parts, stores, bus, drain
         self._tasks, self._tails = tasks, tails
         self._owner = identity(service.name, bus.clock)
-        self._leases = Leases(backend.facts, self._owner, bus.clock)
+        self._leases = Leases(bus.facts, self._owner, bus.clock)
         self._commanders: dict[str, Commander] = {}
         self._folders: dict[str, Folder] = {}
         self._schemas: dict[str, Schema] = {}
@@ -231,16 +231,16 @@ class _Running:
         if any(bound.part.kind in ("view", "replica") for bound in self._parts):
             from cauce.copying import copies_of
 
-            self._copies = copies_of(self._service, self._parts, self._backend.store(self._service.name), self._bus)
+            self._copies = copies_of(self._service, self._parts, self._stores.folder(self._service.name), self._bus)
 
     async def open(self) -> None:
         """Open the store, and prepare all that this instance may be given to do."""
         from cauce.shares import Shares
-        from cauce.store import Store
 
         bus, name = self._bus, self._service.name
-        self._store = store = await Store.open(self._backend.store(name), name, bus.clock, self._service.schema)
-        await keep(bus.facts, name, store.id, f"{name}/{store.path.name}", store.is_fresh, bus.clock)
+        keeps = bool(self._service.schema or self._copies is not None)
+        self._store = store = await self._stores.open(name, self._service.schema, keeps=keeps)
+        await keep(bus.facts, name, store.id, store.place, store.is_fresh, bus.clock)
         self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose)
         shares.touched = self._touched
         for domain in self._service.owns:
@@ -380,11 +380,11 @@ class _Running:
         if undo is not None:
             undo()
 
-    def _touched(self) -> None:
+    async def _touched(self) -> None:
         """Another process has changed the store: perhaps somebody decided about a dead letter."""
-        for consumer, _ in self._consumers:
-            consumer.reload()
         self._said.set()
+        for consumer, _ in self._consumers:
+            await consumer.reload()
 
     # ------------------------------------------------------------------------------------------------------- stopping
 
@@ -593,15 +593,15 @@ class _Running:
         Parameters:
             patient: wait for the things too that were put off because something of them failed.
         """
-        while self._unsaid(patient):
+        while await self._unsaid(patient):
             self._said.set()
             await self._bus.clock.sleep(0.01)
 
-    def _unsaid(self, patient: bool) -> bool:
+    async def _unsaid(self, patient: bool) -> bool:
         """Whether something waits in the outbox for this instance."""
         assert self._store is not None
         after, mine = 0, set(self._slots)
-        while rows := self._store.outbox(after, 10_000):
+        while rows := await self._store.outbox(after, 10_000):
             after = rows[-1][0]
             if any(row[2] in mine and (patient or _unpack(row[3]).stream not in self._put_off) for row in rows):
                 return True
@@ -643,7 +643,7 @@ class _Running:
         held_up |= self._under_way.keys()
         self._look_anew, met = False, set[str]()
         after = 0 if whole else self._looked
-        while rows := self._store.outbox(after, _AT_ONCE):
+        while rows := await self._store.outbox(after, _AT_ONCE):
             after = rows[-1][0]
             # Of a slot that is gained meanwhile the earlier pages were passed by.
             mine.intersection_update(self._slots)
@@ -749,11 +749,9 @@ class _Running:
 
     async def _interval(self, bound: Bound, share: Share) -> None:
         """Run a function every so often, for ever; when it is due is kept in the store."""
-        from cauce.store import Unit
-
         assert self._store is not None
         clock, store, name, step = self._bus.clock, self._store, bound.name, round(bound.part.seconds * 1_000_000)
-        due = store.timer(name)
+        due = await store.timer(name)
         if not due:
             due = clock.now() + step
             unit = Unit(share)

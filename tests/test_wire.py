@@ -883,8 +883,10 @@ async def test_what_is_asked_when_the_owner_ends_in_good_order_is_answered_or_kn
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def told(url: str, *arguments: str) -> str:
-    result = CliRunner().invoke(main, ["services", "--bus", url, *arguments], catch_exceptions=False)
+async def told(url: str, *arguments: str) -> str:
+    command = ["services", "--bus", url, *arguments]
+    # The command has a loop of its own.
+    result = await asyncio.to_thread(CliRunner().invoke, main, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -893,23 +895,23 @@ async def test_services_says_who_runs_in_all_processes(
     shop: Callable[[], Coroutine[Any, Any, Peer]], bus_url: str
 ) -> None:
     there = await shop()
-    (line,) = told(bus_url).splitlines()
+    (line,) = (await told(bus_url)).splitlines()
     assert line.split()[:6] == ["users", "running", "process", str(there.process.pid), "users", "0-15"]
     assert " since 20" in line
     assert line.endswith(" s ago")
-    (found,) = json.loads(told(bus_url, "--json"))["services"]
+    (found,) = json.loads(await told(bus_url, "--json"))["services"]
     assert (found["service"], found["state"], found["pid"]) == ("users", "running", there.process.pid)
     assert found["addresses"] == ["users", *(f"users/{slot}" for slot in range(SLOTS))]
     assert 0 <= found["quiet"] < 30
     assert found["since"].endswith("+00:00")
     await there.killed()
-    assert told(bus_url) == "nothing runs here\n"
-    assert json.loads(told(bus_url, "--json")) == {"services": []}
+    assert await told(bus_url) == "nothing runs here\n"
+    assert json.loads(await told(bus_url, "--json")) == {"services": []}
 
 
 async def test_services_shows_no_character_that_a_terminal_would_obey(bus: sqlite.SQLiteBus, tmp_path: Path) -> None:
     await bus.wire.announce(Instance("evil\x1b[31m", "a", ("users", "\u202eabc/1"), 1, "draining", 1))
-    said = told(f"sqlite:///{tmp_path / 'bus.db'}")
+    said = await told(f"sqlite:///{tmp_path / 'bus.db'}")
     assert "evil\\x1b[31m" in said
     assert "draining" in said
     assert "\x1b" not in said
@@ -930,8 +932,8 @@ def test_slots_are_told_in_few_words() -> None:
 
 async def test_a_service_that_serves_no_domain_is_announced_too(bus_url: str) -> None:
     async with running(Service("quiet"), bus=bus_url):
-        assert told(bus_url).split()[:5] == ["quiet", "running", "process", str(os.getpid()), "-"]
-    assert told(bus_url) == "nothing runs here\n"
+        assert (await told(bus_url)).split()[:5] == ["quiet", "running", "process", str(os.getpid()), "-"]
+    assert await told(bus_url) == "nothing runs here\n"
 
 
 async def test_of_two_who_serve_an_address_the_one_without_a_sign_of_life_is_asked_last(

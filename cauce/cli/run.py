@@ -17,9 +17,9 @@ from types import ModuleType
 
 import click
 
+from cauce.backends import scheme_of, without_password
 from cauce.bus import correlation
 from cauce.cli.each import run_each
-from cauce.cli.place import check_address
 from cauce.cli.signals import stopped
 from cauce.cli.text import one_line
 from cauce.errors import Refused
@@ -59,7 +59,7 @@ def run(ctx: click.Context, names: tuple[str, ...], bus: str, drain: float, each
     MODULE runs every service in a module, or in a package and its modules; MODULE:SERVICE runs one. The first signal
     drains and exits with 0, a second one stops at once.
     """
-    check_address(bus)
+    scheme_of(bus)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Harmless("%(asctime)s %(levelname)-8s %(because)s%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -94,7 +94,7 @@ class _Harmless(logging.Formatter):
 
 async def _run(services: list[Service], bus: str, drain: float, with_parent: bool) -> None:
     async with running(*services, bus=bus, drain=drain) as face:
-        click.echo(f"running {', '.join(service.name for service in services)} on {bus}", err=True)
+        click.echo(f"running {', '.join(service.name for service in services)} on {without_password(bus)}", err=True)
         await stopped(face, with_parent=with_parent)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from cauce.clock import Clock
 from cauce.errors import Refused
 
 __all__ = ["open"]
 
 
-async def open(url: str, *, clock: Clock | None = None) -> Any:
+async def open(url: str, *, clock: Clock | None = None, make: bool = True) -> object:
     raise Refused("not built yet")
