@@ -853,9 +853,11 @@ def test_a_process_whose_plain_handler_hangs_ends_all_the_same(end: str, bus_url
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stderr is not None
-    started = ""
-    while "running " not in (line := process.stderr.readline()):
-        started += line
+    started, running = "", 0
+    # Apart, each of the two says so of itself.
+    while running < (2 if each else 1):
+        started += (line := process.stderr.readline())
+        running += "running " in line
 
     async def wish() -> None:
         async with connect(bus_url) as bus:
