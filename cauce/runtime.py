@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from cauce.accept import SLOTS, check_body, check_value, slot_of
-from cauce.backends import Backend, open_backend
+from cauce.backends import Backend, open_backend, stores_at
 from cauce.bus import Ask, Bus, Cause, Context, Reply, correlation, error_name, keep, own, owned
 from cauce.carried import LastOfEach, Superseded, carried
 from cauce.clock import Clock, SystemClock, uuid7
@@ -54,7 +54,8 @@ async def connect(bus: str = DEFAULT_BUS, *, clock: Clock | None = None) -> Asyn
     """A client that serves nothing: it calls, sends, asks and reads.
 
     Parameters:
-        bus: the address, `sqlite:///shop.db` for a relative and `sqlite:////var/shop.db` for an absolute path.
+        bus: the address, `sqlite:///shop.db` for a relative and `sqlite:////var/shop.db` for an absolute path,
+            `postgresql://host/database` or `nats://host:4222`.
     """
     clock = clock or SystemClock()
     backend = await open_backend(bus, clock)
@@ -66,12 +67,19 @@ async def connect(bus: str = DEFAULT_BUS, *, clock: Clock | None = None) -> Asyn
 
 @asynccontextmanager
 async def running(
-    *services: Service, bus: str = DEFAULT_BUS, clock: Clock | None = None, drain: float = 10.0
+    *services: Service,
+    bus: str = DEFAULT_BUS,
+    store: str | None = None,
+    clock: Clock | None = None,
+    drain: float = 10.0,
 ) -> AsyncIterator[Bus]:
     """Run services in this process, and a bus to talk to them. They are drained when the block is left.
 
     Parameters:
-        bus: the address, `sqlite:///shop.db` for a relative and `sqlite:////var/shop.db` for an absolute path.
+        bus: the address, `sqlite:///shop.db` for a relative and `sqlite:////var/shop.db` for an absolute path,
+            `postgresql://host/database` or `nats://host:4222`.
+        store: where these services keep what is their own, `sqlite:///folder` or `postgresql://host/database`; None: at
+            the bus. All instances of a service must be given the same.
         drain: seconds that handlers get to finish at the end.
 
     The same service may run in any number of processes: its instances share its slots out among themselves.
@@ -86,10 +94,11 @@ async def running(
     async with AsyncExitStack() as stack:
         backend = await open_backend(bus, clock)
         stack.push_async_callback(backend.close)
+        stores = backend.stores if store is None else await stack.enter_async_context(stores_at(store, clock))
         face = _bus(backend, clock)
         tasks = _Tasks(face.failed)
         tails = Tails(face)
-        each = [_Running(service, parts, backend.stores, face, tasks, tails, drain) for service, parts in bounds]
+        each = [_Running(service, parts, stores, face, tasks, tails, drain) for service, parts in bounds]
         stack.push_async_callback(_stop, each, tasks, drain)
         # Each step for all, before the next for any: nobody owns half of what it says, or reacts before others answer.
         for step in (_Running.look, _Running.open, _Running.own, _Running.copy, _Running.join, _Running.serve):

@@ -14,7 +14,7 @@ from cauce.log import Log
 from cauce.store import Stores
 from cauce.wire import Instance, Wire
 
-__all__ = ["Backend", "Look", "look", "open_backend", "scheme_of", "without_password"]
+__all__ = ["Backend", "Look", "look", "open_backend", "scheme_of", "stores_at", "without_password"]
 
 
 class Backend(Protocol):
@@ -131,6 +131,31 @@ async def open_backend(url: str, clock: Clock, *, make: bool = True) -> Backend:
     except ModuleNotFoundError as error:
         extra = "postgres" if scheme == "postgresql" else "nats"
         raise Refused(f"a bus at {scheme}:// needs {error.name}: pip install 'cauce[{extra}]'") from None
+
+
+@asynccontextmanager
+async def stores_at(url: str, clock: Clock) -> AsyncIterator[Stores]:
+    """The stores of services at an address of their own: `sqlite:///folder` or `postgresql://…`.
+
+    Raises `Refused` for an address where no store can be.
+    """
+    scheme = scheme_of(url)
+    if scheme == "sqlite":
+        from cauce.backends.sqlite.stores import SQLiteStores
+
+        yield SQLiteStores(Path(url.partition("://")[2][1:]), clock)
+    elif scheme == "postgresql":
+        try:
+            from cauce.backends import postgres
+        except ModuleNotFoundError as error:
+            raise Refused(f"a store at postgresql:// needs {error.name}: pip install 'cauce[postgres]'") from None
+        async with postgres.stores_at(url, clock=clock) as stores:
+            yield stores
+    else:
+        raise Refused(
+            f"store address {without_password(url)!r}: write sqlite:///folder or postgresql://host/database; "
+            "on NATS a service that keeps no data needs none"
+        )
 
 
 def without_password(url: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import click
 import msgspec
 
-from cauce.cli.place import as_json, bus, reading
+from cauce.cli.place import as_json, bus, store, stores_of
 from cauce.cli.text import count, one_line, print_json
 from cauce.errors import Refused
 from cauce.store import Letter
@@ -24,6 +24,7 @@ def _one(command: F) -> F:
     for each in (
         as_json,
         bus,
+        store,
         click.argument("position", type=int),
         click.argument("consumer"),
         click.argument("service"),
@@ -40,10 +41,11 @@ def dead() -> None:
 @dead.command("list")
 @click.argument("service", default="")
 @bus
+@store
 @as_json
-def list_(service: str, url: str, as_json: bool) -> None:
+def list_(service: str, url: str, store: str | None, as_json: bool) -> None:
     """The dead letters of a service, or of all."""
-    found = asyncio.run(_letters(url, service))
+    found = asyncio.run(_letters(url, store, service))
     if as_json:
         for letter in found:
             print_json(msgspec.structs.asdict(letter))
@@ -56,9 +58,9 @@ def list_(service: str, url: str, as_json: bool) -> None:
 
 @dead.command()
 @_one
-def show(service: str, consumer: str, position: int, url: str, as_json: bool) -> None:
+def show(service: str, consumer: str, position: int, url: str, store: str | None, as_json: bool) -> None:
     """One dead letter, with the message as it came, and the traceback."""
-    letter = asyncio.run(_decide(url, service, consumer, position))
+    letter = asyncio.run(_decide(url, store, service, consumer, position))
     if as_json:
         print_json(msgspec.structs.asdict(letter))
         return
@@ -70,34 +72,34 @@ def show(service: str, consumer: str, position: int, url: str, as_json: bool) ->
 
 @dead.command()
 @_one
-def retry(service: str, consumer: str, position: int, url: str, as_json: bool) -> None:
+def retry(service: str, consumer: str, position: int, url: str, store: str | None, as_json: bool) -> None:
     """Try it again, as if for the first time; then the later ones of its thing."""
-    _told(asyncio.run(_decide(url, service, consumer, position, "retry")), "is tried again", as_json)
+    _told(asyncio.run(_decide(url, store, service, consumer, position, "retry")), "is tried again", as_json)
 
 
 @dead.command()
 @_one
-def discard(service: str, consumer: str, position: int, url: str, as_json: bool) -> None:
+def discard(service: str, consumer: str, position: int, url: str, store: str | None, as_json: bool) -> None:
     """Give it up: this consumer goes on with the later ones of its thing. The message stays in its log."""
-    _told(asyncio.run(_decide(url, service, consumer, position, "discard")), "is given up", as_json)
+    _told(asyncio.run(_decide(url, store, service, consumer, position, "discard")), "is given up", as_json)
 
 
-async def _letters(url: str, service: str) -> list[Letter]:
-    async with reading(url) as bus:
-        return await bus.stores.letters(service)
+async def _letters(url: str, store: str | None, service: str) -> list[Letter]:
+    async with stores_of(url, store) as stores:
+        return await stores.letters(service)
 
 
 async def _decide(
-    url: str, service: str, consumer: str, position: int, what: Literal["", "retry", "discard"] = ""
+    url: str, store: str | None, service: str, consumer: str, position: int, what: Literal["", "retry", "discard"] = ""
 ) -> Letter:
     """The dead letter of this position, decided about. Raises `Refused` if there is none."""
-    async with reading(url) as bus:
-        for letter in await bus.stores.letters(service):
+    async with stores_of(url, store) as stores:
+        for letter in await stores.letters(service):
             if (letter.consumer, letter.position) == (consumer, position):
                 if what == "retry":
-                    await bus.stores.retry(service, consumer, position)
+                    await stores.retry(service, consumer, position)
                 elif what == "discard":
-                    await bus.stores.discard(service, consumer, position)
+                    await stores.discard(service, consumer, position)
                 return letter
     raise Refused(f"{service} has no dead letter {position} of {consumer}: see cauce dead list")
 

@@ -9,11 +9,12 @@ from typing import Any, TypeVar, cast
 
 import click
 
-from cauce.backends import Look, look, open_backend, scheme_of, without_password
+from cauce.backends import Look, look, open_backend, scheme_of, stores_at, without_password
 from cauce.clock import SystemClock
 from cauce.errors import Refused
+from cauce.store import Stores
 
-__all__ = ["DEFAULT", "as_json", "bus", "log_option", "path_of", "reading"]
+__all__ = ["DEFAULT", "as_json", "bus", "log_option", "path_of", "reading", "store", "stores_of"]
 
 DEFAULT = "sqlite:///.cauce/bus.db"
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,6 +30,16 @@ def bus(command: F) -> F:
         show_default=True,
         show_envvar=True,
         help="Address of the bus.",
+    )(command)
+
+
+def store(command: F) -> F:
+    """`--store`: where services keep what is their own, given as `store`; None: at the bus."""
+    return click.option(
+        "--store",
+        envvar="CAUCE_STORE",
+        show_envvar=True,
+        help="Where services keep what is their own, if not at the bus: sqlite:///folder or postgresql://…",
     )(command)
 
 
@@ -82,3 +93,14 @@ async def reading(url: str, *, follow: bool = False) -> AsyncIterator[Look]:
         yield cast(Look, backend)
     finally:
         await backend.close()
+
+
+@asynccontextmanager
+async def stores_of(url: str, store: str | None) -> AsyncIterator[Stores]:
+    """What the services of a bus keep, there or at an address of their own."""
+    if store is not None:
+        async with stores_at(store, SystemClock()) as found:
+            yield found
+        return
+    async with reading(url) as bus:
+        yield bus.stores
