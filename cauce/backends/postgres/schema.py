@@ -109,7 +109,7 @@ create function {schema}.take_turn(
     out streams bigint[], out versions bigint[], out positions bigint[],
     out claims bigint[], out owners text[], out fences bigint[], out beats bigint[],
     out repeats bigint[], out places bigint[]
-) language plpgsql set enable_seqscan = off as $take_turn$
+) language plpgsql set enable_seqscan = off set plan_cache_mode = force_generic_plan as $take_turn$
 declare
     others boolean;
 begin
