@@ -346,7 +346,9 @@ class Proxy:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, state: dict[str, bytes], ours: bool
     ) -> None:
         while data := await reader.read(65536):
-            state["role"] = state["role"] or data
+            if ours and len(state["role"]) < 1000:
+                # The first message may only ask for TLS.
+                state["role"] += data
             if ours and self.before is not None and self.before in data:
                 self.before, self.dropped = None, self.dropped + 1
                 break
