@@ -120,7 +120,7 @@ end $$;
 
 
 class Home(NamedTuple):
-    """The schema of a service: as it is called, as SQL names it, and the number of the lock of those who write in it."""
+    """The schema of a service: as it is called, as SQL names it, and the number of the lock of its writers."""
 
     service: str
     schema: str
@@ -149,7 +149,7 @@ def filled(sql: str, home: Home) -> str:
 
 
 async def furnish(link: Link, home: Home, migrations: Sequence[str]) -> tuple[str, bool]:
-    """Make what is missing and run the migrations that are due, in one transaction. Gives the id, and whether it is fresh.
+    """Make what is missing and run the migrations that are due, in one transaction. Gives the id, and if it is fresh.
 
     Raises `Refused` for the store of another service, for migrations that are not those it was made by, and where the
     role may not make it, with what is to be done.

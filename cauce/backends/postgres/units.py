@@ -1,4 +1,4 @@
-"""Group commit of units: all that wait in this process go into one transaction, one flush for all, each with its verdict.
+"""Group commit of units: all that wait in this process go into one transaction, each with its verdict.
 
 Writers of a store take turns under an advisory lock, so that what is said is numbered in the order of the commits, and
 no fence rises meanwhile. First all statements are sent as if none could fail. When one does, nothing of that try
@@ -507,7 +507,7 @@ class Units:
             self._watch = self._loop.call_later(self._link.patience / 4, self._look)
 
     def _look(self) -> None:
-        """What has waited too long for a server that is away is told so. What may be committed waits until it is known."""
+        """Tell so what waited too long for a server that is away. What may be committed waits until it is known."""
         self._watch = None
         if self._session is None or self._lost is not None:
             before = self._clock.monotonic() - self._link.patience
