@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -238,3 +239,49 @@ async def test_a_store_of_a_newer_format_is_refused(
     monkeypatch.setattr(home_module, "FORMAT", 0)
     with pytest.raises(Refused, match="has format 1, this code knows 0: deploy newer code"):
         await PostgresStores(link, link.clock).open("s", [EFFECTS])
+
+
+INSTANCE = """
+import asyncio, sys
+from cauce.backends.postgres.link import Link
+from cauce.backends.postgres.stores import PostgresStores
+from cauce.clock import SystemClock
+from cauce.store import Unit
+
+async def main(url, owner, schema):
+    link = Link(url, SystemClock())
+    await link.open()
+    store = await PostgresStores(link, link.clock).open("s", [schema])
+    await store.tick(owner, (), join=True)
+    (share,) = await store.take(owner, ["slot/1"])
+    place = (await store.places("react", "log", 10**9)).get(("things", 1), 0)
+    print("ready", flush=True)
+    while True:
+        place += 1
+        unit = Unit(share)
+        unit.statements.append(("insert into effects values (?, ?)", (owner, place)))
+        unit.place = "react", "things", 1, "log", place
+        await store.commit(unit)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def test_who_takes_over_from_an_instance_that_was_killed_goes_on_right_behind_its_last_unit(
+    store: PostgresStore, postgres: Postgres, link: Link, program: Callable[..., subprocess.Popen[str]]
+) -> None:
+    url = postgres.url(schema=link.schema)
+    for n in range(3):
+        process = program(INSTANCE, url, f"i{n}", EFFECTS)
+        assert process.stdout is not None
+        assert await asyncio.to_thread(process.stdout.readline) == "ready\n"
+        async with asyncio.timeout(30):
+            while await store.fetch("select count(*) > 50 from effects where name = ?", (f"i{n}",)) == [(False,)]:
+                pass
+        process.kill()
+        process.wait()
+        standing = await store.tick("me", (), join=True)
+        await store.tick("me", [(f"i{n}", standing.instances[f"i{n}"])])
+    rows = await store.fetch("select n from effects order by n")
+    assert rows == [(n,) for n in range(1, len(rows) + 1)], "a unit was done twice, or none was"
+    assert await store.places("react", "log", 10**9) == {("things", 1): len(rows)}
