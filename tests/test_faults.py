@@ -117,19 +117,6 @@ async def test_a_place_that_was_noted_before_a_transaction_failed_is_written_wit
     await store.close()
 
 
-async def test_a_number_of_the_outbox_is_never_used_again(tmp_path: Path) -> None:
-    store, unit = await opened(tmp_path)
-    numbers = []
-    for _ in range(3):
-        unit.said = [("react", 1, b"first"), ("react", 1, b"second")]
-        await store.commit(unit)
-        rows = await store.outbox(0, 10)
-        numbers += [number for number, _, _, _ in rows]
-        await store.relayed([number for number, _, _, _ in rows])
-    assert numbers == sorted(set(numbers)), "a relay under way would take a later one for an earlier one"
-    await store.close()
-
-
 async def said(bus: Bus) -> list[int]:
     """Of which versions the commands are, in the order of their log."""
     facts = {each.id: each.version for each in (await bus.facts.read()).entries}

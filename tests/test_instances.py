@@ -19,7 +19,7 @@ from typing import Any
 import apsw
 import pytest
 
-from cauce import Command, Context, Domain, Event, Fenced, Record, Refused, Rejected, Service, connect, running
+from cauce import Command, Context, Domain, Event, Record, Refused, Rejected, Service, connect, running
 from cauce.accept import slot_of
 from cauce.backends.sqlite.file import folder_of
 from cauce.backends.sqlite.store import SQLiteStore as Store
@@ -680,36 +680,6 @@ async def test_a_stopped_instance_loses_its_slots_and_cannot_write_when_it_wakes
             await bus.call(Add("a"))
             await here.settled()
     assert [(n, by) for _, n, by in seen(bus_url, "seeing")] == [(1, "stale"), *((n, "other") for n in range(2, 6))]
-
-
-async def test_who_was_struck_off_cannot_store_anything(tmp_path: Path) -> None:
-    """The fence of the store, without any process to be fast or slow."""
-    from cauce.store import Unit
-
-    one = await Store.open(tmp_path / "s", "s", SystemClock(), [SEEN])
-    two = await Store.open(tmp_path / "s", "s", SystemClock(), [SEEN])
-    await one.tick("one", (), join=True)
-    (share,) = await one.take("one", ["slot/3"])
-    standing = await two.tick("two", [], join=True)
-    assert await two.take("two", ["slot/3"]) == []
-    await two.tick("two", [("one", standing.instances["one"])])
-    (later,) = await two.take("two", ["slot/3"])
-    assert (later.fence, later.clean, later.before) == (share.fence + 1, False, "one")
-    unit = Unit(share)
-    unit.statements.append(("insert into seen values ('stale', 1, '')", ()))
-    with pytest.raises(Fenced, match="slot/3"):
-        await one.commit(unit)
-    one.move(share, "handle", "counters", 3, "log", 99)
-    await one.flush()
-    two.move(later, "handle", "counters", 3, "log", 7)
-    await two.flush()
-    one.move(share, "handle", "counters", 3, "log", 98)
-    await one.flush()
-    assert await two.places("handle", "log", 100) == {("counters", 3): 7}
-    assert await two.fetch("select * from seen") == []
-    assert not (await one.tick("one", ())).alive
-    await one.close()
-    await two.close()
 
 
 async def test_a_place_noted_while_another_is_written_is_written_next(tmp_path: Path) -> None:

@@ -117,6 +117,12 @@ class Link:
             raise translate(error, self.url) from error
         self._pool = pool
 
+    async def another(self, role: str, size: int, **settings: str) -> asyncpg.Pool[asyncpg.Record]:
+        """A pool for sessions with other settings, which its owner closes; `again` takes it. It connects when used."""
+        return await asyncpg.create_pool(
+            self._dsn, min_size=0, max_size=size, reset=_nothing, command_timeout=None, **self._options(role, settings)
+        )
+
     async def _look(self, session: Any) -> None:
         if session.get_server_version().major < 14:
             raise Refused(f"{self.url} is PostgreSQL {session.get_server_version().major}: 14 and newer are supported")
@@ -155,15 +161,18 @@ class Link:
         """The rows of one statement that does no harm if it runs twice: it is said again when the server was away."""
         return await self.again(lambda session: session.fetch(query, *values))
 
-    async def again(self, work: Callable[[Any], Awaitable[T]]) -> T:
+    async def again(self, work: Callable[[Any], Awaitable[T]], pool: asyncpg.Pool[asyncpg.Record] | None = None) -> T:
         """Run work that does no harm if it runs twice on a connection of the pool, until it comes through.
+
+        Parameters:
+            pool: another one than the link's own.
 
         Raises `Unreachable` when the server was away for longer than `patience`.
         """
         until, pause = self.clock.monotonic() + self.patience, 0.02
         while True:
             try:
-                return await self._once(work, until)
+                return await self._once(work, until, pool or self.pool)
             except Exception as error:
                 ours = translate(error, self.url)
                 left = until - self.clock.monotonic()
@@ -172,8 +181,7 @@ class Link:
             await self.clock.sleep(min(pause * (1 + self.clock.random()), left))
             pause = min(pause * 2, _LONGEST_PAUSE)
 
-    async def _once(self, work: Callable[[Any], Awaitable[T]], until: float) -> T:
-        pool = self.pool
+    async def _once(self, work: Callable[[Any], Awaitable[T]], until: float, pool: asyncpg.Pool[asyncpg.Record]) -> T:
         session = await pool.acquire(timeout=max(until - self.clock.monotonic(), 0.1) + 1)
         try:
             async with asyncio.timeout(self.patience + 10):
