@@ -353,7 +353,7 @@ async def test_what_the_registry_lost_is_said_again_with_the_next_beat(wire: Wir
     assert int(await ask(wire, "users", b"pid")) == there.process.pid
     await place.wipe()
     async with asyncio.timeout(10):
-        while [each.pid for each in await wire.instances()] != [there.process.pid]:
+        while [each.pid for each in await wire.instances()] != [there.process.pid]:  # noqa: ASYNC110 - likewise
             await asyncio.sleep(0.01)
     assert int(await ask(wire, "users", b"pid")) == there.process.pid
 
