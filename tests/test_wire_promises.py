@@ -15,17 +15,20 @@ import pytest
 
 from cauce import NoAnswer, Refused
 from cauce.wire import Instance, Wire
-from tests.wires import CLOCK, Place, SQLitePlace, Start, ask, starter
+from tests.wires import CLOCK, Place, PostgresPlace, SQLitePlace, Start, ask, starter
 
 # A backend is one more name here, one more branch in `place`, and a class in `tests/wires.py`.
-BACKENDS = ("sqlite",)
+BACKENDS = ("sqlite", "postgres")
 
 
 @pytest.fixture(params=BACKENDS)
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+def place(request: pytest.FixtureRequest, tmp_path: Path, bus_name: str) -> Place:
     match request.param:
         case "sqlite":
             return SQLitePlace(tmp_path)
+        case "postgres":
+            url = request.getfixturevalue("postgres_bus")
+            return PostgresPlace(request.getfixturevalue("postgres"), url, bus_name)
         case other:
             raise AssertionError(other)
 

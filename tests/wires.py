@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cauce.backends import open_backend
+from cauce.backends.postgres.link import Link
+from cauce.backends.postgres.migrations import ensure
+from cauce.backends.postgres.wire import PostgresWire
 from cauce.clock import SystemClock
 from cauce.wire import Wire
+from tests.servers import Postgres
 
-__all__ = ["CLOCK", "Peer", "Place", "SQLitePlace", "Start", "ask", "starter", "until", "wire_at"]
+__all__ = ["CLOCK", "Peer", "Place", "PostgresPlace", "SQLitePlace", "Start", "ask", "starter", "until", "wire_at"]
 
 CLOCK = SystemClock()
 
@@ -78,11 +82,30 @@ asyncio.run(main())
 @asynccontextmanager
 async def wire_at(url: str) -> AsyncIterator[Wire]:
     """The wire of a bus, until it is left."""
+    if url.startswith("postgresql:"):
+        async with postgres_wire(url) as wire:
+            yield wire
+        return
     backend = await open_backend(url, CLOCK)
     try:
         yield backend.wire
     finally:
         await backend.close()
+
+
+@asynccontextmanager
+async def postgres_wire(url: str) -> AsyncIterator[PostgresWire]:
+    link = Link(url, CLOCK)
+    await link.open()
+    try:
+        await ensure(link)
+        wire = PostgresWire(link, CLOCK)
+        try:
+            yield wire
+        finally:
+            await wire.close()
+    finally:
+        await link.close()
 
 
 class Place(Protocol):
@@ -121,6 +144,26 @@ class SQLitePlace:
     async def wipe(self) -> None:
         for each in self._wire.iterdir():
             each.unlink()
+
+
+class PostgresPlace:
+    most = 3 << 20
+
+    def __init__(self, server: Postgres, url: str, schema: str) -> None:
+        self.server, self.url, self.schema = server, url, schema
+
+    def opened(self) -> AbstractAsyncContextManager[Wire]:
+        return wire_at(self.url)
+
+    async def count(self, table: str, where: str = "true") -> int:
+        statement = f"select count(*) from {self.schema}.{table} where {where}"
+        return int((await asyncio.to_thread(self.server.sql, statement))[0][0])
+
+    async def known(self) -> int:
+        return await self.count("wire_processes")
+
+    async def wipe(self) -> None:
+        await asyncio.to_thread(self.server.sql, f"truncate {self.schema}.wire_processes, {self.schema}.wire_epoch")
 
 
 class Peer:
