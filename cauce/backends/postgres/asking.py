@@ -20,6 +20,9 @@ ANSWER, NOT_SERVED, FAILED = 1, 2, 3
 _POLL = 0.5
 """Seconds between two looks at what is awaited: notifications may be lost, rows are not."""
 
+_LONG = 1e6
+"""Seconds that a question may take; one may be asked without end, but no column holds that."""
+
 _ROWS, _BYTES = 500, 4 << 20
 """What goes into one statement at most; a longer question goes alone."""
 
@@ -32,12 +35,15 @@ with forgotten as (
     delete from wire_answers where asker = $1 and n = any($4::int8[])
 ), sent as (
     insert into wire_questions (asked, asker, n, address, seconds, until, payload)
-    select u.asked, $1, u.n, u.address, u.seconds, clock_timestamp() + u.seconds * interval '1 second', u.payload
-    from unnest($5::text[], $6::int8[], $7::text[], $8::float8[], $9::bytea[]) as u(asked, n, address, seconds, payload)
+    select u.asked, $1, u.n, u.address, u.seconds,
+        least(clock_timestamp() + u.seconds * interval '1 second', to_timestamp(u.until)), u.payload
+    from unnest($5::text[], $6::int8[], $7::text[], $8::float8[], $9::bytea[], $11::float8[])
+        as u(asked, n, address, seconds, payload, until)
     where exists (select from wire_processes p where p.token = u.asked)
     returning asked, n
 )
-select array_agg(n) as sent, pg_notify($10::text || asked, '{ASKED}') from sent group by asked
+select array_agg(n) as sent, extract(epoch from clock_timestamp())::float8 as time,
+    pg_notify($10::text || asked, '{ASKED}') from sent group by asked
 """
 
 _TAKE = "delete from wire_answers where asker = $1 returning n, kind, payload"
@@ -82,6 +88,8 @@ class Asking:
         self._done: list[int] = []
         self._last = 0
         self._epoch = ""
+        self._ahead: float | None = None
+        self._measured = 0
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._poll_due = self._take_due = False
@@ -142,13 +150,16 @@ class Asking:
             rows = await self._lane.fetch(
                 _SEND, self._token, list(forgotten.values()), list(forgotten), done,
                 [each.asked for each in questions], list(batch), [each.address for each in questions],
-                [each.until - now for each in questions], [each.payload for each in questions], self._prefix,
+                [min(each.until - now, _LONG) for each in questions], [each.payload for each in questions],
+                self._prefix, [self._server_time(each.until) for each in questions],
             )  # fmt: skip
         except Exception as error:
             self._forgotten = forgotten | self._forgotten
             self._done = done + self._done
             self._fail(batch, error)
             return
+        for row in rows:
+            self._measure(row["time"] - self._loop.time())
         sent = {n for row in rows for n in row["sent"]}
         for n in batch:
             waiting = self._waiting.get(n)
@@ -158,6 +169,20 @@ class Asking:
                 waiting.made = self._lane.made
             elif not waiting.future.done():
                 waiting.future.set_exception(NotServed())
+
+    def _server_time(self, until: float) -> float | None:
+        """A moment of ours on the server's clock, or a little earlier; None if that is not known on this connection.
+
+        What waits at a server that hangs is then over when it goes on. The reply that took the least time counts.
+        """
+        if self._ahead is None or self._measured != self._lane.made:
+            return None
+        return self._ahead + min(until, self._loop.time() + _LONG)
+
+    def _measure(self, ahead: float) -> None:
+        if self._ahead is None or self._measured != self._lane.made:
+            self._measured, self._ahead = self._lane.made, ahead
+        self._ahead = max(self._ahead, ahead)
 
     def _batch(self) -> dict[int, _Question]:
         """What goes out now: whose time is not over."""

@@ -20,6 +20,8 @@ _LONGEST = 10.0
 class Lane:
     """Opened with its first statement, and again after it was lost. One statement at a time, which its user sees to.
 
+    What it writes need not be on the disk.
+
     Parameters:
         link: whose connection it is, asked whenever one is made.
     """
@@ -50,7 +52,7 @@ class Lane:
     async def _open(self) -> Session:
         if self._session is None or self._session.is_closed():
             try:
-                self._session = await self._link().dedicated(self._role)
+                self._session = await self._link().dedicated(self._role, synchronous_commit="off")
             except TimeoutError as error:
                 raise Unreachable(f"{self._link().url} does not answer: {error}") from None
             self.made += 1
