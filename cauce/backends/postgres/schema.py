@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from cauce.backends.postgres.wire_tables import WIRE_TABLES
+
 __all__ = ["STEPS", "Step"]
 
 
@@ -194,5 +196,5 @@ $settle_turn$;
 """
 )
 
-STEPS: tuple[Step, ...] = (Step(1, "the three logs", _TABLES + _TAKE_TURN),)
+STEPS: tuple[Step, ...] = (Step(1, "the three logs", _TABLES + _TAKE_TURN), Step(2, "the wire", WIRE_TABLES))
 """All steps, oldest first. The number of the last is the format that this code knows."""
