@@ -155,7 +155,7 @@ def sequences(draw: st.DrawFn) -> list[Step]:
     holds = st.builds(Hold, st.sampled_from(("beat", "release")), st.integers(0, 3))
     wrongs = st.builds(Wrong, appends | puts)
     many = st.lists(appends | puts, min_size=2, max_size=6)
-    kinds = (appends, appends, appends, many, many, puts, takes, holds, reads, wrongs)
+    kinds: list[st.SearchStrategy[Any]] = [appends, appends, appends, many, many, puts, takes, holds, reads, wrongs]
     # From the start there is a holder, and one who was.
     begin: list[Step] = [Take(names[0], "a"), Take(names[0], "b", 0)]
     more: list[Step] = draw(st.lists(st.sampled_from(kinds).flatmap(lambda kind: kind), min_size=1, max_size=14))

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from cauce.accept import check_key, check_stream, slot_of
+from cauce.accept import check_key, slot_of
 from cauce.backends.postgres.link import Link
 from cauce.backends.postgres.table import LOGS, RECORDS, Draft
 from cauce.backends.postgres.writer import Writer
 from cauce.codec import Entry
 from cauce.errors import Refused
-from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_put
+from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_put
 
 __all__ = ["PostgresLog"]
 
@@ -83,8 +83,7 @@ class PostgresLog:
     async def read(
         self, filter: Filter = EVERYTHING, *, after: int = 0, limit: int = 1000, wait: float = 0.0, bodies: bool = True
     ) -> Page:
-        if filter.stream is not None:
-            check_stream(filter.stream)
+        check_filter(filter)
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
         if wait > 0 and not self._listening:
