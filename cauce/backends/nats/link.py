@@ -15,7 +15,7 @@ from cauce.backends.nats.client import Client, Tap
 from cauce.clock import Clock
 from cauce.errors import NoAnswer, NotPermitted, Refused, Unreachable
 
-__all__ = ["OLDEST", "Link", "Lost", "Reply", "block", "connect"]
+__all__ = ["OLDEST", "Call", "Link", "Lost", "Reply", "block", "connect"]
 
 OLDEST = (2, 12)
 """The first version of the server that takes atomic batches."""
@@ -55,7 +55,7 @@ class Link:
         self.client = Client()
         self.came_back: list[Callable[[], None]] = []
         self.went_away: list[Callable[[], None]] = []
-        self._calls: dict[bytes, _Call] = {}
+        self._calls: dict[bytes, Call] = {}
         self._number = 0
         self._inbox = b""
         self._denied: dict[str, str] = {}
@@ -106,7 +106,7 @@ class Link:
         self.publish(subject, payload, head, self.expect(once))
         return once.future
 
-    def expect(self, call: _Call) -> bytes:
+    def expect(self, call: Call) -> bytes:
         """An inbox whose messages a call takes, until it is done. Who is away, or may not listen, is told at once."""
         denied = self._denied.get(self._inbox.decode().lower() + "*")
         if denied is not None:
@@ -262,7 +262,7 @@ class Link:
                 call.fail(NotPermitted(told))
 
 
-class _Call:
+class Call:
     """Somebody who waits for what comes to an inbox. `done` is told what to do in the end."""
 
     def __init__(self, subject: str, also: Collection[str] = ()) -> None:
@@ -282,7 +282,7 @@ class _Call:
         raise NotImplementedError
 
 
-class _Once(_Call):
+class _Once(Call):
     """Waits for one answer."""
 
     def __init__(self, subject: str, also: Collection[str] = ()) -> None:
