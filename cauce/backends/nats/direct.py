@@ -1,0 +1,99 @@
+"""Direct gets: many messages of a stream for one question, without a consumer, and so without a state on the server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from cauce.backends.nats.api import away
+from cauce.backends.nats.link import Call, Link, Lost, Reply
+from cauce.backends.nats.stream import Stream
+
+__all__ = ["Message", "fetch"]
+
+_BYTES = 8 * 1024 * 1024
+
+
+class Message(msgspec.Struct, frozen=True, gc=False):
+    """A message as it is stored: `name` is its subject behind the log's own tokens."""
+
+    name: str
+    position: int
+    head: bytes
+    payload: bytes
+
+
+class _Many(Call):
+    """Takes messages until the one that ends them."""
+
+    def __init__(self, subject: str) -> None:
+        super().__init__(subject)
+        self.future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.found: list[tuple[bytes, bytes]] = []
+
+    def done(self, end: Callable[[], Any]) -> None:
+        self.future.add_done_callback(lambda _: end())
+
+    def take(self, subject: bytes, reply: bytes, data: bytes, head: bytes) -> None:
+        if head[8:9] != b" ":
+            self.found.append((head, data))
+        elif not self.future.done():
+            self.future.set_result(head)
+
+    def fail(self, error: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+async def fetch(stream: Stream, pattern: str, after: int, limit: int) -> list[Message]:
+    """Up to so many messages on a subject or pattern behind a position; fewer only where there are no more.
+
+    What a follower of a cluster answers may end before what the leader has. Raises `Unreachable` and `NotPermitted`.
+    """
+    link, subject = stream.link, f"$JS.API.DIRECT.GET.{stream.name}"
+    found: list[Message] = []
+    while len(found) < limit:
+        question = {"seq": after + 1, "next_by_subj": pattern, "batch": limit - len(found), "max_bytes": _BYTES}
+        some, more = await _ask(link, stream, subject, msgspec.json.encode(question))
+        found += some
+        if not more:
+            break
+        after = some[-1].position
+    return found
+
+
+async def _ask(link: Link, stream: Stream, subject: str, question: bytes) -> tuple[list[Message], bool]:
+    for _ in range(3):
+        await link.connected(link.patience)
+        many = _Many(subject)
+        link.publish(subject, question, b"", link.expect(many))
+        await link.client.kick()
+        try:
+            async with asyncio.timeout(link.patience):
+                end = Reply(b"", await many.future)
+        except Lost:
+            continue
+        except TimeoutError:
+            break
+        if end.status in (204, 404):
+            skip = len(stream.everything) - 1
+            some = [_message(head, payload, skip) for head, payload in many.found]
+            return some, bool(some) and end.headers.get("Nats-Num-Pending", "0") != "0"
+        if end.status == 503:
+            # Nobody answers for the stream: it is gone, or its servers are.
+            await stream.state()
+        break
+    raise away(link)
+
+
+def _message(head: bytes, payload: bytes, skip: int) -> Message:
+    # The server adds its own lines behind ours.
+    begin = head.rindex(b"\r\nNats-Subject: ") + 16
+    end = head.index(b"\r\n", begin)
+    place = head.index(b"Nats-Sequence: ", end) + 15
+    return Message(
+        head[begin:end].decode()[skip:], int(head[place : head.index(b"\r\n", place)]), head[: begin - 16], payload
+    )

@@ -1,0 +1,142 @@
+"""What a handle knows of a log in order to write: where streams and slots end, who holds what, which ids stand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+
+import msgspec
+
+from cauce.accept import SLOTS, slot_of
+from cauce.backends.nats.direct import fetch
+from cauce.backends.nats.events import id_of, version_of
+from cauce.backends.nats.names import token
+from cauce.backends.nats.stream import Stream
+
+__all__ = ["NOTHING", "Head", "Heads"]
+
+_CACHED = 200_000
+
+
+class Head(msgspec.Struct, frozen=True, gc=False):
+    """Where a stream stands: its version, and the position of its last entry, which is all that the server knows."""
+
+    version: int = 0
+    position: int = 0
+
+
+NOTHING = Head()
+
+
+class _Ids(msgspec.Struct):
+    """The positions of a stream's ids, each where it stands first, up to a position."""
+
+    upto: int = 0
+    first: dict[str, int] = {}
+
+
+class Heads:
+    """Nothing here need be right: whatever is written says what it relies on, and is refused where that has changed."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._heads: dict[str, Head] = {}
+        self.slots: dict[str, int] = {}
+        self.fences: dict[str, int] = {}
+        self._ids: dict[str, _Ids] = {}
+        self._counted = 0
+
+    # ------------------------------------------------------------------------------------------------- names
+
+    def subject(self, stream: str) -> str:
+        """The subject of a stream, `facts.users.3.42`."""
+        domain, _, key = stream.partition("/")
+        return self._stream.link.subject(self._stream.log, domain, str(slot_of(key)), token(key))
+
+    def claim(self, name: str) -> str:
+        """The subject of a claim: among the slot's own where it is named so, else apart."""
+        domain, slash, slot = name.partition("/")
+        if (
+            slash
+            and slot.isdigit()
+            and slot.isascii()
+            and int(slot) < SLOTS
+            and str(int(slot)) == slot
+            and _plain(domain)
+        ):
+            return self._stream.link.subject(self._stream.log, domain, slot, "$claim")
+        return self._stream.link.subject(self._stream.log, "$claim", token(name))
+
+    # ------------------------------------------------------------------------------------------------- heads
+
+    def head(self, subject: str) -> Head | None:
+        return self._heads.get(subject)
+
+    def note(self, subject: str, head: Head) -> None:
+        if len(self._heads) >= _CACHED:
+            self._heads.clear()
+        self._heads[subject] = head
+
+    def forget(self, subjects: Collection[str]) -> None:
+        """Another has written: what was known of these streams, and of all slots and claims, is looked up again."""
+        for subject in subjects:
+            self._heads.pop(subject, None)
+        self.slots.clear()
+        self.fences.clear()
+
+    async def load(self, subjects: Collection[str]) -> None:
+        """Ask the leader where these streams end."""
+        if len(subjects) == 1:
+            (subject,) = subjects
+            stored = await self._stream.last_of(subject)
+            self.note(subject, NOTHING if stored is None else Head(version_of(stored.hdrs), stored.seq))
+        elif subjects:
+            await asyncio.gather(*(self.load((subject,)) for subject in subjects))
+
+    async def last(self, subject: str) -> int:
+        """The last position on a subject or pattern, as the leader has it; 0 where nothing is."""
+        stored = await self._stream.last_of(subject)
+        return 0 if stored is None else stored.seq
+
+    # ------------------------------------------------------------------------------------------------- ids
+
+    async def first(self, subject: str, id: str, upto: int) -> int:
+        """The position at which an id stands first in a stream that ends at a position; 0 if it does not.
+
+        The ids of a stream are read once, and then as it grows.
+        """
+        known = self._ids.get(subject)
+        if known is None:
+            if self._counted >= _CACHED:
+                self._ids.clear()
+                self._counted = 0
+            known = self._ids[subject] = _Ids()
+        while known.upto < upto:
+            some = await fetch(self._stream, subject, known.upto, 1000)
+            if not some:
+                # A follower that answers for the leader may be a moment behind.
+                stored = await self._stream.next_of(subject, known.upto + 1)
+                if stored is None:
+                    break
+                self._add(known, stored.hdrs, stored.seq)
+            for message in some:
+                self._add(known, message.head, message.position)
+        return known.first.get(id, 0)
+
+    def _add(self, known: _Ids, head: bytes, position: int) -> None:
+        known.first.setdefault(id_of(head), position)
+        known.upto = position
+        self._counted += 1
+
+    def wrote(self, subject: str, after: int, ids: Collection[str], position: int) -> None:
+        """This handle wrote these ids, the last at a position, behind another."""
+        known = self._ids.get(subject)
+        if known is not None and known.upto == after:
+            for number, id in enumerate(ids, position - len(ids) + 1):
+                known.first.setdefault(id, number)
+            known.upto = position
+            self._counted += len(ids)
+
+
+def _plain(domain: str) -> bool:
+    return domain.isascii() and bool(domain) and domain[0].isalpha() and all(c.isalnum() or c in "_-" for c in domain)

@@ -1,0 +1,273 @@
+"""What a group of appends comes to: messages with what each relies on, and verdicts of those that write nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cauce.accept import check_name, check_stream
+from cauce.backends.nats.direct import fetch
+from cauce.backends.nats.events import decode, encode
+from cauce.backends.nats.heads import NOTHING, Head, Heads
+from cauce.backends.nats.job import Job
+from cauce.backends.nats.stream import Stream
+from cauce.codec import Entry, digest
+from cauce.errors import CauceError, Conflict, Damaged, Fenced, IdReused, OutcomeUnknown, Refused
+from cauce.log import Appended
+
+__all__ = ["Plan", "draw"]
+
+_HEAD_BYTES = 60_000
+
+
+class Plan:
+    """`jobs` are those taken in, in order; a group ends early before one that has to wait for what comes before it."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.messages: list[tuple[str, bytes, bytes]] = []
+        self.verdicts: list[tuple[Job, Appended | CauceError]] = []
+        self.written: list[tuple[Job, int, int]] = []
+        """Job, the version of its last entry, and the number of its last message, from 1."""
+
+        self.slots: dict[str, str] = {}
+        """Pattern of a slot under a fence, and the subject's beginning by which its messages are known."""
+
+    def settle(self, last: int, heads: Heads) -> None:
+        """The messages stand, the last at this position."""
+        base = last - len(self.messages)
+        for job, version, number in self.written:
+            position = base + number
+            before = heads.head(job.subject) or NOTHING
+            heads.note(job.subject, Head(version, position))
+            if not job.version:
+                heads.wrote(job.subject, before.position, [entry.id for entry in job.entries], position)
+            self.verdicts.append((job, Appended(version, position)))
+        for pattern, begin in self.slots.items():
+            for number in range(len(self.messages), 0, -1):
+                if self.messages[number - 1][0].startswith(begin):
+                    heads.slots[pattern] = base + number
+                    break
+
+    def tell(self) -> None:
+        for job, verdict in self.verdicts:
+            if job.future.done():
+                continue
+            if isinstance(verdict, Appended):
+                job.future.set_result(verdict)
+            else:
+                job.future.set_exception(verdict)
+
+
+async def draw(stream: Stream, heads: Heads, jobs: Sequence[Job]) -> Plan:
+    """Plan as many of the jobs, in order, as go together."""
+    return await _Drawing(stream, heads).draw(jobs)
+
+
+class _Drawing:
+    def __init__(self, stream: Stream, heads: Heads) -> None:
+        self._stream, self._heads = stream, heads
+        self._plan = Plan()
+        self._staged: dict[str, int] = {}
+        self._ids: set[tuple[str, str]] = set()
+        self._fresh: set[str] = set()
+        self._checked: set[str] = set()
+
+    async def draw(self, jobs: Sequence[Job]) -> Plan:
+        await self._learn(jobs)
+        for job in jobs:
+            if self._waits(job):
+                break
+            self._plan.jobs.append(job)
+            try:
+                await self._take(job)
+            except (Refused, Conflict, Fenced, IdReused, Damaged) as error:
+                self._plan.verdicts.append((job, error))
+        return self._plan
+
+    def _waits(self, job: Job) -> bool:
+        """Whether its verdict hangs on what a job before it writes."""
+        if job.version:
+            return job.subject in self._staged
+        return (job.repeat or job.tried is not None) and (job.subject, job.entries[0].id) in self._ids
+
+    def _head(self, job: Job) -> Head:
+        return self._heads.head(job.subject) or NOTHING
+
+    async def _learn(self, jobs: Sequence[Job]) -> None:
+        """Where all the streams end. One that is expected not to be yet is taken at the word; the server looks."""
+        unknown = dict.fromkeys(
+            job.subject
+            for job in jobs
+            if self._heads.head(job.subject) is None and (job.expect != 0 or job.repeat or job.tried is not None)
+        )
+        await self._heads.load(unknown)
+        self._fresh.update(unknown)
+
+    async def _take(self, job: Job) -> None:
+        check_stream(job.stream)
+        for entry in job.entries:
+            check_name(entry.type)
+        if job.fence is not None:
+            await self._check_fence(job.subject, job.fence.name, job.fence.fence)
+        if await self._stands(job):
+            return
+        if job.version:
+            version = self._head(job).version
+            if job.version <= version:
+                self._plan.verdicts.append((job, Appended(version, self._head(job).position, True)))
+                return
+            first = job.version
+        else:
+            first = await self._expected(job) + 1
+        lines = [self._encode(entry, version) for version, entry in enumerate(job.entries, first)]
+        checks = self._checks(job)
+        while len(checks) > len(lines):
+            # One message carries one check; where there are more of them, a message that nobody reads carries it.
+            subject, last = checks.pop(0)
+            self._message(self._stream.link.subject(self._stream.log, "$mark"), b"", b"", (subject, last))
+        for number, (head, payload) in enumerate(lines):
+            self._message(job.subject, head, payload, checks[number] if number < len(checks) else None)
+        self._staged[job.subject] = version = first + len(lines) - 1
+        self._ids.update((job.subject, entry.id) for entry in job.entries)
+        self._plan.written.append((job, version, len(self._plan.messages)))
+
+    # ------------------------------------------------------------------------------------------------- versions
+
+    def _version(self, job: Job) -> int:
+        staged = self._staged.get(job.subject)
+        return self._head(job).version if staged is None else staged
+
+    async def _expected(self, job: Job) -> int:
+        version = self._version(job)
+        known = job.subject in self._fresh or job.subject in self._staged
+        if job.expect is not None and job.expect != version and not known:
+            # What is remembered may be old; nobody is told of a conflict that is none.
+            await self._heads.load((job.subject,))
+            self._fresh.add(job.subject)
+            version = self._version(job)
+        if job.expect is not None and job.expect != version:
+            raise Conflict(job.stream, job.expect, version)
+        return version
+
+    # ------------------------------------------------------------------------------------------------- repeats
+
+    async def _stands(self, job: Job) -> bool:
+        """Whether the job stands already, because it is a repeat, or because it was sent before."""
+        head = self._head(job)
+        if not head.position or job.subject in self._staged:
+            return False
+        if job.tried is not None and head.position > job.tried:
+            position = await self._sent(job, head)
+            if position:
+                number = len(job.entries) - 1
+                version = job.version or await self._version_at(job, position + number)
+                self._plan.verdicts.append((job, Appended(version, position + number)))
+                return True
+        if not job.repeat:
+            return False
+        position = await self._heads.first(job.subject, job.entries[0].id, head.position)
+        if not position:
+            return False
+        entries = await self._entries(job, position)
+        # The entries of one append lie side by side.
+        if [each.position for each in entries] != list(range(position, position + len(job.entries))) or any(
+            (one.type, one.meta.schema, one.body) != (two.type, two.meta.schema, two.body)
+            for one, two in zip(entries, job.entries, strict=True)
+        ):
+            raise IdReused(
+                f"{job.stream} holds id {job.entries[0].id} with another type, schema or body: "
+                "use a fresh id for another message"
+            )
+        self._plan.verdicts.append((job, Appended(entries[-1].version, entries[-1].position, True)))
+        return True
+
+    async def _sent(self, job: Job, head: Head) -> int:
+        """Where the job stands that was sent before, if it does."""
+        assert job.tried is not None
+        after = job.tried
+        while after < head.position:
+            stored = await self._stream.next_of(job.subject, after + 1)
+            if stored is None:
+                return 0
+            entry = decode(self._name(stored.subject), stored.seq, stored.hdrs, stored.data)
+            if entry.id == job.entries[0].id:
+                return entry.position
+            after = stored.seq
+        return 0
+
+    async def _version_at(self, job: Job, position: int) -> int:
+        stored = await self._stream.next_of(job.subject, position)
+        if stored is None:
+            raise OutcomeUnknown(job.entries[0].id, f"append to {job.stream}")
+        return decode(self._name(stored.subject), stored.seq, stored.hdrs, stored.data).version
+
+    async def _entries(self, job: Job, position: int) -> list[Entry]:
+        found = await fetch(self._stream, job.subject, position - 1, len(job.entries))
+        return [decode(each.name, each.position, each.head, each.payload) for each in found]
+
+    def _name(self, subject: str) -> str:
+        return subject[len(self._stream.everything) - 1 :]
+
+    # ------------------------------------------------------------------------------------------------- checks
+
+    async def _check_fence(self, subject: str, name: str, fence: int) -> None:
+        claim = self._heads.claim(name)
+        pattern = self._slot(subject, claim)
+        if pattern is not None and pattern not in self._heads.slots:
+            # First where the slot ends, then who holds it: a change between the two makes the first one wrong.
+            last = await self._heads.last(pattern)
+            self._heads.fences[claim] = await self._heads.last(claim)
+            self._heads.slots[pattern] = last
+        elif self._heads.fences.get(claim) != fence:
+            self._heads.fences[claim] = await self._heads.last(claim)
+        stands = self._heads.fences[claim]
+        if stands != fence:
+            raise Fenced(f"{name} has another holder by now (fence {stands}, ours {fence}): stop writing")
+
+    def _slot(self, subject: str, claim: str) -> str | None:
+        """The pattern of the slot that a claim fences, if the subject lies in it.
+
+        In a cluster a pattern is no check: what is on the way to its messages is not looked at there.
+        """
+        begin = claim.removesuffix("$claim")
+        return f"{begin}>" if begin != claim and self._stream.replicas == 1 and subject.startswith(begin) else None
+
+    def _checks(self, job: Job) -> list[tuple[str, int]]:
+        checks = []
+        own = (job.subject, self._head(job).position)
+        if job.fence is not None:
+            claim = self._heads.claim(job.fence.name)
+            pattern = self._slot(job.subject, claim)
+            if pattern is not None:
+                self._plan.slots[pattern] = pattern[:-1]
+                if pattern not in self._checked:
+                    checks.append((pattern, self._heads.slots[pattern]))
+                self._checked.update((pattern, job.subject))
+                return checks
+            if claim not in self._checked:
+                checks.append((claim, job.fence.fence))
+        if job.subject not in self._checked:
+            # A subject is checked before it is written.
+            checks.insert(0, own) if len(job.entries) > 1 else checks.append(own)
+        self._checked.update(subject for subject, _ in checks)
+        return checks
+
+    # ------------------------------------------------------------------------------------------------- messages
+
+    def _message(self, subject: str, head: bytes, payload: bytes, check: tuple[str, int] | None) -> None:
+        if check is not None:
+            head += b"Nats-Expected-Last-Subject-Sequence: %d\r\n" % check[1]
+            if check[0] != subject:
+                head += b"Nats-Expected-Last-Subject-Sequence-Subject: %b\r\n" % check[0].encode()
+        self._plan.messages.append((subject, head, payload))
+
+    def _encode(self, entry: Entry, version: int) -> tuple[bytes, bytes]:
+        try:
+            head, payload = encode(entry, version, digest(entry, version))
+        except UnicodeEncodeError:
+            raise Refused(
+                f"id {entry.id!r} in {entry.stream} is no text of Unicode: use an id of the clock, or a derived one"
+            ) from None
+        if len(head) > _HEAD_BYTES:
+            raise Refused(f"the id of an entry for {entry.stream} has {len(entry.id):,} characters: use a shorter one")
+        return head, payload
