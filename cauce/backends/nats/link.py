@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from nats import errors
@@ -15,7 +15,7 @@ from cauce.backends.nats.client import Client, Tap
 from cauce.clock import Clock
 from cauce.errors import NoAnswer, NotPermitted, Refused, Unreachable
 
-__all__ = ["OLDEST", "Link", "Lost", "Reply", "block", "connect"]
+__all__ = ["OLDEST", "Call", "Link", "Lost", "Reply", "block", "connect"]
 
 OLDEST = (2, 12)
 """The first version of the server that takes atomic batches."""
@@ -44,6 +44,26 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
         return {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
 
 
+class Call(Protocol):
+    """Somebody who waits for what comes to an inbox."""
+
+    def subjects(self) -> Collection[str]:
+        """Whose denial is its own."""
+        ...
+
+    def done(self, end: Callable[[], Any]) -> None:
+        """Be told what to do in the end."""
+        ...
+
+    def take(self, subject: bytes, reply: bytes, data: bytes, head: bytes) -> None:
+        """Have a message: its subject, reply subject, payload and header block."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """Learn that there will be no more, and why."""
+        ...
+
+
 class Link:
     """What the logs and the wire of one bus share. `client` is connected, or trying to be, until `close`.
 
@@ -55,7 +75,7 @@ class Link:
         self.client = Client()
         self.came_back: list[Callable[[], None]] = []
         self.went_away: list[Callable[[], None]] = []
-        self._calls: dict[bytes, _Call] = {}
+        self._calls: dict[bytes, Call] = {}
         self._number = 0
         self._inbox = b""
         self._denied: dict[str, str] = {}
@@ -106,7 +126,7 @@ class Link:
         self.publish(subject, payload, head, self.expect(once))
         return once.future
 
-    def expect(self, call: _Call) -> bytes:
+    def expect(self, call: Call) -> bytes:
         """An inbox whose messages a call takes, until it is done. Who is away, or may not listen, is told at once."""
         denied = self._denied.get(self._inbox.decode().lower() + "*")
         if denied is not None:
@@ -262,32 +282,15 @@ class Link:
                 call.fail(NotPermitted(told))
 
 
-class _Call:
-    """Somebody who waits for what comes to an inbox. `done` is told what to do in the end."""
+class _Once:
+    """Waits for one answer. See `Call`."""
 
     def __init__(self, subject: str, also: Collection[str] = ()) -> None:
         self._subject, self._also = subject, also
+        self.future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
     def subjects(self) -> Collection[str]:
-        """Whose denial is its own."""
         return (self._subject, *self._also)
-
-    def done(self, end: Callable[[], Any]) -> None:
-        raise NotImplementedError
-
-    def take(self, subject: bytes, reply: bytes, data: bytes, head: bytes) -> None:
-        raise NotImplementedError
-
-    def fail(self, error: Exception) -> None:
-        raise NotImplementedError
-
-
-class _Once(_Call):
-    """Waits for one answer."""
-
-    def __init__(self, subject: str, also: Collection[str] = ()) -> None:
-        super().__init__(subject, also)
-        self.future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
     def done(self, end: Callable[[], Any]) -> None:
         self.future.add_done_callback(lambda _: end())
