@@ -1,0 +1,89 @@
+"""nats-py's client, changed in three things: what we tap skips its queues, it never gives up, it sends no ghosts.
+
+The methods overridden here are its own (`_process_msg`, `_process_err`, `_attempt_reconnect`): tests/test_nats.py holds
+that they are still called. Everything else is used by its public face.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from nats import errors
+from nats.aio.client import Client as PlainClient
+from nats.aio.subscription import Subscription
+
+__all__ = ["Client", "Tap", "Tapped"]
+
+Tap = Callable[[bytes, bytes, bytes, bytes], None]
+"""Takes subject, reply, payload and the raw header block (or nothing) of a message, at once, and never waits."""
+
+
+class Client(PlainClient):
+    """`taps` says by the number of a subscription who takes its messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taps: dict[int, Tap] = {}
+
+    async def tap(self, subject: str, tap: Tap, queue: str = "") -> Tapped:
+        """Hand what comes in at a subject to a function, past all queues, until the returned object is called."""
+        # The number is given before the subscription is sent, so nothing slips past.
+        number = self._sid + 1
+        self.taps[number] = tap
+        return Tapped(self, number, await self.subscribe(subject, queue, cb=_nobody))
+
+    def send(self, command: bytes) -> None:
+        """Put a command of the protocol among what goes out with the next flush. `kick` makes it go."""
+        self._pending.append(command)
+        self._pending_data_size += len(command)
+
+    async def kick(self) -> None:
+        """Let go out what was sent; waits only where much is on the way."""
+        if self._flush_queue is not None and self._flush_queue.empty():
+            await self._flush_pending(force_flush=self._pending_data_size > self._max_pending_size > 0)
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
+        tap = self.taps.get(sid)
+        if tap is None:
+            await super()._process_msg(sid, subject, reply, data, headers)  # type: ignore[arg-type]
+        else:
+            tap(subject, reply, data, headers or b"")
+
+    async def _process_err(self, err_msg: str) -> None:
+        if "permissions violation" in err_msg:
+            await super()._process_err(err_msg)
+        else:
+            # It would close for good, for reasons that pass: too many connections, a password that is being changed.
+            await self._error_cb(errors.Error(f"nats: {err_msg}"))
+            await self._process_op_err(errors.Error(err_msg))
+
+    async def _attempt_reconnect(self) -> None:
+        # What waited to be sent when the connection broke was given up, or is sent again, by those who asked for it.
+        self._pending.clear()
+        self._pending_data_size = 0
+        await super()._attempt_reconnect()
+
+
+class Tapped:
+    """A subscription whose messages are handed to a tap."""
+
+    def __init__(self, client: Client, number: int, subscription: Subscription) -> None:
+        self._client, self._number, self._subscription = client, number, subscription
+
+    def quit(self) -> None:
+        """Let the server send nothing more; what is on its way is still handed on."""
+        # Not again after a reconnect, either.
+        self._client._remove_sub(self._number)
+        if self._client.is_connected:
+            self._client.send(b"UNSUB %d\r\n" % self._number)
+
+    def __call__(self) -> None:
+        """Let the server send nothing more, and hand nothing on."""
+        if self._client.taps.pop(self._number, None) is not None:
+            self._subscription._stop_processing()
+            self.quit()
+
+
+async def _nobody(message: Any) -> None:
+    """Takes the place of a callback that is never called."""
