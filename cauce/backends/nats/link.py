@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from nats import errors
@@ -42,6 +42,26 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
     def headers(self) -> dict[str, str]:
         lines = self.block.decode("utf-8", "surrogateescape").split("\r\n")[1:]
         return {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
+
+
+class Call(Protocol):
+    """Somebody who waits for what comes to an inbox."""
+
+    def subjects(self) -> Collection[str]:
+        """Whose denial is its own."""
+        ...
+
+    def done(self, end: Callable[[], Any]) -> None:
+        """Be told what to do in the end."""
+        ...
+
+    def take(self, subject: bytes, reply: bytes, data: bytes, head: bytes) -> None:
+        """Have a message: its subject, reply subject, payload and header block."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """Learn that there will be no more, and why."""
+        ...
 
 
 class Link:
@@ -262,32 +282,15 @@ class Link:
                 call.fail(NotPermitted(told))
 
 
-class Call:
-    """Somebody who waits for what comes to an inbox. `done` is told what to do in the end."""
+class _Once:
+    """Waits for one answer. See `Call`."""
 
     def __init__(self, subject: str, also: Collection[str] = ()) -> None:
         self._subject, self._also = subject, also
+        self.future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
     def subjects(self) -> Collection[str]:
-        """Whose denial is its own."""
         return (self._subject, *self._also)
-
-    def done(self, end: Callable[[], Any]) -> None:
-        raise NotImplementedError
-
-    def take(self, subject: bytes, reply: bytes, data: bytes, head: bytes) -> None:
-        raise NotImplementedError
-
-    def fail(self, error: Exception) -> None:
-        raise NotImplementedError
-
-
-class _Once(Call):
-    """Waits for one answer."""
-
-    def __init__(self, subject: str, also: Collection[str] = ()) -> None:
-        super().__init__(subject, also)
-        self.future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
     def done(self, end: Callable[[], Any]) -> None:
         self.future.add_done_callback(lambda _: end())
