@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -10,12 +11,16 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.request import urlopen
 
 from cauce.backends import open_backend
+from cauce.backends.nats.link import connect
+from cauce.backends.nats.wire import NatsWire
 from cauce.clock import SystemClock
 from cauce.wire import Wire
+from tests.servers import Nats
 
-__all__ = ["CLOCK", "Peer", "Place", "SQLitePlace", "Start", "ask", "starter", "until", "wire_at"]
+__all__ = ["CLOCK", "NatsPlace", "Peer", "Place", "SQLitePlace", "Start", "ask", "starter", "until", "wire_at"]
 
 CLOCK = SystemClock()
 
@@ -78,6 +83,15 @@ asyncio.run(main())
 @asynccontextmanager
 async def wire_at(url: str) -> AsyncIterator[Wire]:
     """The wire of a bus, until it is left."""
+    if url.startswith("nats://"):
+        link = await connect(url, CLOCK)
+        wire = NatsWire(link, CLOCK)
+        try:
+            yield wire
+        finally:
+            await wire.close()
+            await link.close()
+        return
     backend = await open_backend(url, CLOCK)
     try:
         yield backend.wire
@@ -121,6 +135,29 @@ class SQLitePlace:
     async def wipe(self) -> None:
         for each in self._wire.iterdir():
             each.unlink()
+
+
+class NatsPlace:
+    """`server` tells its subscriptions by HTTP, at `monitor`: on NATS they are the registry of who serves what."""
+
+    most = (1 << 20) - 2048
+
+    def __init__(self, server: Nats, monitor: int, bus: str) -> None:
+        self.url, self._server, self._bus, self._monitor = server.url(bus), server, bus, monitor
+
+    def opened(self) -> AbstractAsyncContextManager[Wire]:
+        return wire_at(self.url)
+
+    async def known(self) -> int:
+        return len([each for each in await asyncio.to_thread(self._subjects) if each.startswith(f"{self._bus}.wire.")])
+
+    def _subjects(self) -> set[str]:
+        with urlopen(f"http://127.0.0.1:{self._monitor}/subsz?subs=1&limit=10000") as answer:
+            return {each["subject"] for each in json.load(answer).get("subscriptions_list", ())}
+
+    async def wipe(self) -> None:
+        purged = await asyncio.to_thread(self._server.request, f"$JS.API.STREAM.PURGE.{self._bus}_instances", {})
+        assert purged["success"]
 
 
 class Peer:
