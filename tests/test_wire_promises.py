@@ -240,7 +240,7 @@ async def test_one_that_stands_still_is_a_timeout_and_when_it_goes_on_begins_not
     there.goes_on()
     assert await ask(wire, "users", b"next") == b"next"
     assert await there.said() == "cancelled"
-    await there.does("leave users/1")  # says "done", so "hang" never said "began"
+    assert await there.does("leave users/1") == "done", "what was over when it went on has begun"
 
 
 async def test_one_that_stands_still_costs_no_memory_for_questions_that_nobody_waits_for_any_more(
