@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import tracemalloc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from subprocess import Popen
 
@@ -15,10 +15,12 @@ import pytest
 
 from cauce import NoAnswer, Refused
 from cauce.wire import Instance, Wire
-from tests.wires import CLOCK, Place, PostgresPlace, SQLitePlace, Start, ask, starter
+from tests.servers import Missing, Nats, absent
+from tests.servers.process import free_port
+from tests.wires import CLOCK, NatsPlace, Place, SQLitePlace, Start, ask, starter
 
 # A backend is one more name here, one more branch in `place`, and a class in `tests/wires.py`.
-BACKENDS = ("sqlite", "postgres")
+BACKENDS = ("sqlite", "nats")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -26,11 +28,23 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, bus_name: str) -> Plac
     match request.param:
         case "sqlite":
             return SQLitePlace(tmp_path)
-        case "postgres":
-            url = request.getfixturevalue("postgres_bus")
-            return PostgresPlace(request.getfixturevalue("postgres"), url, bus_name)
+        case "nats":
+            server, monitor = request.getfixturevalue("open_nats")
+            return NatsPlace(server, monitor, request.getfixturevalue("bus_name"))
         case other:
             raise AssertionError(other)
+
+
+@pytest.fixture(scope="module")
+def open_nats() -> Iterator[tuple[Nats, int]]:
+    """A NATS server, and the port where it tells what it is subscribed to."""
+    port = free_port()
+    try:
+        server = Nats(config=f"http: '127.0.0.1:{port}'")
+    except Missing as missing:
+        absent(missing)
+    yield server, port
+    server.remove()
 
 
 @pytest.fixture
@@ -94,11 +108,12 @@ async def test_what_is_served_here_is_asked_here_though_others_serve_it_too(wire
     assert await ask(wire, "users", b"pid") != b"here"
 
 
-async def test_those_who_serve_the_same_address_are_asked_in_turn(wire: Wire, peer: Start) -> None:
+async def test_those_who_serve_the_same_address_share_the_questions(wire: Wire, peer: Start) -> None:
     several = [await peer("users") for _ in range(3)]
-    answers = [await ask(wire, "users", b"pid") for _ in range(9)]
+    answers = [await ask(wire, "users", b"pid") for _ in range(120)]
     assert {int(each) for each in answers} == {each.process.pid for each in several}
-    assert all(answers.count(each) == 3 for each in answers)
+    # Who gets the next one is by turns on some backends and by chance on others.
+    assert all(answers.count(each) >= 12 for each in answers)
 
 
 async def test_a_thousand_questions_are_in_flight_at_once_and_each_gets_its_own_answer(wire: Wire, peer: Start) -> None:
@@ -225,16 +240,16 @@ async def test_one_that_stands_still_is_a_timeout_and_when_it_goes_on_begins_not
     there.goes_on()
     assert await ask(wire, "users", b"next") == b"next"
     assert await there.said() == "cancelled"
-    await there.does("leave users/1")  # says "done", so "hang" never said "began"
+    assert await there.does("leave users/1") == "done", "what was over when it went on has begun"
 
 
 async def test_one_that_stands_still_costs_no_memory_for_questions_that_nobody_waits_for_any_more(
-    wire: Wire, peer: Start
+    wire: Wire, peer: Start, place: Place
 ) -> None:
     there = await peer("users")
     await ask(wire, "users", b"first")
     await there.stops()
-    payload = b"x" * (1 << 20)
+    payload = b"x" * min(1 << 20, place.most)
     tracemalloc.start()
     try:
         for _ in range(40):
@@ -257,7 +272,9 @@ async def test_one_that_is_killed_while_it_is_asked_is_a_lost_connection_and_the
         assert await there.said() == "began"
     await there.killed()
     for each in asked:
-        with pytest.raises(ConnectionError, match=f"process {there.process.pid} went away before it answered"):
+        with pytest.raises(
+            ConnectionError, match=f"(process {there.process.pid}|who was asked) went away before it answered"
+        ):
             await each
     with pytest.raises(NoAnswer):
         await ask(wire, "users", b"pid")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -10,16 +11,16 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.request import urlopen
 
 from cauce.backends import open_backend
-from cauce.backends.postgres.link import Link
-from cauce.backends.postgres.migrations import ensure
-from cauce.backends.postgres.wire import PostgresWire
+from cauce.backends.nats.link import connect
+from cauce.backends.nats.wire import NatsWire
 from cauce.clock import SystemClock
 from cauce.wire import Wire
-from tests.servers import Postgres
+from tests.servers import Nats
 
-__all__ = ["CLOCK", "Peer", "Place", "PostgresPlace", "SQLitePlace", "Start", "ask", "starter", "until", "wire_at"]
+__all__ = ["CLOCK", "NatsPlace", "Peer", "Place", "SQLitePlace", "Start", "ask", "starter", "until", "wire_at"]
 
 CLOCK = SystemClock()
 
@@ -82,9 +83,14 @@ asyncio.run(main())
 @asynccontextmanager
 async def wire_at(url: str) -> AsyncIterator[Wire]:
     """The wire of a bus, until it is left."""
-    if url.startswith("postgresql:"):
-        async with postgres_wire(url) as wire:
+    if url.startswith("nats://"):
+        link = await connect(url, CLOCK)
+        wire = NatsWire(link, CLOCK)
+        try:
             yield wire
+        finally:
+            await wire.close()
+            await link.close()
         return
     backend = await open_backend(url, CLOCK)
     try:
@@ -146,24 +152,27 @@ class SQLitePlace:
             each.unlink()
 
 
-class PostgresPlace:
-    most = 3 << 20
+class NatsPlace:
+    """`server` tells its subscriptions by HTTP, at `monitor`: on NATS they are the registry of who serves what."""
 
-    def __init__(self, server: Postgres, url: str, schema: str) -> None:
-        self.server, self.url, self.schema = server, url, schema
+    most = (1 << 20) - 2048
+
+    def __init__(self, server: Nats, monitor: int, bus: str) -> None:
+        self.url, self._server, self._bus, self._monitor = server.url(bus), server, bus, monitor
 
     def opened(self) -> AbstractAsyncContextManager[Wire]:
         return wire_at(self.url)
 
-    async def count(self, table: str, where: str = "true") -> int:
-        statement = f"select count(*) from {self.schema}.{table} where {where}"
-        return int((await asyncio.to_thread(self.server.sql, statement))[0][0])
-
     async def known(self) -> int:
-        return await self.count("wire_processes")
+        return len([each for each in await asyncio.to_thread(self._subjects) if each.startswith(f"{self._bus}.wire.")])
+
+    def _subjects(self) -> set[str]:
+        with urlopen(f"http://127.0.0.1:{self._monitor}/subsz?subs=1&limit=10000") as answer:
+            return {each["subject"] for each in json.load(answer).get("subscriptions_list", ())}
 
     async def wipe(self) -> None:
-        await asyncio.to_thread(self.server.sql, f"truncate {self.schema}.wire_processes, {self.schema}.wire_epoch")
+        purged = await asyncio.to_thread(self._server.request, f"$JS.API.STREAM.PURGE.{self._bus}_instances", {})
+        assert purged["success"]
 
 
 class Peer:

@@ -75,15 +75,15 @@ class Answering:
             endpoint.subject, lambda _, reply, data, head: self._received(endpoint, reply, data, head), QUEUE
         )
 
-    def leave(self, endpoint: Endpoint) -> None:
-        """Serve it no more: at once here, soon for the server. Whom it sends here meanwhile is told so."""
-        if not endpoint.leaving:
-            endpoint.leaving = True
-            if self.endpoints.get(endpoint.address) is endpoint:
-                del self.endpoints[endpoint.address]
-            self.aside(self._left(endpoint))
+    def leave(self, endpoint: Endpoint) -> bool:
+        """Serve it no more here, and tell whom the server sends here that it is so. False: that was said before."""
+        said, endpoint.leaving = endpoint.leaving, True
+        if self.endpoints.get(endpoint.address) is endpoint:
+            del self.endpoints[endpoint.address]
+        return not said
 
-    async def _left(self, endpoint: Endpoint) -> None:
+    async def left(self, endpoint: Endpoint) -> None:
+        """Have the server send nothing more for it, and wait until it does."""
         if endpoint.tapped is not None:
             endpoint.tapped.quit()
             try:
@@ -163,9 +163,7 @@ class Answering:
             _log.warning("the wire could not say something to the server: %r", error)
 
     async def close(self) -> None:
-        """Say of what is in hand that it will not be answered, and answer nothing more."""
-        for endpoint in list(self.endpoints.values()):
-            self.leave(endpoint)
+        """Say of what is in hand that it will not be answered, and wait for all that was begun aside."""
         for task in self._in_hand:
             task.cancel()
         while waiting := [*self._in_hand, *self._beside]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from cauce.backends.nats.frames import TAKEN, Failed, NotServed, outcome, question
 from cauce.backends.nats.link import Link
@@ -15,18 +15,22 @@ from cauce.errors import NotPermitted, Unreachable
 __all__ = ["Asking"]
 
 _LOOK = 0.5
-"""Seconds between two looks whether those who have taken a question are still there."""
+"""Seconds between two looks whether those who were asked are still there: one task looks for all questions."""
+
+_PATIENCE = 0.25
+"""Seconds in which the server says that somebody is not there."""
 
 
 class _Question:
     """One that waits for its answer; see `Link.expect`."""
 
-    def __init__(self, subject: str) -> None:
-        self._subject = subject
+    def __init__(self, subject: str, *, is_look: bool) -> None:
+        self.subject, self.is_look = subject, is_look
+        self.taker = ""
         self.answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
     def subjects(self) -> tuple[str, ...]:
-        return (self._subject,)
+        return (self.subject,)
 
     def done(self, end: Callable[[], object]) -> None:
         self.forget = end
@@ -49,7 +53,6 @@ class Asking:
 
     def __init__(self, link: Link, clock: Clock, deadlines: Deadlines) -> None:
         self._link, self._client, self._clock, self._deadlines = link, link.client, clock, deadlines
-        self._taken: dict[bytes, tuple[_Question, str]] = {}
         self._waiting: dict[bytes, _Question] = {}
         self._listening = False
         self._watching: asyncio.Task[None] | None = None
@@ -60,12 +63,14 @@ class Asking:
         Raises `NotServed`, `NotPermitted`, `Unreachable` if the server is away, and `ConnectionError` if there will be
         no answer.
         """
-        asked = _Question(subject)
+        asked = _Question(subject, is_look=not seconds)
         reply = self._link.expect(asked)
         self._waiting[reply] = asked
         try:
             if not self._listening:
                 await self._listen(reply)
+            if self._watching is None:
+                self._watching = asyncio.get_running_loop().create_task(self._watch())
             self._client.send(question(subject.encode(), reply, seconds, payload))
             await self._client.kick()
             return await asked.answer
@@ -74,8 +79,6 @@ class Asking:
         finally:
             asked.forget()
             del self._waiting[reply]
-            if self._taken:
-                self._taken.pop(reply, None)
 
     # -------------------------------------------------------------------------------------- who will answer no more
 
@@ -85,31 +88,42 @@ class Asking:
 
     def _took(self, subject: bytes, reply: bytes, data: bytes, head: bytes) -> None:
         """Somebody has had a question in hand for a while."""
-        inbox = subject.removesuffix(TAKEN)
-        asked = self._waiting.get(inbox)
+        asked = self._waiting.get(subject.removesuffix(TAKEN))
         if asked is not None:
-            self._taken[inbox] = asked, token(data.decode(errors="replace"))
-            if self._watching is None:
-                self._watching = asyncio.get_running_loop().create_task(self._watch())
+            asked.taker = token(data.decode(errors="replace"))
 
     async def _watch(self) -> None:
-        """Look now and then whether they are still there: the server knows at once who is not."""
+        """Look now and then whether those who were asked are there: the server knows at once who is not."""
         try:
-            while self._taken:
+            seen = set[_Question]()
+            while self._waiting:
                 await self._clock.sleep(_LOOK)
-                for who in {who for _, who in self._taken.values()}:
-                    if not await self.is_there(self._link.subject("wire", who)):
-                        for asked in [asked for asked, its in self._taken.values() if its == who]:
-                            asked.fail(ConnectionError(f"process {who.partition('-')[0]} went away before it answered"))
+                waiting = {asked for asked in self._waiting.values() if not asked.is_look}
+                await self._look([asked for asked in waiting if asked.taker or asked in seen])
+                seen = waiting
         except (ConnectionError, NotPermitted, Unreachable):
             pass  # With the connection all questions are lost; what is not permitted is not known.
         finally:
             self._watching = None
 
+    async def _look(self, waiting: Iterable[_Question]) -> None:
+        """Fail what nobody will answer: who has it is gone, or nobody has said so and nobody serves the address."""
+        there: dict[str, bool] = {}
+        for asked in waiting:
+            subject = self._link.subject("wire", asked.taker) if asked.taker else asked.subject
+            if subject not in there:
+                there[subject] = await self.is_there(subject)
+            if not there[subject]:
+                who = f"process {asked.taker.partition('-')[0]}" if asked.taker else "who was asked"
+                asked.fail(ConnectionError(f"{who} went away before it answered"))
+
     async def is_there(self, subject: str) -> bool:
-        """Whether somebody has subscribed to a subject; who stands still has, too."""
+        """Whether somebody has subscribed to a subject; who stands still has, too.
+
+        As a question it has no time left, so it is not begun.
+        """
         try:
-            await self._deadlines.within(_LOOK, self.ask(subject, b"", _LOOK))
+            await self._deadlines.within(_PATIENCE, self.ask(subject, b"", 0.0))
         except NotServed:
             return False
         except TimeoutError:

@@ -43,6 +43,12 @@ class Client(PlainClient):
         if self._flush_queue is not None and self._flush_queue.empty():
             await self._flush_pending(force_flush=self._pending_data_size > self._max_pending_size > 0)
 
+    def fileno(self) -> int:
+        """The file descriptor of the connection, -1 if there is none."""
+        writer = getattr(self._transport, "_io_writer", None)
+        connection = None if writer is None else writer.get_extra_info("socket")
+        return -1 if connection is None else int(connection.fileno())
+
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
         tap = self.taps.get(sid)
         if tap is None:

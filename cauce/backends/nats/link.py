@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import msgspec
 from nats import errors
@@ -82,6 +84,7 @@ class Link:
         self._connected = asyncio.Event()
         self._reason = ""
         self._fatal: asyncio.Future[None] | None = None
+        _links.add(self)
 
     # ------------------------------------------------------------------------------------------------- names
 
@@ -302,6 +305,22 @@ class _Once:
     def fail(self, error: Exception) -> None:
         if not self.future.done():
             self.future.set_exception(error)
+
+
+_links: WeakSet[Link] = WeakSet()
+
+
+def _forked() -> None:
+    """A child must not keep alive what its parent's death is known by, nor speak in its name."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for link in list(_links):
+        if (file := link.client.fileno()) >= 0:
+            # Not closed: the number must stay taken, because objects that this process has inherited will close it.
+            os.dup2(nowhere, file, inheritable=False)
+    os.close(nowhere)
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def block(headers: Mapping[str, str]) -> bytes:

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from cauce.backends.nats.address import Address
-from cauce.backends.nats.answering import Answering
+from cauce.backends.nats.answering import Answering, Endpoint
 from cauce.backends.nats.asking import Asking
 from cauce.backends.nats.client import Tapped
 from cauce.backends.nats.frames import HEADERS, NotServed, publication
@@ -61,7 +61,6 @@ class NatsWire:
         self._registry = Registry(link, clock)
         self._subjects: dict[str, str] = {}
         self._taps: dict[str, Tapped] = {}
-        self._alive: Tapped | None = None
         self._tapping = asyncio.Lock()
         self._beating: asyncio.TimerHandle | None = None
         self._showing = asyncio.Lock()
@@ -99,6 +98,8 @@ class NatsWire:
                 break
             await self._clock.sleep(min(pause, left))
             pause = min(pause * 1.5, _SELDOM)
+            if deadline - self._clock.monotonic() < _POLL:
+                break  # No time is left for an answer, and it is still known that nothing ran.
         raise NoAnswer(f"nobody serves {address}: run the service that owns it, or send a command instead")
 
     def _subject_of(self, address: str) -> str:
@@ -126,8 +127,8 @@ class NatsWire:
         def leave() -> None:
             if handlers.get(address) is handler:
                 del handlers[address]
-            self._answering.leave(endpoint)
-            self._answering.aside(self._tap_domains())
+            if self._answering.leave(endpoint):
+                self._answering.aside(self._left(endpoint))
 
         try:
             await self._answering.listen(endpoint)
@@ -139,11 +140,15 @@ class NatsWire:
             raise
         return leave
 
+    async def _left(self, endpoint: Endpoint) -> None:
+        await self._answering.left(endpoint)
+        await self._tap_domains()
+
     async def announce(self, instance: Instance) -> Callable[[], None]:
         await self._services.show(instance)
 
         def leave() -> None:
-            if self._services.instances.get(instance.id) is instance and self._services.hide(instance.id):
+            if self._services.hide(instance.id):
                 self._answering.aside(self._tap_domains())
                 self._show()
 
@@ -158,17 +163,18 @@ class NatsWire:
         return leave
 
     async def _tap_domains(self) -> None:
-        """Subscribe to what says that somebody answers here in a domain, or will soon."""
+        """Subscribe to what says that this process lives, and that it answers in a domain or will soon."""
         async with self._tapping:
-            if self._alive is None:
-                self._alive = await self._tap(self._process_subject(self._name))
             served = [*self._answering.endpoints]
             said = [address for each in self._services.instances.values() for address in each.addresses]
             subjects = {self._domain_subject(address) for address in (*served, *said)}
+            if subjects or self._services.instances:
+                subjects.add(self._process_subject(self._name))
             for subject in self._taps.keys() - subjects:
                 self._taps.pop(subject)()
             for subject in subjects - self._taps.keys():
                 self._taps[subject] = await self._tap(subject)
+            await self._link.client.kick()
 
     async def _tap(self, subject: str) -> Tapped:
         return await self._link.client.tap(subject, lambda _, reply, data, head: self._send(reply, b""))
@@ -177,14 +183,16 @@ class NatsWire:
         self._answering.aside(self._answering.send(publication(reply, b"", payload)))
 
     async def _barrier(self) -> None:
-        """Return when the server has taken all that was sent, and all has come that it had sent."""
-        subject = self._process_subject(self._name)
+        """Return when the server has taken all that was sent, and all has come that it had sent before."""
+        # Nobody is there, and that it says so proves it: what goes over one connection keeps its order.
+        # (The client's own `flush` may overtake what waits to be sent.)
+        subject, seconds = self._link.subject("wire", token(self._name), "barrier"), self._link.patience
         try:
-            await self._deadlines.within(self._link.patience, self._asking.ask(subject, b"", self._link.patience))
+            await self._deadlines.within(seconds, self._asking.ask(subject, b"", seconds))
         except NotServed:
-            self._link.may_listen(subject)
+            pass
         except TimeoutError:
-            raise Unreachable(f"{self._link} did not answer within {self._link.patience:g} s") from None
+            raise Unreachable(f"{self._link} did not answer within {seconds:g} s") from None
 
     # ------------------------------------------------------------------------------------------------ who runs
 
@@ -221,15 +229,15 @@ class NatsWire:
             return
         self._closed = True
         self._link.came_back.remove(self._show)
-        for address, endpoint in self._answering.endpoints.items():
+        for address, endpoint in list(self._answering.endpoints.items()):
             if self._handlers.get(address) is endpoint.handler:
                 del self._handlers[address]
+            if self._answering.leave(endpoint):
+                self._answering.aside(self._left(endpoint))
         announced = [self._services.hide(id) for id in list(self._services.instances)]
         await self._answering.close()
-        with suppress(CauceError, OSError):
-            if any(announced) and not self._link.is_away:
+        if any(announced):
+            with suppress(CauceError, OSError):
                 await self._say()
-        for tapped in (*self._taps.values(), self._alive):
-            if tapped is not None:
-                tapped()
+                await self._tap_domains()
         await self._asking.close()
