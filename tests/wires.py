@@ -16,11 +16,26 @@ from urllib.request import urlopen
 from cauce.backends import open_backend
 from cauce.backends.nats.link import connect
 from cauce.backends.nats.wire import NatsWire
+from cauce.backends.postgres.link import Link
+from cauce.backends.postgres.migrations import ensure
+from cauce.backends.postgres.wire import PostgresWire
 from cauce.clock import SystemClock
 from cauce.wire import Wire
-from tests.servers import Nats
+from tests.servers import Nats, Postgres
 
-__all__ = ["CLOCK", "NatsPlace", "Peer", "Place", "SQLitePlace", "Start", "ask", "starter", "until", "wire_at"]
+__all__ = [
+    "CLOCK",
+    "NatsPlace",
+    "Peer",
+    "Place",
+    "PostgresPlace",
+    "SQLitePlace",
+    "Start",
+    "ask",
+    "starter",
+    "until",
+    "wire_at",
+]
 
 CLOCK = SystemClock()
 
@@ -91,6 +106,9 @@ async def wire_at(url: str) -> AsyncIterator[Wire]:
         finally:
             await wire.close()
             await link.close()
+    elif url.startswith("postgresql:"):
+        async with postgres_wire(url) as wire:
+            yield wire
         return
     backend = await open_backend(url, CLOCK)
     try:
@@ -152,27 +170,24 @@ class SQLitePlace:
             each.unlink()
 
 
-class NatsPlace:
-    """`server` tells its subscriptions by HTTP, at `monitor`: on NATS they are the registry of who serves what."""
+class PostgresPlace:
+    most = 3 << 20
 
-    most = (1 << 20) - 2048
-
-    def __init__(self, server: Nats, monitor: int, bus: str) -> None:
-        self.url, self._server, self._bus, self._monitor = server.url(bus), server, bus, monitor
+    def __init__(self, server: Postgres, url: str, schema: str) -> None:
+        self.server, self.url, self.schema = server, url, schema
 
     def opened(self) -> AbstractAsyncContextManager[Wire]:
         return wire_at(self.url)
 
-    async def known(self) -> int:
-        return len([each for each in await asyncio.to_thread(self._subjects) if each.startswith(f"{self._bus}.wire.")])
+    async def count(self, table: str, where: str = "true") -> int:
+        statement = f"select count(*) from {self.schema}.{table} where {where}"
+        return int((await asyncio.to_thread(self.server.sql, statement))[0][0])
 
-    def _subjects(self) -> set[str]:
-        with urlopen(f"http://127.0.0.1:{self._monitor}/subsz?subs=1&limit=10000") as answer:
-            return {each["subject"] for each in json.load(answer).get("subscriptions_list", ())}
+    async def known(self) -> int:
+        return await self.count("wire_processes")
 
     async def wipe(self) -> None:
-        purged = await asyncio.to_thread(self._server.request, f"$JS.API.STREAM.PURGE.{self._bus}_instances", {})
-        assert purged["success"]
+        await asyncio.to_thread(self.server.sql, f"truncate {self.schema}.wire_processes, {self.schema}.wire_epoch")
 
 
 class Peer:
@@ -239,3 +254,26 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - what is waited for happens outside of this loop
             await asyncio.sleep(0.01)
+
+
+class NatsPlace:
+    """`server` tells its subscriptions by HTTP, at `monitor`: on NATS they are the registry of who serves what."""
+
+    most = (1 << 20) - 2048
+
+    def __init__(self, server: Nats, monitor: int, bus: str) -> None:
+        self.url, self._server, self._bus, self._monitor = server.url(bus), server, bus, monitor
+
+    def opened(self) -> AbstractAsyncContextManager[Wire]:
+        return wire_at(self.url)
+
+    async def known(self) -> int:
+        return len([each for each in await asyncio.to_thread(self._subjects) if each.startswith(f"{self._bus}.wire.")])
+
+    def _subjects(self) -> set[str]:
+        with urlopen(f"http://127.0.0.1:{self._monitor}/subsz?subs=1&limit=10000") as answer:
+            return {each["subject"] for each in json.load(answer).get("subscriptions_list", ())}
+
+    async def wipe(self) -> None:
+        purged = await asyncio.to_thread(self._server.request, f"$JS.API.STREAM.PURGE.{self._bus}_instances", {})
+        assert purged["success"]

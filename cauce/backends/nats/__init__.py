@@ -9,4 +9,4 @@ __all__ = ["open"]
 
 
 async def open(url: str, *, clock: Clock | None = None, make: bool = True) -> object:
-    raise Refused("not built yet")
+    raise Refused("a bus on NATS is not built yet: use sqlite:///… or postgresql://…")

@@ -35,7 +35,10 @@ class PostgresStores:
         return await PostgresStore.open(self._link, service, migrations)
 
     def folder(self, service: str) -> Path:
-        raise Refused(f"views and replicas of {service!r} cannot lie at {self._link.url} yet: use a sqlite:/// bus")
+        raise Refused(
+            f"views and replicas of {service!r} cannot lie at {self._link.url} yet: "
+            "give the service a store with --store sqlite:///folder"
+        )
 
     async def letters(self, service: str = "") -> list[Letter]:
         return [letter for name in await self._services(service) for letter in await self._dead(name)]
