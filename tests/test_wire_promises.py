@@ -17,10 +17,10 @@ from cauce import NoAnswer, Refused
 from cauce.wire import Instance, Wire
 from tests.servers import Missing, Nats, absent
 from tests.servers.process import free_port
-from tests.wires import CLOCK, NatsPlace, Place, SQLitePlace, Start, ask, starter
+from tests.wires import CLOCK, NatsPlace, Place, PostgresPlace, SQLitePlace, Start, ask, starter
 
 # A backend is one more name here, one more branch in `place`, and a class in `tests/wires.py`.
-BACKENDS = ("sqlite", "nats")
+BACKENDS = ("sqlite", "postgres", "nats")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -28,6 +28,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, bus_name: str) -> Plac
     match request.param:
         case "sqlite":
             return SQLitePlace(tmp_path)
+        case "postgres":
+            url = request.getfixturevalue("postgres_bus")
+            return PostgresPlace(request.getfixturevalue("postgres"), url, bus_name)
         case "nats":
             server, monitor = request.getfixturevalue("open_nats")
             return NatsPlace(server, monitor, request.getfixturevalue("bus_name"))

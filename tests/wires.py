@@ -99,22 +99,29 @@ asyncio.run(main())
 async def wire_at(url: str) -> AsyncIterator[Wire]:
     """The wire of a bus, until it is left."""
     if url.startswith("nats://"):
-        link = await connect(url, CLOCK)
-        wire = NatsWire(link, CLOCK)
-        try:
-            yield wire
-        finally:
-            await wire.close()
-            await link.close()
-    elif url.startswith("postgresql:"):
-        async with postgres_wire(url) as wire:
-            yield wire
+        async with nats_wire(url) as nats:
+            yield nats
+        return
+    if url.startswith("postgresql:"):
+        async with postgres_wire(url) as postgres:
+            yield postgres
         return
     backend = await open_backend(url, CLOCK)
     try:
         yield backend.wire
     finally:
         await backend.close()
+
+
+@asynccontextmanager
+async def nats_wire(url: str) -> AsyncIterator[NatsWire]:
+    link = await connect(url, CLOCK)
+    wire = NatsWire(link, CLOCK)
+    try:
+        yield wire
+    finally:
+        await wire.close()
+        await link.close()
 
 
 @asynccontextmanager
