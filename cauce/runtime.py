@@ -590,6 +590,8 @@ class _Running:
             *(consumer.settled() for consumer, tail in self._consumers if tail is not self._tails.records)
         )
         await self._relayed()
+        # What was decided or recorded meanwhile has its record, too.
+        await asyncio.gather(*(commander.settled() for commander in self._commanders.values()))
 
     async def _settled_behind(self) -> None:
         """The same of those that react to records, which are written behind."""
