@@ -188,7 +188,8 @@ class Writer:
                 if is_lost(error) or isinstance(self._trouble, Unreachable):
                     self._drop()
                 await self._clock.sleep(pause * (1 + self._clock.random()))
-                pause = min(pause * 2, _LONGEST_PAUSE)
+                # A server that is back must be found before whoever comes then loses patience.
+                pause = min(pause * 2, _LONGEST_PAUSE, self._link.patience / 4)
         return True
 
     async def _open_session(self) -> None:
