@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cauce.backends.nats.link import connect
+from cauce.backends.nats.link import Lost, connect
 from cauce.backends.nats.store import NatsStore
 from cauce.backends.nats.stores import NatsStores
 from cauce.backends.sqlite.stores import SQLiteStores
@@ -413,10 +413,12 @@ async def test_a_batch_whose_answer_gets_lost_stands_once(nats_bus: str) -> None
         call = link.call
 
         def deaf(*arguments: object, **named: object) -> object:
-            future = call(*arguments, **named)  # type: ignore[arg-type]
-            asyncio.get_running_loop().call_soon(link._lose)
+            """The server has answered, and the connection breaks before that is heard."""
             link.call = call  # type: ignore[method-assign]
-            return future
+            heard: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+            answered = call(*arguments, **named)  # type: ignore[arg-type]
+            answered.add_done_callback(lambda _: heard.set_exception(Lost("the connection broke")))
+            return heard
 
         link.call = deaf  # type: ignore[method-assign,assignment]
         await store.commit(unit(share, 1, b"a", b"b"))
