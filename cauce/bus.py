@@ -128,6 +128,8 @@ _ERRORS: dict[str, type[CauceError]] = {
 
 def error_name(error: CauceError) -> str:
     """By what name an error travels: its own, or that of the nearest kind that the asker can be given."""
+    if isinstance(error, OutcomeUnknown):
+        return OutcomeUnknown.__name__
     return next((cls.__name__ for cls in type(error).__mro__ if _ERRORS.get(cls.__name__) is cls), "CauceError")
 
 
@@ -347,6 +349,9 @@ class Bus:
     async def _ask(self, address: str, ask: Ask, timeout: float) -> Reply:
         payload = await self.wire.ask(address, _encode(ask), self.clock.monotonic() + timeout)
         reply = _decode_reply(payload)
+        if reply.error == OutcomeUnknown.__name__:
+            # To the asker it is as if the owner had gone away: it knows no more.
+            raise ConnectionError(reply.message)
         if reply.error:
             raise _ERRORS.get(reply.error, CauceError)(reply.message)
         return reply

@@ -22,9 +22,11 @@ __all__ = [
     "Wish",
     "derive_id",
     "digest",
+    "digest_at",
     "from_cloudevent",
     "micros",
     "moment",
+    "schema_in",
     "seal",
     "sealed",
     "to_cloudevent",
@@ -137,6 +139,33 @@ def digest(entry: Entry, version: int) -> int:
     if entry.wish is None:
         return crc32(b"".join((head, entry.raw, b"\0\0", entry.body or b"")))
     return crc32(b"".join((head, entry.raw, b"\0", entry.wish, b"\0", entry.body or b"")))
+
+
+def digest_at(entry: Entry, version: int) -> int:
+    """The digest of an entry that is about to be written. Raises `Refused` for an id that not every log can keep."""
+    try:
+        if "\0" not in entry.id:
+            return digest(entry, version)
+    except UnicodeEncodeError:
+        pass
+    raise Refused(
+        f"id {entry.id!r} in {entry.stream} is no text of Unicode, or holds NUL: use an id of the clock, or a derived one"
+    )
+
+
+class _OnlySchema(msgspec.Struct):
+    schema: int = 1
+
+
+_decode_schema = msgspec.json.Decoder(_OnlySchema).decode
+
+
+def schema_in(raw: bytes) -> int:
+    """The schema in an encoded envelope that is compared with that of a repeat. Raises `Damaged`."""
+    try:
+        return _decode_schema(raw).schema
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        raise Damaged("an envelope that stands in the way of a repeat cannot be read: run cauce verify") from None
 
 
 def sealed(stream: str, type: str, id: str, meta: Meta, body: bytes, wish: bytes | None = None) -> Entry:

@@ -1281,6 +1281,7 @@ async def illegal_names_are_refused_before_anything_is_written(open: Open) -> No
             entry = msgspec.structs.replace(plain, type=name)
             await _raises(Refused, log.append, "things/1", [entry])
             await _raises(Refused, last.put, "things/1", 2, entry)
+            await _raises(Refused, log.read, Filter(types=frozenset({name})))
         for name in ILLEGAL:
             await _raises(Refused, log.claim, name, "a")
             await _raises(Refused, log.claim, "slot", name)

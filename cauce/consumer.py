@@ -118,6 +118,7 @@ class Consumer:
         self._readers: set[asyncio.Task[None]] = set()
         self._retries: dict[str, asyncio.Task[None]] = {}
         self._in_hand: set[str] = set()
+        self._newer: set[str] = set()
         self._leaving: set[int] = set()
         self._slots: dict[int, asyncio.Semaphore] = {}
         self._moved = asyncio.Event()
@@ -135,7 +136,7 @@ class Consumer:
         self._tail = tail
         self._looked = max(self._looked, tail.looked)
         self._leaving -= shares.keys()
-        places = self._store.places(self.name, self._log.id, await self._log.head())
+        places = await self._store.places(self.name, self._log.id, await self._log.head())
         lanes = []
         for domain in self.wants:
             for slot, share in shares.items():
@@ -146,7 +147,7 @@ class Consumer:
                 if place is None:
                     # Written down at once: what "now" meant must not change with a restart.
                     self._store.move(share, self.name, domain, slot, self._log.id, lane.place)
-        for waiting in self._store.waiting(self.name):
+        for waiting in await self._store.waiting(self.name):
             if waiting.slot in shares:
                 self._set_aside(waiting)
         self._catch_up(lanes)
@@ -191,13 +192,17 @@ class Consumer:
             if task is not None:
                 task.cancel()
 
-    def reload(self) -> None:
+    async def reload(self) -> None:
         """Look again at what waits for a person: one may have decided."""
+        if not self._waiting:
+            return
+        # What is tried or set aside while the store is asked is newer than the answer.
+        self._newer = set(self._retries)
         rows: dict[str, deque[Waiting]] = {}
-        for waiting in self._store.waiting(self.name):
+        for waiting in await self._store.waiting(self.name):
             rows.setdefault(waiting.stream, deque()).append(waiting)
         for stream, queue in list(self._waiting.items()):
-            if stream in self._retries:
+            if stream in self._retries or stream in self._newer:
                 continue
             now = rows.get(stream, deque())
             self._many[slot_of(stream.partition("/")[2])] += len(now) - len(queue)
@@ -475,11 +480,13 @@ class Consumer:
         if queue and queue[-1].position >= waiting.position:
             return
         queue.append(waiting)
+        self._newer.add(waiting.stream)
         self._many[waiting.slot] += 1
         self._begin_retries(queue[0])
 
     def _begin_retries(self, first: Waiting) -> None:
         if not first.dead and first.stream not in self._retries:
+            self._newer.add(first.stream)
             self._retries[first.stream] = asyncio.get_running_loop().create_task(self._retry(first.stream))
 
     async def _retry(self, stream: str) -> None:

@@ -11,11 +11,22 @@ from typing import Protocol
 
 import msgspec
 
-from cauce.accept import APPEND_ENTRIES, ENTRY_BYTES
+from cauce.accept import APPEND_ENTRIES, ENTRY_BYTES, check_name, check_stream
 from cauce.codec import Entry
 from cauce.errors import Refused
 
-__all__ = ["EVERYTHING", "Appended", "Claim", "Filter", "Log", "Page", "check_append", "check_put", "filter_of"]
+__all__ = [
+    "EVERYTHING",
+    "Appended",
+    "Claim",
+    "Filter",
+    "Log",
+    "Page",
+    "check_append",
+    "check_filter",
+    "check_put",
+    "filter_of",
+]
 
 
 class Appended(msgspec.Struct, frozen=True, gc=False):
@@ -169,6 +180,14 @@ def check_put(stream: str, version: int, entry: Entry) -> int:
             f"{stream} cannot be put at version {version}: versions are whole numbers from 1 that fit 64 bits"
         )
     return _size(stream, entry)
+
+
+def check_filter(filter: Filter) -> None:
+    """Raises `Refused` for a filter that names what no log takes, so that nobody waits for it in vain."""
+    if filter.stream is not None:
+        check_stream(filter.stream)
+    for type in filter.types:
+        check_name(type)
 
 
 def _size(stream: str, entry: Entry) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from cauce.accept import SLOTS, check_body, check_value, slot_of
-from cauce.backends import Backend, open_backend
+from cauce.backends import Backend, open_backend, stores_at
 from cauce.bus import Ask, Bus, Cause, Context, Reply, correlation, error_name, keep, own, owned
 from cauce.carried import LastOfEach, Superseded, carried
 from cauce.clock import Clock, SystemClock, uuid7
@@ -25,6 +25,7 @@ from cauce.messages import Command, Domain, Event, Message, Notice, Record, decl
 from cauce.schema import Schema, encode
 from cauce.service import ATTEMPTS, Bound, Service, bind
 from cauce.sql import Store as Sql
+from cauce.store import Share, Store, Stores, Unit
 from cauce.threads import Threads
 from cauce.wire import Instance, State
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from cauce.consumer import Consumer, Tail
     from cauce.copies import Copies
     from cauce.shares import Shares
-    from cauce.store import Share, Store, Unit
 
 __all__ = ["DEFAULT_BUS", "connect", "running"]
 
@@ -54,7 +54,8 @@ async def connect(bus: str = DEFAULT_BUS, *, clock: Clock | None = None) -> Asyn
     """A client that serves nothing: it calls, sends, asks and reads.
 
     Parameters:
-        bus: the address, `sqlite:///shop.db` for a relative and `sqlite:////var/shop.db` for an absolute path.
+        bus: the address, `sqlite:///shop.db` for a relative and `sqlite:////var/shop.db` for an absolute path,
+            `postgresql://host/database` or `nats://host:4222`.
     """
     clock = clock or SystemClock()
     backend = await open_backend(bus, clock)
@@ -66,12 +67,19 @@ async def connect(bus: str = DEFAULT_BUS, *, clock: Clock | None = None) -> Asyn
 
 @asynccontextmanager
 async def running(
-    *services: Service, bus: str = DEFAULT_BUS, clock: Clock | None = None, drain: float = 10.0
+    *services: Service,
+    bus: str = DEFAULT_BUS,
+    store: str | None = None,
+    clock: Clock | None = None,
+    drain: float = 10.0,
 ) -> AsyncIterator[Bus]:
     """Run services in this process, and a bus to talk to them. They are drained when the block is left.
 
     Parameters:
-        bus: the address, `sqlite:///shop.db` for a relative and `sqlite:////var/shop.db` for an absolute path.
+        bus: the address, `sqlite:///shop.db` for a relative and `sqlite:////var/shop.db` for an absolute path,
+            `postgresql://host/database` or `nats://host:4222`.
+        store: where these services keep what is their own, `sqlite:///folder` or `postgresql://host/database`; None: at
+            the bus. All instances of a service must be given the same.
         drain: seconds that handlers get to finish at the end.
 
     The same service may run in any number of processes: its instances share its slots out among themselves.
@@ -86,10 +94,11 @@ async def running(
     async with AsyncExitStack() as stack:
         backend = await open_backend(bus, clock)
         stack.push_async_callback(backend.close)
+        stores = backend.stores if store is None else await stack.enter_async_context(stores_at(store, clock))
         face = _bus(backend, clock)
         tasks = _Tasks(face.failed)
         tails = Tails(face)
-        each = [_Running(service, parts, backend, face, tasks, tails, drain) for service, parts in bounds]
+        each = [_Running(service, parts, stores, face, tasks, tails, drain) for service, parts in bounds]
         stack.push_async_callback(_stop, each, tasks, drain)
         # Each step for all, before the next for any: nobody owns half of what it says, or reacts before others answer.
         for step in (_Running.look, _Running.open, _Running.own, _Running.copy, _Running.join, _Running.serve):
@@ -191,16 +200,16 @@ class _Running:
         self,
         service: Service,
         parts: list[Bound],
-        backend: Backend,
+        stores: Stores,
         bus: Bus,
         tasks: _Tasks,
         tails: Tails,
         drain: float,
     ) -> None:
-        self._service, self._parts, self._backend, self._bus, self._drain = service, parts, backend, bus, drain
+        self._service, self._parts, self._stores, self._bus, self._drain = service, parts, stores, bus, drain
         self._tasks, self._tails = tasks, tails
         self._owner = identity(service.name, bus.clock)
-        self._leases = Leases(backend.facts, self._owner, bus.clock)
+        self._leases = Leases(bus.facts, self._owner, bus.clock)
         self._commanders: dict[str, Commander] = {}
         self._folders: dict[str, Folder] = {}
         self._schemas: dict[str, Schema] = {}
@@ -231,16 +240,16 @@ class _Running:
         if any(bound.part.kind in ("view", "replica") for bound in self._parts):
             from cauce.copying import copies_of
 
-            self._copies = copies_of(self._service, self._parts, self._backend.store(self._service.name), self._bus)
+            self._copies = copies_of(self._service, self._parts, self._stores.folder(self._service.name), self._bus)
 
     async def open(self) -> None:
         """Open the store, and prepare all that this instance may be given to do."""
         from cauce.shares import Shares
-        from cauce.store import Store
 
         bus, name = self._bus, self._service.name
-        self._store = store = await Store.open(self._backend.store(name), name, bus.clock, self._service.schema)
-        await keep(bus.facts, name, store.id, f"{name}/{store.path.name}", store.is_fresh, bus.clock)
+        keeps = bool(self._service.schema or self._copies is not None)
+        self._store = store = await self._stores.open(name, self._service.schema, keeps=keeps)
+        await keep(bus.facts, name, store.id, store.place, store.is_fresh, bus.clock)
         self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose)
         shares.touched = self._touched
         for domain in self._service.owns:
@@ -380,11 +389,11 @@ class _Running:
         if undo is not None:
             undo()
 
-    def _touched(self) -> None:
+    async def _touched(self) -> None:
         """Another process has changed the store: perhaps somebody decided about a dead letter."""
-        for consumer, _ in self._consumers:
-            consumer.reload()
         self._said.set()
+        for consumer, _ in self._consumers:
+            await consumer.reload()
 
     # ------------------------------------------------------------------------------------------------------- stopping
 
@@ -581,6 +590,8 @@ class _Running:
             *(consumer.settled() for consumer, tail in self._consumers if tail is not self._tails.records)
         )
         await self._relayed()
+        # What was decided or recorded meanwhile has its record, too.
+        await asyncio.gather(*(commander.settled() for commander in self._commanders.values()))
 
     async def _settled_behind(self) -> None:
         """The same of those that react to records, which are written behind."""
@@ -593,15 +604,15 @@ class _Running:
         Parameters:
             patient: wait for the things too that were put off because something of them failed.
         """
-        while self._unsaid(patient):
+        while await self._unsaid(patient):
             self._said.set()
             await self._bus.clock.sleep(0.01)
 
-    def _unsaid(self, patient: bool) -> bool:
+    async def _unsaid(self, patient: bool) -> bool:
         """Whether something waits in the outbox for this instance."""
         assert self._store is not None
         after, mine = 0, set(self._slots)
-        while rows := self._store.outbox(after, 10_000):
+        while rows := await self._store.outbox(after, 10_000):
             after = rows[-1][0]
             if any(row[2] in mine and (patient or _unpack(row[3]).stream not in self._put_off) for row in rows):
                 return True
@@ -643,7 +654,7 @@ class _Running:
         held_up |= self._under_way.keys()
         self._look_anew, met = False, set[str]()
         after = 0 if whole else self._looked
-        while rows := self._store.outbox(after, _AT_ONCE):
+        while rows := await self._store.outbox(after, _AT_ONCE):
             after = rows[-1][0]
             # Of a slot that is gained meanwhile the earlier pages were passed by.
             mine.intersection_update(self._slots)
@@ -749,11 +760,9 @@ class _Running:
 
     async def _interval(self, bound: Bound, share: Share) -> None:
         """Run a function every so often, for ever; when it is due is kept in the store."""
-        from cauce.store import Unit
-
         assert self._store is not None
         clock, store, name, step = self._bus.clock, self._store, bound.name, round(bound.part.seconds * 1_000_000)
-        due = store.timer(name)
+        due = await store.timer(name)
         if not due:
             due = clock.now() + step
             unit = Unit(share)

@@ -61,7 +61,7 @@ class Shares:
         self._moving: asyncio.Task[None] | None = None
         self._beaten = 0.0
         self._joined, self._is_settled, self._still = False, True, True
-        self.touched: Callable[[], None] = lambda: None
+        self.touched: Callable[[], Awaitable[None]] = _nothing
 
     @property
     def is_fresh(self) -> bool:
@@ -136,7 +136,7 @@ class Shares:
         self._joined, self._beaten = True, began
         self._watch(standing, began)
         if standing.touched:
-            self.touched()
+            await self.touched()
         return standing
 
     async def _moved(self) -> None:
@@ -203,3 +203,7 @@ class Shares:
         await self._lose([share])
         await self._store.release([share])
         self._giving.remove(share)
+
+
+async def _nothing() -> None:
+    return

@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Fetch", "Row", "Statement", "Store"]
+from cauce.errors import Refused
+
+__all__ = ["DIALECTS", "Fetch", "Row", "Run", "Statement", "Store", "Tables", "runs", "spoken"]
 
 Row = tuple[Any, ...]
 Statement = tuple[str, Row]
+Run = tuple[str, Sequence[Row]]
+"""A statement, and the values that it is executed with, one after the other."""
+
 Fetch = Callable[[str, Row], Awaitable[list[Row]]]
+Tables = str | Mapping[str, str]
+"""SQL that makes tables: one text for all dialects, or one for each by its name."""
+
+DIALECTS = ("sqlite", "postgresql")
+
+
+def spoken(tables: Tables, dialect: str, what: str) -> str:
+    """The text in a dialect. Raises `Refused` where there is none."""
+    if isinstance(tables, str):
+        return tables
+    if unknown := tables.keys() - set(DIALECTS):
+        raise Refused(f"{what}: its schema is given for {', '.join(sorted(unknown))}: name {' or '.join(DIALECTS)}")
+    if dialect not in tables:
+        raise Refused(f"{what}: its schema is not given for {dialect}: add it to the others, under that name")
+    return tables[dialect]
+
+
+def runs(queued: Sequence[Statement]) -> Iterator[Run]:
+    """Neighbours with the same text together, which a database executes for half the price."""
+    first, many = 0, len(queued)
+    while first < many:
+        sql, last = queued[first][0], first + 1
+        while last < many and queued[last][0] == sql:
+            last += 1
+        yield sql, [params for _, params in queued[first:last]]
+        first = last
 
 
 class Store:

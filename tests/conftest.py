@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import itertools
 import os
 import subprocess
 import sys
@@ -12,13 +14,23 @@ from typing import TypeVar
 
 import pytest
 
+from cauce.backends import nats as nats_backend
+from cauce.backends import postgres as postgres_backend
+from cauce.backends import sqlite
 from cauce.testing import VirtualClock, VirtualLoop
 from cauce.testing.fixtures import bus_url, running_bus
+from tests.servers import Missing, Nats, NatsCluster, Postgres, absent
 
 __all__ = ["bus_url", "clock", "program", "running_bus", "virtual"]
 
 T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
+BACKENDS = tuple(
+    name
+    for name, module in (("sqlite", sqlite), ("postgresql", postgres_backend), ("nats", nats_backend))
+    if "not built yet" not in inspect.getsource(module)
+)
+_numbers = itertools.count(1)
 
 
 @pytest.fixture
@@ -62,3 +74,78 @@ def program() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for process in started:
         process.kill()
         process.communicate()
+
+
+# ------------------------------------------------------------------------------------------------------- servers
+# Each starts with the first test that asks for it, and serves all of them. Who kills or pauses one, starts one of its
+# own, or leaves it running as it was.
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """The PostgreSQL server of this run."""
+    yield from _served(Postgres)
+
+
+@pytest.fixture(scope="session")
+def nats() -> Iterator[Nats]:
+    """The NATS server of this run: JetStream, flushing before it acknowledges."""
+    yield from _served(Nats)
+
+
+@pytest.fixture(scope="session")
+def old_nats() -> Iterator[Nats]:
+    """A NATS server that is too old for us, where the machine has one; no test may rest on it alone."""
+    yield from _served(lambda: Nats(name="old", old=True), must=False)
+
+
+@pytest.fixture(scope="session")
+def nats_cluster() -> Iterator[NatsCluster]:
+    """Three NATS servers that are one. Who hurts one heals it, and waits until they are `whole`."""
+    yield from _served(NatsCluster)
+
+
+S = TypeVar("S", Postgres, Nats, NatsCluster)
+
+
+def _served(start: Callable[[], S], *, must: bool = True) -> Iterator[S]:
+    try:
+        server = start()
+    except Missing as missing:
+        absent(missing, must=must)
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def bus_name() -> str:
+    """A name that no other bus of this run has, nor begins with."""
+    return f"t{os.getpid()}_{next(_numbers):05}"
+
+
+@pytest.fixture
+def postgres_bus(postgres: Postgres, bus_name: str) -> Iterator[str]:
+    """The address of an empty bus on PostgreSQL: a schema of its own."""
+    yield postgres.url(schema=bus_name)
+    postgres.drop(bus_name)
+
+
+@pytest.fixture
+def nats_bus(nats: Nats, bus_name: str) -> Iterator[str]:
+    """The address of an empty bus on NATS: a name of its own."""
+    yield nats.url(bus_name)
+    nats.drop(bus_name)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of each backend in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def each_bus(backend: str, request: pytest.FixtureRequest) -> str:
+    """The address of an empty bus on each backend in turn."""
+    return str(
+        request.getfixturevalue({"sqlite": "bus_url", "postgresql": "postgres_bus", "nats": "nats_bus"}[backend])
+    )

@@ -1,26 +1,26 @@
-"""Every promise of the log seam holds on SQLite, and a log that does nothing keeps none of them."""
+"""Every promise of the log seam holds on every backend, and a log that does nothing keeps none of them."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 
 from cauce import conformance
-from cauce.backends import sqlite
+from cauce.backends import open_backend
+from cauce.clock import SystemClock
 from cauce.codec import Entry
 from cauce.conformance import Keeps, Promise
 from cauce.log import EVERYTHING, Appended, Claim, Filter, Log, Page
 
 
 @pytest.mark.parametrize("promise", conformance.PROMISES, ids=str)
-async def test_sqlite_keeps_the_promise_that(promise: Promise, tmp_path: Path) -> None:
+async def test_each_backend_keeps_the_promise_that(promise: Promise, each_bus: str) -> None:
     @asynccontextmanager
     async def open(keeps: Keeps) -> AsyncIterator[Log]:
-        bus = await sqlite.open(tmp_path / "bus.db")
+        bus = await open_backend(each_bus, SystemClock())
         try:
             yield bus.facts if keeps == "all" else bus.records
         finally:

@@ -19,7 +19,8 @@ import pytest
 
 from cauce import Bus, CauceError, NoAnswer, OutcomeUnknown, Rejected, connect
 from cauce.backends.sqlite.file import folder_of
-from cauce.letters import letters
+from cauce.backends.sqlite.stores import SQLiteStores
+from cauce.clock import SystemClock
 from cauce.log import Filter, Log
 from tests.chaos import Add, Rows, Tally
 from tests.history import Copy, Effect, Fact, History, Said, Seen, Told, findings
@@ -469,7 +470,7 @@ async def test_services_that_are_killed_at_random_lose_nothing_and_do_nothing_tw
     async with connect(bus_url) as bus:
         await read(bus, bus_url, history)
     assert findings(history) == [], "nor was anything left that came later"
-    assert letters(folder_of(Path(bus_url.removeprefix("sqlite:///")))) == []
+    assert await SQLiteStores(folder_of(Path(bus_url.removeprefix("sqlite:///"))), SystemClock()).letters() == []
     assert stored(bus_url, "select count(*) from cauce_outbox") == [(0,)]
     accepted = sum(told.outcome == "accepted" for told in history.told)
     assert accepted > 2 * SECONDS, "there was load"

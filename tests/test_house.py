@@ -28,9 +28,9 @@ FLOORS = (
         "schema",
         "codec",
     ),  # what travels, and its names; no I/O
-    ("log", "wire", "conformance"),  # the two seams and their contract
+    ("log", "wire", "store", "conformance"),  # the seams and their contract
     ("backends.*",),  # what implements them
-    ("fold", "lease", "sql", "threads", "bus", "store", "shares", "consumer", "letters"),  # delivery
+    ("fold", "lease", "sql", "threads", "bus", "shares", "consumer"),  # delivery
     (
         "records",
         "commander",

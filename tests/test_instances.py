@@ -19,16 +19,17 @@ from typing import Any
 import apsw
 import pytest
 
-from cauce import Command, Context, Domain, Event, Fenced, Record, Refused, Rejected, Service, connect, running
+from cauce import Command, Context, Domain, Event, Record, Refused, Rejected, Service, connect, running
 from cauce.accept import slot_of
 from cauce.backends.sqlite.file import folder_of
+from cauce.backends.sqlite.store import SQLiteStore as Store
+from cauce.backends.sqlite.stores import SQLiteStores
 from cauce.clock import SystemClock
 from cauce.consumer import Consumer
 from cauce.errors import Busy
-from cauce.letters import discard, letters, retry
 from cauce.log import Log
 from cauce.shares import Shares
-from cauce.store import Share, Store
+from cauce.store import Share
 from cauce.testing import VirtualClock
 
 Run = Callable[[Callable[[], Any]], Any]
@@ -89,6 +90,10 @@ SEEN = "create table seen (name text, n integer, by text)"
 
 def store_of(url: str, service: str) -> apsw.Connection:
     return apsw.Connection(str(folder(url) / service / "store.db"))
+
+
+def stores(url: str) -> SQLiteStores:
+    return SQLiteStores(folder(url), SystemClock())
 
 
 def folder(url: str) -> Path:
@@ -154,7 +159,7 @@ async def test_a_statement_that_fails_takes_only_its_own_message_with_it(bus_url
         await bus.call(Add("bad"))
         await bus.settled()
         assert sorted(name for name, _, _ in seen(bus_url, "writer")) == ["a", "b", "c", "d"]
-        (letter,) = letters(folder(bus_url))
+        (letter,) = await stores(bus_url).letters()
         assert (letter.service, letter.consumer, letter.stream, letter.behind) == ("writer", "note", "counters/bad", 1)
         assert "no such table: nowhere" in letter.error
         assert "BadStatement" in letter.error
@@ -186,7 +191,7 @@ async def test_a_handler_may_not_touch_what_the_store_keeps_of_it(sql: str, bus_
     async with running(owner, writer, bus=bus_url) as bus:
         await bus.call(Add("a"))
         await bus.settled()
-        (letter,) = letters(folder(bus_url))
+        (letter,) = await stores(bus_url).letters()
         assert "cannot be run" in letter.error
         assert "not authorized" in letter.error or "prohibited" in letter.error
 
@@ -228,12 +233,11 @@ async def test_a_query_of_a_handler_reads_and_does_nothing_else(sql: str, tmp_pa
     with pytest.raises(Refused, match=r"cannot be run.*(not authorized|prohibited)"):
         await store.fetch(sql)
     # What is committed later is read: no snapshot is held.
-    await store.tick("one", (), join=True)
-    await store.take("one", ["slot/1"])
-    assert not store.is_fresh
     unit = Unit(None)
+    unit.timer = "soon", 7
     unit.statements.append(("insert into seen values ('b', 2, '')", ()))
     await store.commit(unit)
+    assert await store.timer("soon") == 7
     assert await store.fetch("select name, upper(name), n from seen") == [("b", "B", 2)]
     assert await store.fetch("select * from words where words match 'x'") == []
     assert await store.fetch("select value from json_each('[1]')") == [(1,)]
@@ -338,7 +342,7 @@ def test_what_failed_too_often_is_a_dead_letter_and_a_person_decides(
                     await bus.call(Add(name))
             await bus.settled(timeout=300)
             assert sorted(handled) == [("c", 1), ("c", 2)]
-            found = letters(folder(bus_url), "reacting")
+            found = await stores(bus_url).letters("reacting")
             assert [(each.stream, each.attempts, each.behind) for each in found] == [
                 ("counters/a", 3, 1),
                 ("counters/b", 3, 1),
@@ -348,15 +352,15 @@ def test_what_failed_too_often_is_a_dead_letter_and_a_person_decides(
             message = json.loads(bytes(found[0].message))
             assert (message["type"], message["subject"], message["data"]) == ("Added", "a", {"name": "a", "n": 1})
             broken.clear()
-            retry(folder(bus_url), "reacting", "handle", found[0].position)
-            discard(folder(bus_url), "reacting", "handle", found[1].position)
+            await stores(bus_url).retry("reacting", "handle", found[0].position)
+            await stores(bus_url).discard("reacting", "handle", found[1].position)
             with pytest.raises(Refused, match="no dead letter"):
-                retry(folder(bus_url), "reacting", "handle", found[0].position)
+                await stores(bus_url).retry("reacting", "handle", found[0].position)
             async with asyncio.timeout(60):
                 while len(handled) < 5:
                     await clock.sleep(0.1)
             assert sorted(handled[2:]) == [("a", 1), ("a", 2), ("b", 2)]
-            assert letters(folder(bus_url)) == []
+            assert await stores(bus_url).letters() == []
 
     virtual(main)
 
@@ -382,7 +386,7 @@ def test_a_dead_letter_waits_through_a_restart_with_those_behind_it(
             await bus.settled(timeout=300)
             await clock.sleep(1000)
         assert tried == [1, 1]
-        (letter,) = letters(folder(bus_url))
+        (letter,) = await stores(bus_url).letters()
         assert letter.behind == 1
 
     virtual(main)
@@ -425,7 +429,7 @@ def test_a_message_that_kills_the_process_is_parked_and_no_other(bus_url: str, p
         process.wait()
         if said == "settled\n":
             break
-    (letter,) = letters(folder(bus_url))
+    (letter,) = asyncio.run(stores(bus_url).letters())
     assert (letter.stream, letter.attempts) == ("counters/deadly", 3)
     assert letter.error == "the process died while this was handled"
     assert sorted(name for name, _, _ in seen(bus_url, "killed")) == sorted(
@@ -458,7 +462,7 @@ async def main(when):
     if when == "before the relay":
         SQLiteLog.append = die
     if when == "before it is known":
-        from cauce.store import Store
+        from cauce.backends.sqlite.store import SQLiteStore as Store
         async def never(self, numbers):
             os._exit(9)
         Store.relayed = never
@@ -678,36 +682,6 @@ async def test_a_stopped_instance_loses_its_slots_and_cannot_write_when_it_wakes
     assert [(n, by) for _, n, by in seen(bus_url, "seeing")] == [(1, "stale"), *((n, "other") for n in range(2, 6))]
 
 
-async def test_who_was_struck_off_cannot_store_anything(tmp_path: Path) -> None:
-    """The fence of the store, without any process to be fast or slow."""
-    from cauce.store import Unit
-
-    one = await Store.open(tmp_path / "s", "s", SystemClock(), [SEEN])
-    two = await Store.open(tmp_path / "s", "s", SystemClock(), [SEEN])
-    await one.tick("one", (), join=True)
-    (share,) = await one.take("one", ["slot/3"])
-    standing = await two.tick("two", [], join=True)
-    assert await two.take("two", ["slot/3"]) == []
-    await two.tick("two", [("one", standing.instances["one"])])
-    (later,) = await two.take("two", ["slot/3"])
-    assert (later.fence, later.clean, later.before) == (share.fence + 1, False, "one")
-    unit = Unit(share)
-    unit.statements.append(("insert into seen values ('stale', 1, '')", ()))
-    with pytest.raises(Fenced, match="slot/3"):
-        await one.commit(unit)
-    one.move(share, "handle", "counters", 3, "log", 99)
-    await one.flush()
-    two.move(later, "handle", "counters", 3, "log", 7)
-    await two.flush()
-    one.move(share, "handle", "counters", 3, "log", 98)
-    await one.flush()
-    assert two.places("handle", "log", 100) == {("counters", 3): 7}
-    assert await two.fetch("select * from seen") == []
-    assert not (await one.tick("one", ())).alive
-    await one.close()
-    await two.close()
-
-
 async def test_a_place_noted_while_another_is_written_is_written_next(tmp_path: Path) -> None:
     from cauce.clock import SystemClock
 
@@ -718,7 +692,7 @@ async def test_a_place_noted_while_another_is_written_is_written_next(tmp_path: 
     await store.flush()
     noted["handle", "counters", 2] = None, "log", 6
     await store.flush()
-    assert store.places("handle", "log", 100) == {("counters", 1): 5, ("counters", 2): 6}
+    assert await store.places("handle", "log", 100) == {("counters", 1): 5, ("counters", 2): 6}
     # A transaction that failed does not set back what was noted since.
     store.move(None, "handle", "counters", 1, "log", 7)
     store._journal._moving["handle", "counters", 1] = None, "log", 6
@@ -849,9 +823,11 @@ def test_a_process_whose_plain_handler_hangs_ends_all_the_same(end: str, bus_url
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stderr is not None
-    started = ""
-    while "running " not in (line := process.stderr.readline()):
-        started += line
+    started, running = "", 0
+    # Apart, each of the two says so of itself.
+    while running < (2 if each else 1):
+        started += (line := process.stderr.readline())
+        running += "running " in line
 
     async def wish() -> None:
         async with connect(bus_url) as bus:
@@ -990,7 +966,7 @@ async def test_too_many_behind_a_dead_letter_stop_its_slot_only(
         await asyncio.gather(*(bus.call(Add(name)) for name in names))
         await until(lambda: {name for name in names if slot_of(name) != slot_of("dead")} <= handled)
         await until(lambda: f"messages wait in slot {slot_of('dead')}, so it handles no more there" in caplog.text)
-        letter = letters(folder(bus_url))[0]
+        letter = (await stores(bus_url).letters())[0]
         assert letter.behind in range(18, 21)
 
 

@@ -1,4 +1,4 @@
-"""The wire between processes: who is asked, what comes back, and what is known when nothing does."""
+"""The wire of SQLite: sockets, files, strangers, and services behind it. Its promises: `test_wire_promises.py`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import asyncio
 import json
 import logging
 import os
-import signal
 import socket
 import struct
 import subprocess
 import sys
-import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -29,117 +27,17 @@ from cauce.backends.sqlite.frames import MOST, Broken, Frames, answer, question
 from cauce.backends.sqlite.registry import Present, Registry
 from cauce.cli import main
 from cauce.cli.services import summary
-from cauce.clock import SystemClock
 from cauce.wire import Instance
 from shop import users
 from shop.users import ChangeEmail, RegisterUser, User
+from tests.wires import CLOCK, Peer, Start, starter, until
 
 Program = Callable[..., "subprocess.Popen[str]"]
-CLOCK = SystemClock()
-
-PEER = """
-import asyncio, json, os, sys
-from cauce.backends import sqlite
-from cauce.wire import Instance
-
-def say(word):
-    print(word, flush=True)
-
-async def handler(payload):
-    word = payload.decode()
-    if word == "pid":
-        return str(os.getpid()).encode()
-    if word == "fail":
-        raise ValueError("cannot")
-    if word in ("hang", "late"):
-        say("began")
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            say("cancelled")
-            if word == "late":
-                return b"late"
-            raise
-    if word == "huge":
-        return b"x" * (5 << 20)
-    if word == "large":
-        return b"x" * (3 << 20)
-    return payload
-
-async def main():
-    bus = await sqlite.open(sys.argv[1])
-    leave = {}
-    lines = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    say("ready")
-    while line := (await lines.readline()).decode():
-        order, _, what = line.strip().partition(" ")
-        if order == "serve":
-            leave[what] = await bus.wire.serve(what, handler)
-        elif order == "leave":
-            leave.pop(what)()
-        elif order == "announce":
-            await bus.wire.announce(Instance(what, what, (what,), os.getpid(), "starting", 1))
-        elif order == "fork":
-            if not (child := os.fork()):
-                import signal
-                signal.pause()
-            say(str(child))
-        say("done")
-    await bus.close()
-    say("closed")
-
-asyncio.run(main())
-"""
-
-
-class Peer:
-    """Another process at the wire."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-
-    async def said(self) -> str:
-        assert self.process.stdout is not None
-        async with asyncio.timeout(30):
-            return (await asyncio.to_thread(self.process.stdout.readline)).strip()
-
-    async def does(self, order: str) -> str:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{order}\n")
-        self.process.stdin.flush()
-        first = await self.said()
-        if first != "done":
-            assert await self.said() == "done"
-        return first
-
-    async def stops(self) -> None:
-        """It stands still when this returns: a signal takes its time."""
-        self.process.send_signal(signal.SIGSTOP)
-        stat = Path(f"/proc/{self.process.pid}/stat")
-        await until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
-
-    def goes_on(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-
-    async def killed(self) -> None:
-        self.process.kill()
-        await asyncio.to_thread(self.process.wait)
 
 
 @pytest.fixture
-def peer(program: Program, tmp_path: Path) -> Callable[..., Coroutine[Any, Any, Peer]]:
-    async def start(*addresses: str, path: Path = tmp_path / "bus.db") -> Peer:
-        peer = Peer(program(PEER, str(path)))
-        assert await peer.said() == "ready"
-        for address in addresses:
-            await peer.does(f"serve {address}")
-        return peer
-
-    return start
-
-
-Start = Callable[..., Coroutine[Any, Any, Peer]]
+def peer(program: Program, bus_url: str) -> Start:
+    return starter(program, bus_url)
 
 
 @asynccontextmanager
@@ -165,44 +63,7 @@ def files(tmp_path: Path) -> list[str]:
     return sorted(os.listdir(tmp_path / "bus.db.d" / "wire"))
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - what is waited for happens in a folder
-            await asyncio.sleep(0.01)
-
-
 # ------------------------------------------------------------------------------------------- questions and answers
-
-
-async def test_a_question_is_answered_by_the_process_that_serves_the_address(
-    bus: sqlite.SQLiteBus, peer: Start
-) -> None:
-    there = await peer("users")
-    assert await ask(bus, "users", b"pid") == str(there.process.pid).encode()
-    assert await ask(bus, "users", b"") == b""
-    assert len(await ask(bus, "users", b"large")) == 3 << 20
-    assert len(await ask(bus, "users", b"y" * (3 << 20))) == 3 << 20
-
-
-async def test_what_is_served_here_is_asked_here_though_others_serve_it_too(bus: sqlite.SQLiteBus, peer: Start) -> None:
-    await peer("users")
-
-    async def here(payload: bytes) -> bytes:
-        return b"here"
-
-    leave = await bus.wire.serve("users", here)
-    assert {await ask(bus, "users", b"pid") for _ in range(4)} == {b"here"}
-    with pytest.raises(Refused, match="users is served already"):
-        await bus.wire.serve("users", here)
-    leave()
-    assert await ask(bus, "users", b"pid") != b"here"
-
-
-async def test_those_who_serve_the_same_address_are_asked_in_turn(bus: sqlite.SQLiteBus, peer: Start) -> None:
-    several = [await peer("users") for _ in range(3)]
-    answers = [await ask(bus, "users", b"pid") for _ in range(9)]
-    assert {int(each) for each in answers} == {each.process.pid for each in several}
-    assert all(answers.count(each) == 3 for each in answers)
 
 
 async def test_a_thousand_questions_are_in_flight_on_one_connection(bus: sqlite.SQLiteBus, peer: Start) -> None:
@@ -226,12 +87,6 @@ def _is_socket(pid: int, number: str) -> bool:
         return False
 
 
-async def test_a_handler_that_fails_is_a_lost_answer_that_says_why(bus: sqlite.SQLiteBus, peer: Start) -> None:
-    await peer("users")
-    with pytest.raises(ConnectionError, match=r"process \d+ failed: ValueError\('cannot'\)"):
-        await ask(bus, "users", b"fail")
-
-
 async def test_what_is_too_long_is_refused_before_it_is_sent_and_an_answer_that_is_so_is_a_failure(
     bus: sqlite.SQLiteBus, peer: Start
 ) -> None:
@@ -244,68 +99,6 @@ async def test_what_is_too_long_is_refused_before_it_is_sent_and_an_answer_that_
 
 
 # ------------------------------------------------------------------------------------------------- nobody answers
-
-
-async def test_where_nobody_serves_it_is_no_answer_at_once(bus: sqlite.SQLiteBus, peer: Start) -> None:
-    await peer("others", "others/1")
-    began = CLOCK.monotonic()
-    with pytest.raises(NoAnswer, match="nobody serves users/3"):
-        await ask(bus, "users/3", b"pid")
-    assert CLOCK.monotonic() - began < 1
-
-
-async def test_where_an_instance_answers_in_the_domain_a_slot_that_nobody_holds_is_waited_for(
-    bus: sqlite.SQLiteBus, peer: Start
-) -> None:
-    one = await peer("users/1")
-    other = await peer()
-    asked = asyncio.ensure_future(ask(bus, "users/3", b"pid"))
-    await asyncio.sleep(0.1)
-    assert not asked.done()
-    await other.does("serve users/3")
-    assert int(await asked) == other.process.pid
-    began = CLOCK.monotonic()
-    with pytest.raises(NoAnswer):
-        await ask(bus, "users/4", b"pid", 0.3)
-    assert 0.1 < CLOCK.monotonic() - began < 2
-    with pytest.raises(NoAnswer):
-        await ask(bus, "users/4", b"pid")
-    assert 1.9 < CLOCK.monotonic() - began < 10
-    assert int(await ask(bus, "users/1", b"pid")) == one.process.pid
-
-
-async def test_an_instance_that_starts_is_waited_for_but_not_when_it_was_killed(
-    bus: sqlite.SQLiteBus, peer: Start
-) -> None:
-    there = await peer()
-    await there.does("announce users")
-    asked = asyncio.ensure_future(ask(bus, "users", b"pid"))
-    await asyncio.sleep(0.05)
-    await there.does("serve users")
-    assert int(await asked) == there.process.pid
-    starting = await peer()
-    await starting.does("announce others")
-    await starting.killed()
-    began = CLOCK.monotonic()
-    with pytest.raises(NoAnswer):
-        await ask(bus, "others", b"pid")
-    assert CLOCK.monotonic() - began < 1
-
-
-async def test_a_slot_that_moved_is_asked_where_it_is_now_though_the_connection_to_the_first_stands(
-    bus: sqlite.SQLiteBus, peer: Start
-) -> None:
-    first, second = await peer("users/3", "users/1"), await peer("users/2")
-    assert int(await ask(bus, "users/3", b"pid")) == first.process.pid
-    for _ in range(3):
-        await first.does("leave users/3")
-        moved = asyncio.ensure_future(ask(bus, "users/3", b"pid"))
-        await second.does("serve users/3")
-        assert int(await moved) == second.process.pid
-        await second.does("leave users/3")
-        moved = asyncio.ensure_future(ask(bus, "users/3", b"pid"))
-        await first.does("serve users/3")
-        assert int(await moved) == first.process.pid
 
 
 async def test_an_answer_that_it_is_not_served_any_more_leads_to_the_next(
@@ -326,117 +119,7 @@ async def test_an_answer_that_it_is_not_served_any_more_leads_to_the_next(
 # ------------------------------------------------------------------------------------------------------ deadlines
 
 
-async def test_a_deadline_travels_and_cancels_what_it_was_for(bus: sqlite.SQLiteBus, peer: Start) -> None:
-    there = await peer("users")
-    began = CLOCK.monotonic()
-    with pytest.raises(TimeoutError):
-        await ask(bus, "users", b"hang", 0.5)
-    assert 0.25 < CLOCK.monotonic() - began < 5
-    assert await there.said() == "began"
-    assert await there.said() == "cancelled"
-
-
-async def test_a_late_answer_is_dropped_and_the_next_question_gets_its_own(bus: sqlite.SQLiteBus, peer: Start) -> None:
-    there = await peer("users")
-    with pytest.raises(TimeoutError):
-        await ask(bus, "users", b"late", 0.5)
-    assert [await there.said(), await there.said()] == ["began", "cancelled"]
-    for n in range(20):
-        assert await ask(bus, "users", b"%d" % n) == b"%d" % n
-
-
-async def test_who_is_cancelled_forgets_the_question(bus: sqlite.SQLiteBus, peer: Start) -> None:
-    there = await peer("users")
-    asked = asyncio.ensure_future(ask(bus, "users", b"hang", 60))
-    assert await there.said() == "began"
-    asked.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await asked
-    assert await ask(bus, "users", b"next") == b"next"
-
-
-async def test_one_that_stands_still_is_a_timeout_and_when_it_goes_on_begins_nothing_that_is_over(
-    bus: sqlite.SQLiteBus, peer: Start
-) -> None:
-    there = await peer("users", "users/1")
-    await there.does("announce users")
-    assert await ask(bus, "users", b"first") == b"first"
-    late = asyncio.ensure_future(ask(bus, "users", b"late", 0.5))
-    assert await there.said() == "began"
-    await there.stops()
-    with pytest.raises(TimeoutError):
-        await late
-    with pytest.raises(TimeoutError):
-        await ask(bus, "users", b"hang", 0.1)
-    (instance,) = await bus.wire.instances()
-    assert instance.pid == there.process.pid, "one that stands still is alive"
-    there.goes_on()
-    assert await ask(bus, "users", b"next") == b"next"
-    assert await there.said() == "cancelled"
-    await there.does("leave users/1")  # says "done", so "hang" never said "began"
-
-
-async def test_one_that_stands_still_costs_no_memory_for_questions_that_nobody_waits_for_any_more(
-    bus: sqlite.SQLiteBus, peer: Start
-) -> None:
-    there = await peer("users")
-    await ask(bus, "users", b"first")
-    await there.stops()
-    payload = b"x" * (1 << 20)
-    tracemalloc.start()
-    try:
-        for _ in range(40):
-            with pytest.raises(TimeoutError):
-                await ask(bus, "users", payload, 0.01)
-        held, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-        there.goes_on()
-    assert held < 8 << 20
-    assert await ask(bus, "users", b"next") == b"next"
-
-
 # ---------------------------------------------------------------------------------------------------------- death
-
-
-async def test_one_that_is_killed_while_it_is_asked_is_a_lost_connection_and_then_no_answer(
-    bus: sqlite.SQLiteBus, peer: Start, tmp_path: Path
-) -> None:
-    there = await peer("users")
-    asked = [asyncio.ensure_future(ask(bus, "users", b"hang")) for _ in range(5)]
-    for _ in asked:
-        assert await there.said() == "began"
-    await there.killed()
-    for each in asked:
-        with pytest.raises(ConnectionError, match=f"process {there.process.pid} went away before it answered"):
-            await each
-    with pytest.raises(NoAnswer):
-        await ask(bus, "users", b"pid")
-    assert files(tmp_path) == []
-
-
-async def test_the_death_of_one_that_left_a_child_behind_is_noticed_too(bus: sqlite.SQLiteBus, peer: Start) -> None:
-    there = await peer("users")
-    assert await ask(bus, "users", b"first") == b"first"
-    child = int(await there.does("fork"))
-    try:
-        asked = asyncio.ensure_future(ask(bus, "users", b"hang"))
-        assert await there.said() == "began"
-        await there.killed()
-        async with asyncio.timeout(10):
-            with pytest.raises(ConnectionError):
-                await asked
-            with pytest.raises(NoAnswer):
-                await ask(bus, "users", b"pid")
-    finally:
-        os.kill(child, signal.SIGKILL)
-
-
-async def test_one_that_is_dead_is_passed_over_for_one_that_lives(bus: sqlite.SQLiteBus, peer: Start) -> None:
-    dead, alive = await peer("users"), await peer("users")
-    await dead.killed()
-    for _ in range(4):
-        assert int(await ask(bus, "users", b"pid")) == alive.process.pid
 
 
 async def test_what_the_dead_left_is_removed_by_who_comes_next(
@@ -470,71 +153,6 @@ async def test_half_made_files_are_removed_when_they_are_old(
 
     await bus.wire.serve("users", handler)
     assert {name.partition("-")[0] for name in files(tmp_path)} == {str(os.getpid())}
-
-
-async def test_another_loop_in_the_same_process_is_asked_like_another_process(
-    bus: sqlite.SQLiteBus, tmp_path: Path
-) -> None:
-    async def elsewhere() -> None:
-        loop = asyncio.get_running_loop()
-
-        async def handler(payload: bytes) -> bytes:
-            assert asyncio.get_running_loop() is loop
-            return payload
-
-        async with opened(tmp_path / "bus.db") as other:
-            await other.wire.serve("users", handler)
-            here.call_soon_threadsafe(served.set)
-            await asyncio.to_thread(ended.wait)
-
-    here, served, ended = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
-    thread = asyncio.ensure_future(asyncio.to_thread(asyncio.run, elsewhere()))
-    try:
-        async with asyncio.timeout(20):
-            await served.wait()
-        assert await ask(bus, "users", b"a") == b"a"
-    finally:
-        ended.set()
-        await thread
-    assert files(tmp_path) == []
-
-
-async def test_who_ends_in_good_order_leaves_nothing(bus: sqlite.SQLiteBus, peer: Start, tmp_path: Path) -> None:
-    there = await peer("users")
-    assert len(files(tmp_path)) == 2
-    asked = asyncio.ensure_future(ask(bus, "users", b"hang"))
-    assert await there.said() == "began"
-    assert there.process.stdin is not None
-    there.process.stdin.close()
-    there.process.stdin = None
-    with pytest.raises(ConnectionError):
-        await asked
-    assert [await there.said(), await there.said()] == ["cancelled", "closed"]
-    assert files(tmp_path) == []
-    assert await asyncio.to_thread(there.process.wait) == 0
-
-
-async def test_the_last_one_in_a_process_closes_the_wire_and_who_asks_then_gets_no_answer(tmp_path: Path) -> None:
-    async def handler(payload: bytes) -> bytes:
-        return payload
-
-    before = len(os.listdir("/proc/self/fd")), asyncio.all_tasks()
-    one, two = await sqlite.open(tmp_path / "bus.db"), await sqlite.open(tmp_path / "bus.db")
-    leave = await one.wire.serve("users", handler)
-    assert await ask(two, "users", b"a") == b"a"
-    await two.close()
-    assert len(files(tmp_path)) == 2
-    leave()
-    await asyncio.sleep(0)
-    assert files(tmp_path) == [], "who serves nothing is not in the registry"
-    await one.wire.serve("users", handler)
-    assert len(files(tmp_path)) == 2
-    await one.close()
-    assert files(tmp_path) == []
-    with pytest.raises(NoAnswer):
-        await ask(one, "others", b"a")
-    await asyncio.sleep(0)
-    assert (len(os.listdir("/proc/self/fd")), asyncio.all_tasks()) == before
 
 
 async def test_files_that_somebody_removed_are_made_again_with_the_next_beat(
@@ -720,7 +338,7 @@ async def test_files_that_say_nothing_readable_are_passed_over(
 async def test_the_folder_is_for_its_owner_only_and_a_deep_one_works_too(peer: Start, tmp_path: Path) -> None:
     deep = tmp_path / ("a" * 100) / ("b" * 100)
     deep.mkdir(parents=True)
-    there = await peer("users", path=deep / "bus.db")
+    there = await peer("users", url=f"sqlite:///{deep / 'bus.db'}")
     async with opened(deep / "bus.db") as bus:
         assert int(await ask(bus, "users", b"pid")) == there.process.pid
     folder = deep / "bus.db.d" / "wire"
@@ -883,8 +501,10 @@ async def test_what_is_asked_when_the_owner_ends_in_good_order_is_answered_or_kn
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def told(url: str, *arguments: str) -> str:
-    result = CliRunner().invoke(main, ["services", "--bus", url, *arguments], catch_exceptions=False)
+async def told(url: str, *arguments: str) -> str:
+    command = ["services", "--bus", url, *arguments]
+    # The command has a loop of its own.
+    result = await asyncio.to_thread(CliRunner().invoke, main, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -893,23 +513,23 @@ async def test_services_says_who_runs_in_all_processes(
     shop: Callable[[], Coroutine[Any, Any, Peer]], bus_url: str
 ) -> None:
     there = await shop()
-    (line,) = told(bus_url).splitlines()
+    (line,) = (await told(bus_url)).splitlines()
     assert line.split()[:6] == ["users", "running", "process", str(there.process.pid), "users", "0-15"]
     assert " since 20" in line
     assert line.endswith(" s ago")
-    (found,) = json.loads(told(bus_url, "--json"))["services"]
+    (found,) = json.loads(await told(bus_url, "--json"))["services"]
     assert (found["service"], found["state"], found["pid"]) == ("users", "running", there.process.pid)
     assert found["addresses"] == ["users", *(f"users/{slot}" for slot in range(SLOTS))]
     assert 0 <= found["quiet"] < 30
     assert found["since"].endswith("+00:00")
     await there.killed()
-    assert told(bus_url) == "nothing runs here\n"
-    assert json.loads(told(bus_url, "--json")) == {"services": []}
+    assert await told(bus_url) == "nothing runs here\n"
+    assert json.loads(await told(bus_url, "--json")) == {"services": []}
 
 
 async def test_services_shows_no_character_that_a_terminal_would_obey(bus: sqlite.SQLiteBus, tmp_path: Path) -> None:
     await bus.wire.announce(Instance("evil\x1b[31m", "a", ("users", "\u202eabc/1"), 1, "draining", 1))
-    said = told(f"sqlite:///{tmp_path / 'bus.db'}")
+    said = await told(f"sqlite:///{tmp_path / 'bus.db'}")
     assert "evil\\x1b[31m" in said
     assert "draining" in said
     assert "\x1b" not in said
@@ -930,8 +550,8 @@ def test_slots_are_told_in_few_words() -> None:
 
 async def test_a_service_that_serves_no_domain_is_announced_too(bus_url: str) -> None:
     async with running(Service("quiet"), bus=bus_url):
-        assert told(bus_url).split()[:5] == ["quiet", "running", "process", str(os.getpid()), "-"]
-    assert told(bus_url) == "nothing runs here\n"
+        assert (await told(bus_url)).split()[:5] == ["quiet", "running", "process", str(os.getpid()), "-"]
+    assert await told(bus_url) == "nothing runs here\n"
 
 
 async def test_of_two_who_serve_an_address_the_one_without_a_sign_of_life_is_asked_last(

@@ -30,6 +30,7 @@ COMMANDS = {
     "import": ("import_:import_", "Bring events from a file of JSON lines."),
     "export": ("export:export", "Write a log as JSON lines of CloudEvents."),
     "verify": ("verify:verify", "Read all of a log and say what is not as it was written."),
+    "migrate": ("migrate:migrate", "Make or upgrade the tables of a bus in PostgreSQL."),
     "backup": ("backup:backup", "Copy a log while it is written, and verify the copy."),
     "rebuild": ("rebuild:rebuild", "Build a view or replica anew, beside the one in use."),
     "restore": ("restore:restore", "Put a backup in the place of a log, under a new id."),

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import asyncio
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 import msgspec
 
-from cauce.backends.sqlite.file import folder_of
-from cauce.backends.sqlite.peek import there
-from cauce.cli.place import as_json, bus, path_of
+from cauce.cli.place import as_json, bus, store, stores_of
 from cauce.cli.text import count, one_line, print_json
 from cauce.errors import Refused
-from cauce.letters import Letter, letters
-from cauce.letters import discard as give_up
-from cauce.letters import retry as try_again
+from cauce.store import Letter
 
 __all__ = ["dead"]
 
@@ -29,6 +24,7 @@ def _one(command: F) -> F:
     for each in (
         as_json,
         bus,
+        store,
         click.argument("position", type=int),
         click.argument("consumer"),
         click.argument("service"),
@@ -45,10 +41,11 @@ def dead() -> None:
 @dead.command("list")
 @click.argument("service", default="")
 @bus
+@store
 @as_json
-def list_(service: str, url: str, as_json: bool) -> None:
+def list_(service: str, url: str, store: str | None, as_json: bool) -> None:
     """The dead letters of a service, or of all."""
-    found = letters(_stores(url), service)
+    found = asyncio.run(_letters(url, store, service))
     if as_json:
         for letter in found:
             print_json(msgspec.structs.asdict(letter))
@@ -61,9 +58,9 @@ def list_(service: str, url: str, as_json: bool) -> None:
 
 @dead.command()
 @_one
-def show(service: str, consumer: str, position: int, url: str, as_json: bool) -> None:
+def show(service: str, consumer: str, position: int, url: str, store: str | None, as_json: bool) -> None:
     """One dead letter, with the message as it came, and the traceback."""
-    letter = _find(url, service, consumer, position)
+    letter = asyncio.run(_decide(url, store, service, consumer, position))
     if as_json:
         print_json(msgspec.structs.asdict(letter))
         return
@@ -75,36 +72,35 @@ def show(service: str, consumer: str, position: int, url: str, as_json: bool) ->
 
 @dead.command()
 @_one
-def retry(service: str, consumer: str, position: int, url: str, as_json: bool) -> None:
+def retry(service: str, consumer: str, position: int, url: str, store: str | None, as_json: bool) -> None:
     """Try it again, as if for the first time; then the later ones of its thing."""
-    letter = _find(url, service, consumer, position)
-    try_again(_stores(url), service, consumer, position)
-    _told(letter, "is tried again", as_json)
+    _told(asyncio.run(_decide(url, store, service, consumer, position, "retry")), "is tried again", as_json)
 
 
 @dead.command()
 @_one
-def discard(service: str, consumer: str, position: int, url: str, as_json: bool) -> None:
+def discard(service: str, consumer: str, position: int, url: str, store: str | None, as_json: bool) -> None:
     """Give it up: this consumer goes on with the later ones of its thing. The message stays in its log."""
-    letter = _find(url, service, consumer, position)
-    give_up(_stores(url), service, consumer, position)
-    _told(letter, "is given up", as_json)
+    _told(asyncio.run(_decide(url, store, service, consumer, position, "discard")), "is given up", as_json)
 
 
-def _stores(url: str) -> Path:
-    """The folder where the stores of a bus lie. Raises `Refused` where there is no bus, or it may not be seen."""
-    path = path_of(url)
-    there(path)
-    folder = folder_of(path.resolve())
-    if folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
-        raise Refused(f"{folder} may not be read: change its mode or owner, or ask as the user whose it is")
-    return folder
+async def _letters(url: str, store: str | None, service: str) -> list[Letter]:
+    async with stores_of(url, store) as stores:
+        return await stores.letters(service)
 
 
-def _find(url: str, service: str, consumer: str, position: int) -> Letter:
-    for letter in letters(_stores(url), service):
-        if (letter.consumer, letter.position) == (consumer, position):
-            return letter
+async def _decide(
+    url: str, store: str | None, service: str, consumer: str, position: int, what: Literal["", "retry", "discard"] = ""
+) -> Letter:
+    """The dead letter of this position, decided about. Raises `Refused` if there is none."""
+    async with stores_of(url, store) as stores:
+        for letter in await stores.letters(service):
+            if (letter.consumer, letter.position) == (consumer, position):
+                if what == "retry":
+                    await stores.retry(service, consumer, position)
+                elif what == "discard":
+                    await stores.discard(service, consumer, position)
+                return letter
     raise Refused(f"{service} has no dead letter {position} of {consumer}: see cauce dead list")
 
 

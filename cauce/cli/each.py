@@ -26,7 +26,13 @@ _HOPELESS = {1, 2}
 
 
 async def run_each(
-    names: Sequence[str], bus: str, drain: float, clock: Clock | None = None, *, with_parent: bool = False
+    names: Sequence[str],
+    bus: str,
+    store: str | None,
+    drain: float,
+    clock: Clock | None = None,
+    *,
+    with_parent: bool = False,
 ) -> int:
     """Run each name in its own process until SIGTERM or Ctrl-C; the exit code is 0, or that of one that is hopeless.
 
@@ -35,12 +41,12 @@ async def run_each(
     Parameters:
         with_parent: stop, too, when that of this process closes.
     """
-    return await _Supervisor(names, bus, drain, clock or SystemClock()).run(with_parent)
+    return await _Supervisor(names, bus, store, drain, clock or SystemClock()).run(with_parent)
 
 
 class _Supervisor:
-    def __init__(self, names: Sequence[str], bus: str, drain: float, clock: Clock) -> None:
-        self._names, self._bus, self._drain, self._clock = names, bus, drain, clock
+    def __init__(self, names: Sequence[str], bus: str, store: str | None, drain: float, clock: Clock) -> None:
+        self._names, self._bus, self._store, self._drain, self._clock = names, bus, store, drain, clock
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._stopping = asyncio.Event()
         self._code = 0
@@ -87,9 +93,11 @@ class _Supervisor:
 
     async def _once(self, name: str) -> int:
         command = (sys.executable, "-c", "from cauce.cli import main; main()", "run", name)
+        # Not among the arguments, which everybody on the machine may read: an address may hold a password.
+        addresses = {"CAUCE_BUS": self._bus} | ({} if self._store is None else {"CAUCE_STORE": self._store})
         process = self._processes[name] = await asyncio.create_subprocess_exec(
-            *command, "--bus", self._bus, "--drain", str(self._drain), "--with-parent",
-            stdin=asyncio.subprocess.PIPE, start_new_session=True,
+            *command, "--drain", str(self._drain), "--with-parent",
+            stdin=asyncio.subprocess.PIPE, start_new_session=True, env=os.environ | addresses,
         )  # fmt: skip
         click.echo(f"{name} runs in process {process.pid}", err=True)
         ended = asyncio.ensure_future(process.wait())

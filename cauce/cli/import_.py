@@ -10,11 +10,11 @@ import click
 import msgspec
 
 from cauce.accept import SLOTS, slot_of
-from cauce.backends import open_backend
+from cauce.backends import open_backend, scheme_of
 from cauce.bus import own, owned
 from cauce.cli.intake import LINE_BYTES, Fields, Intake
 from cauce.cli.lines import Lines, opened
-from cauce.cli.place import as_json, bus, check_address
+from cauce.cli.place import as_json, bus
 from cauce.cli.progress import bar
 from cauce.cli.text import count, one_line, print_json
 from cauce.cli.window import Window
@@ -56,7 +56,7 @@ def import_(file: str, url: str, as_json: bool, domain: str, key: str, type: str
     The whole line becomes the body. The n-th line of a key becomes version n of its stream, so a second run writes
     nothing, and one after an interruption writes the rest. Nobody else may write the domain meanwhile.
     """
-    check_address(url)
+    scheme_of(url)
     clock = SystemClock()
     name = "standard input" if file == "-" else file
     intake = Intake(name, domain, Fields(key, type, time), service)

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
-from cauce.backends import open_backend
-from cauce.backends.sqlite.peek import peek
+from cauce.backends import Look, look, open_backend, scheme_of, stores_at, without_password
 from cauce.clock import SystemClock
 from cauce.errors import Refused
-from cauce.log import Log
+from cauce.store import Stores
 
-__all__ = ["DEFAULT", "Logs", "as_json", "bus", "check_address", "log_option", "path_of", "reading"]
+__all__ = ["DEFAULT", "as_json", "bus", "log_option", "path_of", "reading", "store", "stores_of"]
 
 DEFAULT = "sqlite:///.cauce/bus.db"
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,6 +30,16 @@ def bus(command: F) -> F:
         show_default=True,
         show_envvar=True,
         help="Address of the bus.",
+    )(command)
+
+
+def store(command: F) -> F:
+    """`--store`: where services keep what is their own, given as `store`; None: at the bus."""
+    return click.option(
+        "--store",
+        envvar="CAUCE_STORE",
+        show_envvar=True,
+        help="Where services keep what is their own, if not at the bus: sqlite:///folder or postgresql://…",
     )(command)
 
 
@@ -57,47 +66,41 @@ def log_option(command: F) -> F:
     )(command)
 
 
-class Logs(Protocol):
-    """The three logs of a bus, to be read."""
+def path_of(url: str, instead: str = "use the tools of its server") -> Path:
+    """The file of a bus on SQLite. Raises `Refused` for other addresses.
 
-    @property
-    def id(self) -> str: ...
-    @property
-    def facts(self) -> Log: ...
-    @property
-    def commands(self) -> Log: ...
-    @property
-    def records(self) -> Log: ...
-
-
-def check_address(url: str) -> str:
-    """The address itself. Raises `Refused` for one that is not UTF-8, which no backend takes."""
-    if any("\ud800" <= character <= "\udfff" for character in url):
-        raise Refused(f"bus address {url!r} is not UTF-8: name a file or a host in UTF-8")
-    return url
-
-
-def path_of(url: str) -> Path:
-    """The file of a bus on SQLite. Raises `Refused` for other addresses."""
-    scheme, mark, rest = check_address(url).partition("://")
-    if scheme != "sqlite" or not mark or not rest.startswith("/") or not Path(rest[1:]).name:
-        raise Refused(f"bus address {url!r}: this works on sqlite:///relative.db and sqlite:////absolute.db")
-    return Path(rest[1:])
+    Parameters:
+        instead: what to do on another backend.
+    """
+    if scheme_of(url) != "sqlite":
+        raise Refused(f"this works on a bus in a SQLite file, not on {without_password(url)}: {instead}")
+    return Path(url.partition("://")[2][1:])
 
 
 @asynccontextmanager
-async def reading(url: str, *, follow: bool = False) -> AsyncIterator[Logs]:
-    """The logs of a bus that is there already. Nothing is made where there is none: that is `Refused`.
+async def reading(url: str, *, follow: bool = False) -> AsyncIterator[Look]:
+    """A bus that is there already. Nothing is made where there is none: that is `Refused`.
 
-    Without `follow` the file is opened only to look, so it works beside any writer, on a file of somebody else, on a
-    backup and on a damaged log. With it the bus is opened like any other, because only then others wake us.
+    On SQLite, without `follow`, the file is opened only to look, so it works beside any writer, on a file of somebody
+    else, on a backup and on a damaged log. With it the bus is opened like any other, because only then others wake us.
     """
-    with peek(path_of(url)) as logs:
-        if not follow:
-            yield logs
+    async with look(url, SystemClock()) as found:
+        if not follow or scheme_of(url) != "sqlite":
+            yield found
             return
     backend = await open_backend(url, SystemClock())
     try:
-        yield backend
+        yield cast(Look, backend)
     finally:
         await backend.close()
+
+
+@asynccontextmanager
+async def stores_of(url: str, store: str | None) -> AsyncIterator[Stores]:
+    """What the services of a bus keep, there or at an address of their own."""
+    if store is not None:
+        async with stores_at(store, SystemClock()) as found:
+            yield found
+        return
+    async with reading(url) as bus:
+        yield bus.stores

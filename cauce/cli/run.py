@@ -17,9 +17,10 @@ from types import ModuleType
 
 import click
 
+from cauce.backends import scheme_of, without_password
 from cauce.bus import correlation
 from cauce.cli.each import run_each
-from cauce.cli.place import check_address
+from cauce.cli.place import store as store_option
 from cauce.cli.signals import stopped
 from cauce.cli.text import one_line
 from cauce.errors import Refused
@@ -43,6 +44,7 @@ def _seconds(ctx: click.Context, parameter: click.Parameter, value: float) -> fl
 @click.command()
 @click.argument("names", metavar="MODULE[:SERVICE]...", nargs=-1, required=True)
 @click.option("--bus", default=DEFAULT_BUS, envvar="CAUCE_BUS", show_default=True, help="Address of the bus.")
+@store_option
 @click.option(
     "--drain",
     default=10.0,
@@ -53,13 +55,15 @@ def _seconds(ctx: click.Context, parameter: click.Parameter, value: float) -> fl
 @click.option("--each", is_flag=True, help="Every service in a process of its own, started again when it dies.")
 @click.option("--with-parent", is_flag=True, hidden=True, help="Stop when standard input closes.")
 @click.pass_context
-def run(ctx: click.Context, names: tuple[str, ...], bus: str, drain: float, each: bool, with_parent: bool) -> None:
+def run(
+    ctx: click.Context, names: tuple[str, ...], bus: str, store: str | None, drain: float, each: bool, with_parent: bool
+) -> None:
     """Run services until SIGTERM or Ctrl-C.
 
     MODULE runs every service in a module, or in a package and its modules; MODULE:SERVICE runs one. The first signal
     drains and exits with 0, a second one stops at once.
     """
-    check_address(bus)
+    scheme_of(bus)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Harmless("%(asctime)s %(levelname)-8s %(because)s%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -67,8 +71,8 @@ def run(ctx: click.Context, names: tuple[str, ...], bus: str, drain: float, each
         sys.path.insert(0, os.getcwd())
     found = {service: name for each_name in names for name, service in find(each_name).items()}
     if each:
-        ctx.exit(asyncio.run(run_each(list(found.values()), bus, drain, with_parent=with_parent)))
-    asyncio.run(_run(list(found), bus, drain, with_parent))
+        ctx.exit(asyncio.run(run_each(list(found.values()), bus, store, drain, with_parent=with_parent)))
+    asyncio.run(_run(list(found), bus, store, drain, with_parent))
     if at_work():
         # What hangs was told of. It must not run on into the end of the interpreter.
         logging.shutdown()
@@ -92,9 +96,9 @@ class _Harmless(logging.Formatter):
         return super().formatMessage(record)
 
 
-async def _run(services: list[Service], bus: str, drain: float, with_parent: bool) -> None:
-    async with running(*services, bus=bus, drain=drain) as face:
-        click.echo(f"running {', '.join(service.name for service in services)} on {bus}", err=True)
+async def _run(services: list[Service], bus: str, store: str | None, drain: float, with_parent: bool) -> None:
+    async with running(*services, bus=bus, store=store, drain=drain) as face:
+        click.echo(f"running {', '.join(service.name for service in services)} on {without_password(bus)}", err=True)
         await stopped(face, with_parent=with_parent)
 
 

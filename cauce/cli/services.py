@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 
 import click
 import msgspec
 
-from cauce.backends.sqlite.peek import there
-from cauce.backends.sqlite.wire import present
-from cauce.cli.place import as_json, bus, path_of
+from cauce.cli.place import as_json, bus, reading
 from cauce.cli.text import one_line, print_json
 from cauce.clock import SystemClock
 from cauce.codec import moment
@@ -24,15 +23,13 @@ _COLOURS = {"starting": "yellow", "running": "green", "draining": "yellow"}
 @bus
 @as_json
 def services(url: str, as_json: bool) -> None:
-    """Say which services run on a bus, in all processes of this machine.
+    """Say which services run on a bus, in all processes: on SQLite of this machine, else of all.
 
     For each instance: its service, how it is, its process, where it answers, since when it runs, and how long ago its
     process gave a sign of life. Opens nothing and asks nobody.
     """
-    path, clock = path_of(url), SystemClock()
-    there(path)
-    found = sorted(present(path, clock), key=lambda each: (each.service, each.since, each.id))
-    now = clock.now()
+    found = sorted(asyncio.run(_instances(url)), key=lambda each: (each.service, each.since, each.id))
+    now = SystemClock().now()
     if as_json:
         print_json({"services": [_plain(each, now) for each in found]})
         return
@@ -40,6 +37,11 @@ def services(url: str, as_json: bool) -> None:
         _tell(each, now)
     if not found:
         click.echo("nothing runs here")
+
+
+async def _instances(url: str) -> list[Instance]:
+    async with reading(url) as bus:
+        return await bus.instances()
 
 
 def _plain(instance: Instance, now: int) -> dict[str, object]:

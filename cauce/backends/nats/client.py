@@ -12,8 +12,9 @@ from typing import Any
 
 from nats import errors
 from nats.aio.client import Client as PlainClient
+from nats.aio.subscription import Subscription
 
-__all__ = ["Client", "Tap"]
+__all__ = ["Client", "Tap", "Tapped"]
 
 Tap = Callable[[bytes, bytes, bytes, bytes], None]
 """Takes subject, reply, payload and the raw header block (or nothing) of a message, at once, and never waits."""
@@ -26,21 +27,12 @@ class Client(PlainClient):
         super().__init__()
         self.taps: dict[int, Tap] = {}
 
-    async def tap(self, subject: str, tap: Tap) -> Callable[[], None]:
-        """Hand what comes in at a subject to a function, past all queues, until the returned function is called."""
+    async def tap(self, subject: str, tap: Tap, queue: str = "") -> Tapped:
+        """Hand what comes in at a subject to a function, past all queues, until the returned object is called."""
         # The number is given before the subscription is sent, so nothing slips past.
         number = self._sid + 1
         self.taps[number] = tap
-        subscription = await self.subscribe(subject, cb=_nobody)
-
-        def stop() -> None:
-            self.taps.pop(number, None)
-            subscription._stop_processing()
-            self._remove_sub(number)
-            if self.is_connected:
-                self.send(b"UNSUB %d\r\n" % number)
-
-        return stop
+        return Tapped(self, number, await self.subscribe(subject, queue, cb=_nobody))
 
     def send(self, command: bytes) -> None:
         """Put a command of the protocol among what goes out with the next flush. `kick` makes it go."""
@@ -56,6 +48,12 @@ class Client(PlainClient):
         """Let go out what was sent."""
         if self._flush_queue is not None and self._flush_queue.empty():
             await self._flush_pending()
+
+    def fileno(self) -> int:
+        """The file descriptor of the connection, -1 if there is none."""
+        writer = getattr(self._transport, "_io_writer", None)
+        connection = None if writer is None else writer.get_extra_info("socket")
+        return -1 if connection is None else int(connection.fileno())
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
         tap = self.taps.get(sid)
@@ -77,6 +75,26 @@ class Client(PlainClient):
         self._pending.clear()
         self._pending_data_size = 0
         await super()._attempt_reconnect()
+
+
+class Tapped:
+    """A subscription whose messages are handed to a tap."""
+
+    def __init__(self, client: Client, number: int, subscription: Subscription) -> None:
+        self._client, self._number, self._subscription = client, number, subscription
+
+    def quit(self) -> None:
+        """Let the server send nothing more; what is on its way is still handed on."""
+        # Not again after a reconnect, either.
+        self._client._remove_sub(self._number)
+        if self._client.is_connected:
+            self._client.send(b"UNSUB %d\r\n" % self._number)
+
+    def __call__(self) -> None:
+        """Let the server send nothing more, and hand nothing on."""
+        if self._client.taps.pop(self._number, None) is not None:
+            self._subscription._stop_processing()
+            self.quit()
 
 
 async def _nobody(message: Any) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import msgspec
 
 from cauce.backends.nats.api import away
-from cauce.backends.nats.link import Call, Link, Lost, Reply
+from cauce.backends.nats.link import Link, Lost, Reply
 from cauce.backends.nats.stream import Stream
 
 __all__ = ["Message", "fetch"]
@@ -26,13 +26,16 @@ class Message(msgspec.Struct, frozen=True, gc=False):
     payload: bytes
 
 
-class _Many(Call):
+class _Many:
     """Takes messages until the one that ends them."""
 
     def __init__(self, subject: str) -> None:
-        super().__init__(subject)
+        self._subject = subject
         self.future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self.found: list[tuple[bytes, bytes]] = []
+
+    def subjects(self) -> Collection[str]:
+        return (self._subject,)
 
     def done(self, end: Callable[[], Any]) -> None:
         self.future.add_done_callback(lambda _: end())

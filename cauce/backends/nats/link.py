@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import msgspec
 from nats import errors
@@ -44,6 +46,26 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
         return {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
 
 
+class Call(Protocol):
+    """Somebody who waits for what comes to an inbox."""
+
+    def subjects(self) -> Collection[str]:
+        """Whose denial is its own."""
+        ...
+
+    def done(self, end: Callable[[], Any]) -> None:
+        """Be told what to do in the end."""
+        ...
+
+    def take(self, subject: bytes, reply: bytes, data: bytes, head: bytes) -> None:
+        """Have a message: its subject, reply subject, payload and header block."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """Learn that there will be no more, and why."""
+        ...
+
+
 class Link:
     """What the logs and the wire of one bus share. `client` is connected, or trying to be, until `close`.
 
@@ -62,6 +84,7 @@ class Link:
         self._connected = asyncio.Event()
         self._reason = ""
         self._fatal: asyncio.Future[None] | None = None
+        _links.add(self)
 
     # ------------------------------------------------------------------------------------------------- names
 
@@ -262,32 +285,15 @@ class Link:
                 call.fail(NotPermitted(told))
 
 
-class Call:
-    """Somebody who waits for what comes to an inbox. `done` is told what to do in the end."""
+class _Once:
+    """Waits for one answer. See `Call`."""
 
     def __init__(self, subject: str, also: Collection[str] = ()) -> None:
         self._subject, self._also = subject, also
+        self.future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
     def subjects(self) -> Collection[str]:
-        """Whose denial is its own."""
         return (self._subject, *self._also)
-
-    def done(self, end: Callable[[], Any]) -> None:
-        raise NotImplementedError
-
-    def take(self, subject: bytes, reply: bytes, data: bytes, head: bytes) -> None:
-        raise NotImplementedError
-
-    def fail(self, error: Exception) -> None:
-        raise NotImplementedError
-
-
-class _Once(Call):
-    """Waits for one answer."""
-
-    def __init__(self, subject: str, also: Collection[str] = ()) -> None:
-        super().__init__(subject, also)
-        self.future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
     def done(self, end: Callable[[], Any]) -> None:
         self.future.add_done_callback(lambda _: end())
@@ -299,6 +305,22 @@ class _Once(Call):
     def fail(self, error: Exception) -> None:
         if not self.future.done():
             self.future.set_exception(error)
+
+
+_links: WeakSet[Link] = WeakSet()
+
+
+def _forked() -> None:
+    """A child must not keep alive what its parent's death is known by, nor speak in its name."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for link in list(_links):
+        if (file := link.client.fileno()) >= 0:
+            # Not closed: the number must stay taken, because objects that this process has inherited will close it.
+            os.dup2(nowhere, file, inheritable=False)
+    os.close(nowhere)
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def block(headers: Mapping[str, str]) -> bytes:

@@ -17,7 +17,7 @@ from cauce.backends.nats.tail import Tail
 from cauce.backends.nats.writer import Writer
 from cauce.codec import Entry
 from cauce.errors import Damaged, Refused
-from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_put
+from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_put
 
 __all__ = ["NatsLog"]
 
@@ -84,8 +84,7 @@ class NatsLog:
     async def read(
         self, filter: Filter = EVERYTHING, *, after: int = 0, limit: int = 1000, wait: float = 0.0, bodies: bool = True
     ) -> Page:
-        if filter.stream is not None:
-            check_stream(filter.stream)
+        check_filter(filter)
         limit = min(limit, _LONGEST)
         if limit < 1:
             return Page([], after)

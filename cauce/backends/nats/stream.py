@@ -86,8 +86,8 @@ class Stream:
 
     # ------------------------------------------------------------------------------------------------- opening
 
-    async def open(self) -> None:
-        """Make the stream, or take the one that stands.
+    async def open(self, *, make: bool = True) -> None:
+        """Take the stream that stands, or make it.
 
         Raises `Refused` if it would break a promise without a word, with the setting and the cure.
         """
@@ -97,6 +97,10 @@ class Stream:
         except ApiError as error:
             if error.code != NOT_FOUND:
                 raise self.refusal(error) from error
+            if not make:
+                raise Refused(
+                    f"there is no bus at {self.link}: name another with --bus, or let a service or an import make this one"
+                ) from None
             info = await self._make(wanted)
         self._compare(info.config)
         self.replicas = info.config.num_replicas

@@ -12,6 +12,7 @@ import apsw
 
 from cauce.backends.sqlite.file import connect, create, folder_of, forget, guard
 from cauce.backends.sqlite.log import Reader, SQLiteLog
+from cauce.backends.sqlite.stores import SQLiteStores
 from cauce.backends.sqlite.table import Names, Table
 from cauce.backends.sqlite.turnstile import Turnstile
 from cauce.backends.sqlite.wake import Wake
@@ -139,9 +140,10 @@ class SQLiteBus:
         for number, log in enumerate((self.facts, self.commands, self.records)):
             log.wake(None if rows is None else rows[number])
 
-    def store(self, service: str) -> Path:
-        """The folder where a service keeps its own data."""
-        return folder_of(self.path) / service
+    @property
+    def stores(self) -> SQLiteStores:
+        """Where services keep what is their own: a folder beside the file."""
+        return SQLiteStores(folder_of(self.path), self._clock)
 
     async def close(self) -> None:
         """Write what waits, then let go of the file. In a process forked since, nothing is touched."""

@@ -10,14 +10,14 @@ from typing import Any
 
 import apsw
 
-from cauce.accept import check_key, check_stream, slot_of
+from cauce.accept import check_key, slot_of
 from cauce.backends.sqlite.chain import Chain
 from cauce.backends.sqlite.file import translate
 from cauce.backends.sqlite.table import Table
 from cauce.backends.sqlite.writer import Writer
 from cauce.codec import Entry
 from cauce.errors import Damaged, Refused
-from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_put
+from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_put
 
 __all__ = ["Reader", "SQLiteLog"]
 
@@ -189,8 +189,8 @@ class SQLiteLog:
             return self._scan(filter, after, limit, bodies)
 
     def _scan(self, filter: Filter, after: int, limit: int, bodies: bool) -> Page:
-        if filter.stream is not None:
-            check_stream(filter.stream)
+        if filter is not EVERYTHING:
+            check_filter(filter)
         head = self._head()
         limit = min(limit, _LONGEST)
         if head <= after or limit < 1:

@@ -12,11 +12,15 @@ from urllib.parse import quote
 
 import apsw
 
-from cauce.backends.sqlite.file import APPLICATION_ID, FORMAT, connect, forget, guard, translate
+from cauce.backends.sqlite.file import APPLICATION_ID, FORMAT, connect, folder_of, forget, guard, translate
 from cauce.backends.sqlite.log import Reader, SQLiteLog
+from cauce.backends.sqlite.stores import SQLiteStores
 from cauce.backends.sqlite.table import Names, Table
+from cauce.backends.sqlite.wire import present
 from cauce.backends.sqlite.writer import Writer
+from cauce.clock import Clock, SystemClock
 from cauce.errors import Refused
+from cauce.wire import Instance
 
 __all__ = ["Peek", "looking", "own_name", "peek", "there", "wal_of"]
 
@@ -134,7 +138,9 @@ class Peek:
     commands: SQLiteLog
     records: SQLiteLog
 
-    def __init__(self, path: Path, connection: apsw.Connection) -> None:
+    def __init__(self, path: Path, connection: apsw.Connection, clock: Clock) -> None:
+        self._path, self._clock = path, clock
+        self.stores = SQLiteStores(folder_of(path.resolve()), clock)
         reader = Reader(connection, path)
         with reader:
             if connection.pragma("application_id") != APPLICATION_ID or connection.pragma("user_version") != FORMAT:
@@ -147,12 +153,16 @@ class Peek:
             SQLiteLog(f"{self.id}:{table.name}", table, cast(Writer, _Nobody()), reader) for table in tables
         )
 
+    async def instances(self) -> list[Instance]:
+        """Who runs on it now. Raises `Refused` if that may not be known."""
+        return present(self._path, self._clock)
+
 
 @contextmanager
-def peek(path: Path) -> Iterator[Peek]:
+def peek(path: Path, clock: Clock | None = None) -> Iterator[Peek]:
     """The logs of a file as they are now and become while one looks.
 
     Raises `Refused` where there is no log, and `Damaged` where SQLite cannot make sense of the file.
     """
     with looking(path) as open:
-        yield Peek(path, open())
+        yield Peek(path, open(), clock or SystemClock())

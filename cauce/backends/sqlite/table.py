@@ -10,8 +10,8 @@ import msgspec
 
 from cauce.accept import check_name, check_stream, slot_of
 from cauce.backends.sqlite.chain import TAIL, first_of, last_of, write_chapters, written_upto
-from cauce.codec import Entry, digest
-from cauce.errors import Conflict, Damaged, Fenced, Held, IdReused, Refused
+from cauce.codec import Entry, digest_at, schema_in
+from cauce.errors import Conflict, Fenced, Held, IdReused
 from cauce.log import Appended, Claim
 
 __all__ = ["Names", "Table"]
@@ -202,7 +202,7 @@ class Table:
         if expect is not None and expect != version:
             raise Conflict(stream, expect, version)
         # Whatever can be refused comes first, so that what was refused leaves no name behind.
-        checks = [_digest(entry, number) for number, entry in enumerate(entries, version + 1)]
+        checks = [digest_at(entry, number) for number, entry in enumerate(entries, version + 1)]
         if len(entries) == 1 and (type := types.get(entries[0].type)):
             numbers = [type]
         else:
@@ -226,7 +226,7 @@ class Table:
         head = self._heads.get(id) or self._head(id)
         if version <= head.version:
             return Appended(head.version, head.position, True)
-        check = _digest(entry, version)
+        check = digest_at(entry, version)
         type = types.get(entry.type) or self._names.types_of(entry.domain, [entry])[0]
         if not id:
             id = self._new(stream, head)
@@ -270,7 +270,7 @@ class Table:
             (found[0], len(entries), id),
         ).fetchall()
         same = len(rows) == len(entries) and all(
-            (entry.type, entry.meta.schema, entry.body) == (row[2], _schema(row[3]), row[4])
+            (entry.type, entry.meta.schema, entry.body) == (row[2], schema_in(row[3]), row[4])
             for entry, row in zip(entries, rows, strict=True)
         )
         if not same:
@@ -307,23 +307,3 @@ class Table:
             (self.name, claim.name, claim.owner, claim.fence, claim.beat),
         )
         self._names.fences[self.name, claim.name] = claim.fence
-
-
-def _digest(entry: Entry, version: int) -> int:
-    try:
-        return digest(entry, version)
-    except UnicodeEncodeError:
-        raise Refused(
-            f"id {entry.id!r} in {entry.stream} is no text of Unicode: use an id of the clock, or a derived one"
-        ) from None
-
-
-def _schema(raw: bytes) -> int:
-    try:
-        return msgspec.json.decode(raw, type=_OnlySchema).schema
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        raise Damaged("an envelope that stands in the way of a repeat cannot be read: run cauce verify") from None
-
-
-class _OnlySchema(msgspec.Struct):
-    schema: int = 1

@@ -1,0 +1,173 @@
+"""The registry: who runs, in a small stream in the server's memory that forgets whoever gives no sign of life."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from cauce.backends.nats.link import Link, Reply
+from cauce.clock import Clock
+from cauce.errors import NoAnswer, Refused, Unavailable
+from cauce.wire import Instance
+
+__all__ = ["BEAT", "LEASE", "Registry"]
+
+_log = logging.getLogger("cauce")
+
+BEAT = 2.0
+LEASE = 7.0
+"""Seconds after which the server forgets who said nothing: three beats missed."""
+
+_STREAM_NOT_FOUND = 10059
+_NAME_IN_USE = 10058
+_MOST = 1000
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(tuple[Instance, ...]).decode
+
+
+class _Fault(msgspec.Struct, frozen=True):
+    err_code: int = 0
+    description: str = ""
+
+
+class _Told(msgspec.Struct, frozen=True):
+    """As much of what JetStream's API answers as is looked at."""
+
+    error: _Fault | None = None
+    ts: str = ""
+
+
+_told = msgspec.json.Decoder(_Told).decode
+
+
+class Registry:
+    """One message for each process that announces something, under its name; the next takes its place."""
+
+    def __init__(self, link: Link, clock: Clock) -> None:
+        self._link, self._clock = link, clock
+        self._stream = link.stream("instances")
+        self._known: dict[str, tuple[Instance, ...]] = {}
+
+    def _subject(self, name: str) -> str:
+        return self._link.subject("here", name)
+
+    async def publish(self, name: str, instances: Collection[Instance]) -> None:
+        """Say this of a process. The stream is made where it is missing: it is gone with the server's memory.
+
+        Raises `Unavailable`, `NotPermitted`, `Refused` if the server makes no such stream, `OSError`.
+        """
+        body = _encode(tuple(instances))
+        try:
+            await self._link.request(self._subject(name), body)
+        except NoAnswer:
+            await self._make()
+            await self._link.request(self._subject(name), body)
+
+    async def _make(self) -> None:
+        reply = await self._api(
+            f"STREAM.CREATE.{self._stream}",
+            {
+                "name": self._stream,
+                "subjects": [self._subject("*")],
+                "storage": "memory",
+                "num_replicas": self._link.address.replicas,
+                "max_msgs_per_subject": 1,
+                "max_age": int(LEASE * 1e9),
+                "allow_direct": True,
+            },
+        )
+        if reply.error is not None and reply.error.err_code != _NAME_IN_USE:
+            raise Refused(f"{self._link} keeps no list of who runs: {reply.error.description}: mend its JetStream")
+
+    async def _api(self, what: str, body: dict[str, Any]) -> _Told:
+        return _told((await self._link.request(f"$JS.API.{what}", _encode(body))).data)
+
+    async def instances(self, is_there: Callable[[str], Any]) -> dict[str, tuple[Instance, ...]]:
+        """What each process announces, by its name; when the registry cannot be read, as far as is known.
+
+        `is_there` says of a name whether its process is still connected: who was killed is not waited for.
+        """
+        try:
+            found = await self._read()
+        except (Unavailable, OSError, msgspec.MsgspecError) as error:
+            _log.warning("who runs is told as last known: %s", error)
+            return self._known
+        alive = await asyncio.gather(*(is_there(name) for name in found))
+        self._known = {name: said for (name, said), there in zip(found.items(), alive, strict=True) if there}
+        return self._known
+
+    async def _read(self) -> dict[str, tuple[Instance, ...]]:
+        told, said = await asyncio.gather(self._api(f"STREAM.INFO.{self._stream}", {}), self._all())
+        found, start = {}, len(self._subject(""))
+        if told.error is None:
+            # Ages, not times: the server's clock is only compared with itself.
+            here, there = self._clock.now(), _micros(told.ts)
+            for each in said:
+                headers = each.headers
+                beat = here - max(0, there - _micros(headers["Nats-Time-Stamp"]))
+                instances = _readable(each.data)
+                if instances:
+                    found[headers["Nats-Subject"][start:]] = tuple(
+                        msgspec.structs.replace(instance, beat=beat) for instance in instances
+                    )
+        return found
+
+    async def _all(self) -> list[Reply]:
+        """The last message of each process, in one go."""
+        await self._link.connected(self._link.patience)
+        many = _Many(f"$JS.API.DIRECT.GET.{self._stream}")
+        reply = self._link.expect(many)
+        try:
+            body = _encode({"multi_last": [self._subject("*")], "batch": _MOST})
+            self._link.publish(many.subject, body, reply=reply)
+            await self._link.client.kick()
+            async with asyncio.timeout(self._link.patience):
+                return await many.all
+        finally:
+            many.forget()
+
+
+class _Many:
+    """Waits for several messages up to one without a body, of the server's own; see `Link.expect`."""
+
+    def __init__(self, subject: str) -> None:
+        self.subject = subject
+        self.all: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
+        self._found: list[Reply] = []
+
+    def subjects(self) -> tuple[str, ...]:
+        return (self.subject,)
+
+    def done(self, end: Callable[[], object]) -> None:
+        self.forget = end
+
+    def take(self, subject: bytes, reply: bytes, data: bytes, head: bytes) -> None:
+        message = Reply(data, head)
+        if not message.status:
+            self._found.append(message)
+        elif not self.all.done():
+            self.all.set_result(self._found)
+
+    def fail(self, error: Exception) -> None:
+        if not self.all.done():
+            self.all.set_exception(error)
+
+
+def _readable(body: bytes) -> tuple[Instance, ...]:
+    try:
+        return _decode(body) if body else ()
+    except msgspec.MsgspecError:
+        return ()  # A stranger's: there is nothing in it for us.
+
+
+def _micros(text: str) -> int:
+    """Microseconds since 1970 of a time as the server writes it, which may have nanoseconds."""
+    moment = datetime.fromisoformat(text[:19]).replace(tzinfo=UTC)
+    fraction = text[19:].removeprefix(".").rstrip("Z")
+    return int(moment.timestamp()) * 1_000_000 + int(fraction[:6].ljust(6, "0") if fraction else 0)

@@ -1,0 +1,150 @@
+"""Where the services of a bus keep what is their own, on NATS: a bucket for each, or files of its machine."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from cauce.backends.nats.bucket import Bucket, Message, Put, Stale, Unsure, buckets
+from cauce.backends.nats.link import Link
+from cauce.backends.nats.names import text, token
+from cauce.backends.nats.store import NatsStore, bucket_of, unpacked
+from cauce.backends.nats.units import packed
+from cauce.clock import Clock
+from cauce.errors import Refused, Unavailable
+from cauce.store import Letter, Store, Stores, Waiting
+
+__all__ = ["NatsStores"]
+
+_TRIES = 10
+
+
+class NatsStores:
+    """See `cauce.store.Stores` for what each method promises.
+
+    A service that keeps tables, views or replicas needs a database, which a bucket is not: it gets files in a folder of
+    this machine, and the catalogue refuses an instance on another one.
+
+    Parameters:
+        files: the stores in that folder.
+    """
+
+    def __init__(self, link: Link, clock: Clock, files: Stores) -> None:
+        self._link, self._clock, self._files = link, clock, files
+
+    async def open(self, service: str, migrations: Sequence[str] = (), *, keeps: bool = True) -> Store:
+        if not keeps and not migrations:
+            return await NatsStore.open(self._link, service)
+        store = await self._files.open(service, migrations, keeps=keeps)
+        return cast(Store, _Here(store, self._files.folder(service)))
+
+    def folder(self, service: str) -> Path:
+        return self._files.folder(service)
+
+    async def letters(self, service: str = "") -> list[Letter]:
+        names = await self._services()
+        found = []
+        for each in names if not service else [service] if service in names else []:
+            found += await self._letters(each)
+        if not service or service not in names:
+            try:
+                found += await self._files.letters(service)
+            except Refused:
+                raise self._unknown(service, names) from None
+        return sorted(found, key=lambda letter: letter.position)
+
+    async def _letters(self, service: str) -> list[Letter]:
+        waiting = [
+            (text(each.tokens[1]), unpacked(each)) for each in await bucket_of(self._link, service).read("waiting.>")
+        ]
+        # One that was written again while all were read is found twice.
+        latest = {(consumer, each.position): each for consumer, each in waiting}
+        return [
+            Letter(
+                service, consumer, each.position, each.stream, each.attempts, each.error, each.trace,
+                msgspec.Raw(each.raw or b"null"), _behind(latest, consumer, each),
+            )
+            for (consumer, _), each in latest.items()
+            if each.dead
+        ]  # fmt: skip
+
+    async def retry(self, service: str, consumer: str, position: int) -> None:
+        if await self._is_bucket(service):
+            await self._decide(service, consumer, position, discard=False)
+        else:
+            await self._files.retry(service, consumer, position)
+
+    async def discard(self, service: str, consumer: str, position: int) -> None:
+        if await self._is_bucket(service):
+            await self._decide(service, consumer, position, discard=True)
+        else:
+            await self._files.discard(service, consumer, position)
+
+    async def _decide(self, service: str, consumer: str, position: int, *, discard: bool) -> None:
+        bucket, name = bucket_of(self._link, service), f"waiting.{token(consumer)}.{position}"
+        for _ in range(_TRIES):
+            stands = await bucket.one(name)
+            waiting = None if stands is None else unpacked(stands)
+            if stands is None or waiting is None or not waiting.dead:
+                raise Refused(f"{service} has no dead letter {position} of {consumer}: see cauce dead list")
+            again = msgspec.structs.replace(waiting, dead=False, attempts=0, due=0)
+            put = Put(name, b"" if discard else packed(again), gone=discard, expected=stands.sequence)
+            if await _written(bucket, put, stands):
+                return
+        raise Unavailable(f"dead letter {position} of {service} changes all the time: try again")
+
+    async def _is_bucket(self, service: str) -> bool:
+        names = await self._services()
+        if service not in names:
+            try:
+                await self._files.letters(service)
+            except Refused:
+                raise self._unknown(service, names) from None
+        return service in names
+
+    async def _services(self) -> list[str]:
+        # No service's name holds what parts the name of the stream.
+        prefix = self._link.stream("store_")
+        return [name.removeprefix(prefix) for name in await buckets(self._link, "store") if name.startswith(prefix)]
+
+    def _unknown(self, service: str, names: Sequence[str]) -> Refused:
+        known = ", ".join(names) or "none"
+        return Refused(
+            f"service {service!r} has no store here: in buckets of {self._link} there are {known}, and files of services "
+            f"that keep data lie in {self._files.folder(service).parent} of the machine they run on"
+        )
+
+
+class _Here:
+    """A store in files of this machine: another machine has another one at the same path, and says so."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self._store = store
+        self.place = f"{folder.absolute()} on {platform.node()}"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+async def _written(bucket: Bucket, put: Put, before: Message) -> bool:
+    try:
+        await bucket.write([put])
+    except Stale:
+        return False
+    except Unsure:
+        # It says the same if it is written twice, but the second time it would find itself.
+        stands = await bucket.one(put.name)
+        return stands is None or stands.sequence != before.sequence
+    return True
+
+
+def _behind(latest: dict[tuple[str, int], Waiting], consumer: str, dead: Waiting) -> int:
+    return sum(
+        1
+        for (other, position), each in latest.items()
+        if other == consumer and each.stream == dead.stream and position > dead.position
+    )

@@ -1,0 +1,241 @@
+"""The registry: which processes are on the wire of a database, what each of them serves and announces, who has died."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import asyncpg
+import msgspec
+
+from cauce.clock import Clock
+from cauce.identity import is_dead
+from cauce.wire import Instance
+
+__all__ = ["BEAT", "CHANGED", "LEASE", "Fetch", "Present", "Registry"]
+
+BEAT = 2.0
+"""Seconds between two signs of life."""
+
+_QUIET = 3 * BEAT
+"""Seconds without a beat after which others are asked first."""
+
+LEASE = 5 * BEAT
+"""Seconds without a beat after which a process of another machine counts as dead."""
+
+_UNWATCHED = LEASE - 1.5 * BEAT
+"""Seconds of silence that count at most where nobody watched: the server may have been away, and not the process."""
+
+_FRESH = 0.05
+"""Seconds for which a process that was not proved dead is not looked at again."""
+
+CHANGED = "wire"
+"""The channel on which is told that a process says something else than before."""
+
+Fetch = Callable[..., Awaitable[list[asyncpg.Record]]]
+"""Runs a statement with its values, and gives its rows."""
+
+# The row of the epoch goes with all the others when the server crashes: what comes after it is another epoch.
+_LOOK = """
+select e.epoch, p.token, p.beat, p.present,
+    extract(epoch from clock_timestamp() - p.at)::float8 as age, (extract(epoch from p.at) * 1000000)::int8 as at
+from (select (select epoch from wire_epoch) as epoch) e left join wire_processes p on true
+"""
+
+_BEGIN = "insert into wire_epoch (epoch) values ($1) on conflict (one) do nothing"
+
+_PUBLISH = """
+with said as (
+    insert into wire_processes (token, beat, at, present) values ($1, 1, clock_timestamp(), $2)
+    on conflict (token) do update
+        set beat = wire_processes.beat + 1, at = clock_timestamp(), present = excluded.present
+)
+select pg_notify($3, '')
+"""
+
+_BEAT = "update wire_processes set beat = beat + 1, at = clock_timestamp() where token = $1 returning beat"
+
+_BURY = """
+with gone as (delete from wire_processes where token = $1 and ($2::int8 is null or beat = $2) returning token)
+select pg_notify($3, '') from gone
+"""
+
+_SWEEP = """
+with questions as (delete from wire_questions where until < clock_timestamp() - interval '30 seconds'),
+    answers as (delete from wire_answers where until < clock_timestamp() - interval '30 seconds')
+select
+"""
+
+
+class Present(msgspec.Struct, frozen=True):
+    """What a process says of itself. `owner` is its `identity`."""
+
+    owner: str
+    addresses: tuple[str, ...] = ()
+    instances: tuple[Instance, ...] = ()
+
+    def answers_in(self, domain: str) -> bool:
+        """Whether it serves, or will soon, or did until now, something in a domain."""
+        said = (self.addresses, *(instance.addresses for instance in self.instances))
+        return any(address.partition("/")[0] == domain for addresses in said for address in addresses)
+
+
+class _Beat(NamedTuple):
+    """The last beat of a process: its number, since when it stands on our clock, and its time on the server's."""
+
+    number: int
+    since: float
+    at: int
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Present).decode
+
+
+class Registry:
+    """What is known of the others, read again when it is in doubt.
+
+    A beat is a number that rises, watched on our own monotonic clock: two machines' clocks are never compared. Only
+    for a process that is seen for the first time the server says how long ago it has beaten.
+
+    Parameters:
+        fetch: runs a statement that does no harm if it runs twice.
+        channel: the full name of the channel for changes.
+    """
+
+    def __init__(self, fetch: Fetch, clock: Clock, channel: str) -> None:
+        self._fetch, self._clock, self._channel = fetch, clock, channel
+        self.present: dict[str, Present] = {}
+        self._serving: dict[str, list[str]] = {}
+        self._beats: dict[str, _Beat] = {}
+        self._living: dict[str, float] = {}
+        self._begun = self._applied = 0
+        self._looked = float("-inf")
+        self._doubted = True
+        self._looking: asyncio.Task[None] | None = None
+        self.epoch = ""
+        self._since = float("-inf")
+
+    # ------------------------------------------------------------------------------------------------- the others
+
+    def doubt(self) -> None:
+        """Read it again at the next look."""
+        self._doubted = True
+
+    async def look(self) -> None:
+        """Read it again if it is in doubt; all who want that at once do it with one statement."""
+        while self._doubted or self._looking is not None:
+            if self._looking is None:
+                self._doubted = False
+                self._looking = asyncio.get_running_loop().create_task(self.read(self._fetch))
+                self._looking.add_done_callback(self._looked_at)
+            await asyncio.shield(self._looking)
+
+    def _looked_at(self, task: asyncio.Task[None]) -> None:
+        self._looking = None
+        if task.cancelled() or task.exception() is not None:
+            self._doubted = True
+
+    async def read(self, fetch: Fetch) -> None:
+        """Read it now, with this connection."""
+        self._begun = begun = self._begun + 1
+        rows = await fetch(_LOOK)
+        if rows[0]["epoch"] is None:
+            await fetch(_BEGIN, self._clock.id())
+            rows = await fetch(_LOOK)
+        if begun < self._applied:
+            return  # Somebody else has read it later, and was answered before.
+        self._applied = begun
+        now = self._clock.monotonic()
+        if rows[0]["epoch"] != self.epoch:
+            self._since = now if self.epoch else self._since
+            self.epoch = rows[0]["epoch"]
+        watched = now - self._looked < 1.5 * BEAT
+        earliest = float("-inf") if watched else now - _UNWATCHED
+        self._looked = now
+        beats, present = dict[str, _Beat](), dict[str, Present]()
+        for row in rows:
+            if row["token"] is None:
+                continue
+            beats[row["token"]] = self._beat_of(row, now, earliest)
+            # What cannot be read is of another version of ours, perhaps: it cannot be asked.
+            with suppress(msgspec.MsgspecError):
+                present[row["token"]] = _decode(row["present"])
+        gone = [token for token in present if self._is_gone(present[token], beats[token], now)]
+        for token in gone:
+            del present[token]
+        self._beats, self.present = beats, present
+        self._living = dict.fromkeys(present, now)
+        self._serving = {}
+        for token, said in present.items():
+            for address in said.addresses:
+                self._serving.setdefault(address, []).append(token)
+        for token in gone:
+            await fetch(_BURY, token, beats[token].number, self._channel)
+
+    def _beat_of(self, row: Any, now: float, earliest: float) -> _Beat:
+        known = self._beats.get(row["token"])
+        since = now - max(0.0, row["age"]) if known is None else now if known.number != row["beat"] else known.since
+        return _Beat(row["beat"], max(since, earliest), row["at"])
+
+    def _is_gone(self, present: Present, beat: _Beat, now: float) -> bool:
+        dead = is_dead(present.owner)
+        return now - beat.since > LEASE if dead is None else dead
+
+    def is_new(self) -> bool:
+        """Whether the server has just lost all that was said, so that some may not have said it again yet."""
+        return self._clock.monotonic() - self._since < BEAT
+
+    def serving(self, address: str) -> Sequence[str]:
+        """The tokens of the processes that serve an address."""
+        return self._serving.get(address, ())
+
+    def is_alive(self, token: str) -> bool:
+        """Whether a process is not known to be dead."""
+        present, now = self.present.get(token), self._clock.monotonic()
+        if present is None:
+            return False
+        if now - self._living.get(token, float("-inf")) > _FRESH:
+            self._living[token] = now
+            if is_dead(present.owner):
+                self.doubt()
+                return False
+        return True
+
+    def is_quiet(self, token: str) -> bool:
+        """Whether a process has given no sign of life for so long that its loop stands still, or it is stopped."""
+        beat = self._beats.get(token)
+        return beat is None or self._looked - beat.since > _QUIET
+
+    async def instances(self, *, but: str) -> list[Instance]:
+        """What all processes that are alive announce, but for one."""
+        self.doubt()
+        await self.look()
+        return [
+            msgspec.structs.replace(instance, beat=self._beats[token].at)
+            for token, present in self.present.items()
+            if token != but
+            for instance in present.instances
+        ]
+
+    # ----------------------------------------------------------------------------------------------------- we
+
+    async def publish(self, token: str, present: Present) -> None:
+        """Say this of the process with a token."""
+        await self._fetch(_PUBLISH, token, _encode(present), self._channel)
+        self.doubt()
+
+    async def beat(self, token: str) -> bool:
+        """Give a sign of life. False: what was said is there no more."""
+        return bool(await self._fetch(_BEAT, token))
+
+    async def bury(self, token: str) -> None:
+        """Say nothing of a process any more."""
+        await self._fetch(_BURY, token, None, self._channel)
+        self.doubt()
+
+    async def sweep(self) -> None:
+        """Remove what the dead have asked and answered."""
+        await self._fetch(_SWEEP)

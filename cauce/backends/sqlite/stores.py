@@ -1,0 +1,100 @@
+"""Where the services of a bus keep what is their own, on SQLite: a folder with one for each service."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import apsw
+import msgspec
+
+from cauce.backends.sqlite.file import connect, translate
+from cauce.backends.sqlite.store import SQLiteStore
+from cauce.clock import Clock
+from cauce.errors import Refused
+from cauce.store import Letter
+
+__all__ = ["SQLiteStores"]
+
+_DEAD = """select consumer, position, stream, attempts, error, trace, raw, (
+    select count(*) from cauce_waiting b where b.consumer = a.consumer and b.stream = a.stream and b.position > a.position)
+    from cauce_waiting a where dead order by position"""
+_RETRY = "update cauce_waiting set dead = 0, attempts = 0, due = 0 where consumer = ? and position = ? and dead"
+_DISCARD = "delete from cauce_waiting where consumer = ? and position = ? and dead"
+
+
+class SQLiteStores:
+    """See `cauce.store.Stores` for what each method promises. Nothing is made before a store is opened."""
+
+    def __init__(self, folder: Path, clock: Clock) -> None:
+        self._folder, self._clock = folder, clock
+
+    async def open(self, service: str, migrations: Sequence[str] = (), *, keeps: bool = True) -> SQLiteStore:
+        return await SQLiteStore.open(self._folder / service, service, self._clock, migrations)
+
+    def folder(self, service: str) -> Path:
+        return self._folder / service
+
+    async def letters(self, service: str = "") -> list[Letter]:
+        found = []
+        for path in self._paths(service):
+            with _opened(path, apsw.SQLITE_OPEN_READONLY) as connection:
+                rows: list[Any] = connection.execute(_DEAD).fetchall()
+                found += [
+                    Letter(
+                        path.parent.name,
+                        consumer,
+                        position,
+                        stream,
+                        tries,
+                        error,
+                        trace,
+                        msgspec.Raw(raw or b"null"),
+                        behind,
+                    )
+                    for consumer, position, stream, tries, error, trace, raw, behind in rows
+                ]
+        return found
+
+    async def retry(self, service: str, consumer: str, position: int) -> None:
+        self._decide(service, consumer, position, _RETRY)
+
+    async def discard(self, service: str, consumer: str, position: int) -> None:
+        self._decide(service, consumer, position, _DISCARD)
+
+    def _decide(self, service: str, consumer: str, position: int, statement: str) -> None:
+        (path,) = self._paths(service)
+        with _opened(path, apsw.SQLITE_OPEN_READWRITE) as connection:
+            connection.execute("begin immediate")
+            connection.execute(statement, (consumer, position))
+            changed = connection.changes()
+            connection.execute("commit")
+        if not changed:
+            raise Refused(f"{service} has no dead letter {position} of {consumer}: see cauce dead list")
+
+    def _paths(self, service: str) -> list[Path]:
+        if self._folder.exists() and not os.access(self._folder, os.R_OK | os.X_OK):
+            raise Refused(f"{self._folder} may not be read: change its mode or owner, or ask as the user whose it is")
+        found = sorted(self._folder.glob("*/store.db"))
+        if not service:
+            return found
+        mine = [path for path in found if path.parent.name == service]
+        if not mine:
+            names = ", ".join(path.parent.name for path in found) or "none"
+            raise Refused(f"service {service!r} has no store here: there are {names}")
+        return mine
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[apsw.Connection]:
+    try:
+        connection = connect(path, flags=flags, busy=5.0)
+        try:
+            yield connection
+        finally:
+            connection.close()
+    except apsw.Error as error:
+        raise translate(error, path) from error
