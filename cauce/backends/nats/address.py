@@ -17,7 +17,10 @@ _SHAPE = re.compile(r"(nats|tls)://(?:([^@/]*)@)?([^@/?]+)(?:/([^?]*))?(?:\?(.*)
 
 
 class Address(msgspec.Struct, frozen=True):
-    """`shown` is the address as anybody may see it. `bus` is empty where subjects have no prefix."""
+    """`shown` is the address as anybody may see it. `bus` is empty where subjects have no prefix.
+
+    `files` is the folder for those stores that are files, empty for one that is named after the bus.
+    """
 
     servers: tuple[str, ...]
     shown: str
@@ -25,6 +28,7 @@ class Address(msgspec.Struct, frozen=True):
     password: str | None = None
     bus: str = ""
     replicas: int = 1
+    files: str = ""
 
 
 def parse(url: str) -> Address:
@@ -48,17 +52,17 @@ def parse(url: str) -> Address:
         unquote(name) if user else None,
         unquote(password) if colon else None,
         bus or "",
-        _replicas(query or ""),
+        *_options(query or ""),
     )
 
 
-def _replicas(query: str) -> int:
+def _options(query: str) -> tuple[int, str]:
     options = dict(parse_qsl(query, keep_blank_values=True))
-    replicas = options.pop("replicas", "1")
+    replicas, files = options.pop("replicas", "1"), options.pop("files", "")
     if options:
         raise Refused(
-            f"the address of a bus on NATS takes no {', '.join(sorted(options))}: it takes replicas (1, 3 or 5)"
+            f"the address of a bus on NATS takes no {', '.join(sorted(options))}: it takes replicas (1, 3 or 5) and files (a folder)"
         )
     if replicas not in ("1", "2", "3", "4", "5"):
         raise Refused(f"replicas={replicas} in the address of the bus: 1, 3 or 5 servers can hold each entry")
-    return int(replicas)
+    return int(replicas), files

@@ -6,6 +6,7 @@ that they are still called. Everything else is used by its public face.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -38,10 +39,15 @@ class Client(PlainClient):
         self._pending.append(command)
         self._pending_data_size += len(command)
 
+    def kick_soon(self) -> None:
+        """Let go out what was sent, from where nothing can be waited for."""
+        if self._flush_queue is not None and self._flush_queue.empty() and self.is_connected:
+            self._flush_queue.put_nowait(asyncio.get_running_loop().create_future())
+
     async def kick(self) -> None:
-        """Let go out what was sent; waits only where much is on the way."""
+        """Let go out what was sent."""
         if self._flush_queue is not None and self._flush_queue.empty():
-            await self._flush_pending(force_flush=self._pending_data_size > self._max_pending_size > 0)
+            await self._flush_pending()
 
     def fileno(self) -> int:
         """The file descriptor of the connection, -1 if there is none."""

@@ -58,14 +58,18 @@ class Plan:
                 job.future.set_exception(verdict)
 
 
-async def draw(stream: Stream, heads: Heads, jobs: Sequence[Job]) -> Plan:
-    """Plan as many of the jobs, in order, as go together."""
-    return await _Drawing(stream, heads).draw(jobs)
+async def draw(stream: Stream, heads: Heads, jobs: Sequence[Job], *, trusting: bool) -> Plan:
+    """Plan as many of the jobs, in order, as go together.
+
+    Parameters:
+        trusting: whether a stream that is expected not to be yet is taken at the word; the server looks anyway.
+    """
+    return await _Drawing(stream, heads, trusting).draw(jobs)
 
 
 class _Drawing:
-    def __init__(self, stream: Stream, heads: Heads) -> None:
-        self._stream, self._heads = stream, heads
+    def __init__(self, stream: Stream, heads: Heads, trusting: bool) -> None:
+        self._stream, self._heads, self._trusting = stream, heads, trusting
         self._plan = Plan()
         self._staged: dict[str, int] = {}
         self._ids: set[tuple[str, str]] = set()
@@ -94,11 +98,12 @@ class _Drawing:
         return self._heads.head(job.subject) or NOTHING
 
     async def _learn(self, jobs: Sequence[Job]) -> None:
-        """Where all the streams end. One that is expected not to be yet is taken at the word; the server looks."""
+        """Where all the streams end."""
         unknown = dict.fromkeys(
             job.subject
             for job in jobs
-            if self._heads.head(job.subject) is None and (job.expect != 0 or job.repeat or job.tried is not None)
+            if self._heads.head(job.subject) is None
+            and not (self._trusting and job.expect == 0 and not job.repeat and job.tried is None)
         )
         await self._heads.load(unknown)
         self._fresh.update(unknown)

@@ -74,7 +74,7 @@ class Stream:
     """
 
     def __init__(self, link: Link, log: str, *, last: bool = False, lasting: bool = True) -> None:
-        self.link, self.log, self.last, self._lasting = link, log, last, lasting
+        self.link, self.log, self.last, self.lasting = link, log, last, lasting
         self.name = link.stream(log)
         self.everything = link.subject(log, ">")
         self.id = ""
@@ -86,8 +86,8 @@ class Stream:
 
     # ------------------------------------------------------------------------------------------------- opening
 
-    async def open(self) -> None:
-        """Make the stream, or take the one that stands.
+    async def open(self, *, make: bool = True) -> None:
+        """Take the stream that stands, or make it.
 
         Raises `Refused` if it would break a promise without a word, with the setting and the cure.
         """
@@ -96,7 +96,11 @@ class Stream:
             info = await self._ask("INFO", None)
         except ApiError as error:
             if error.code != NOT_FOUND:
-                raise self._refusal(error) from error
+                raise self.refusal(error) from error
+            if not make:
+                raise Refused(
+                    f"there is no bus at {self.link}: name another with --bus, or let a service or an import make this one"
+                ) from None
             info = await self._make(wanted)
         self._compare(info.config)
         self.replicas = info.config.num_replicas
@@ -109,7 +113,7 @@ class Stream:
             return await self._ask("CREATE", wanted)
         except ApiError as error:
             if error.code != NAME_IN_USE:
-                raise self._refusal(error) from error
+                raise self.refusal(error) from error
         # Another process made it meanwhile, with an id of its own.
         return await self._ask("INFO", None)
 
@@ -129,8 +133,8 @@ class Stream:
             "allow_direct": True,
             "allow_atomic": True,
             # What was recorded is there for ever; the commands are purged when their audit time is over.
-            "deny_delete": self._lasting,
-            "deny_purge": self._lasting,
+            "deny_delete": self.lasting,
+            "deny_purge": self.lasting,
             "metadata": {_ID: self.link.clock.id()},
         }
 
@@ -168,7 +172,7 @@ class Stream:
         except ApiError as error:
             if error.code == NOT_FOUND:
                 raise self.stop("was deleted") from None
-            raise self._refusal(error) from error
+            raise self.refusal(error) from error
         if info.created != self._created:
             raise self.stop("was deleted and made anew")
         if info.state.last_seq < self.head:
@@ -207,10 +211,10 @@ class Stream:
                 raise self.stop("was deleted") from None
             if error.code == NO_MESSAGE:
                 return None
-            raise self._refusal(error) from error
+            raise self.refusal(error) from error
 
     async def _ask(self, what: str, question: object) -> _Info:
         return await ask(self.link, f"STREAM.{what}.{self.name}", question, _Info)
 
-    def _refusal(self, error: ApiError) -> Exception:
+    def refusal(self, error: ApiError) -> Exception:
         return refusal(error, self.link, f"stream {self.name}")

@@ -161,7 +161,7 @@ class Writer:
         tries = 0
         while True:
             try:
-                plan = await draw(self._stream, self._heads, jobs)
+                plan = await draw(self._stream, self._heads, jobs, trusting=not tries)
                 if plan.messages:
                     await self._connected(plan)
                     plan.settle(await self._send(plan), self._heads)
@@ -172,7 +172,11 @@ class Writer:
                         raise refusal(error, self._link, f"append to {jobs[0].stream}") from None
                     tries = 3
                 await self._again(jobs, error.code in CHANGED)
-            except (Lost, TimeoutError, Unreachable):
+            except (Lost, TimeoutError):
+                tries += 1
+                self._note_tried(jobs)
+                await self._again(jobs, False)
+            except Unreachable:
                 tries += 1
                 await self._again(jobs, False)
             else:
@@ -187,6 +191,13 @@ class Writer:
                 done = Plan()
                 done.jobs = jobs
                 return done
+
+    def _note_tried(self, jobs: list[Job]) -> None:
+        """They went out, and may stand behind what was known before."""
+        for job in jobs:
+            if job.tried is None:
+                known = self._heads.head(job.subject)
+                job.tried = 0 if known is None else known.position
 
     async def _alone(self, job: Job) -> None:
         try:
@@ -225,10 +236,6 @@ class Writer:
         if count > 1:
             self._batches += 1
             head += b"Nats-Batch-Id: %b-%d\r\n" % (self._batch.encode(), self._batches)
-        for job, _, _ in plan.written:
-            if job.tried is None:
-                known = self._heads.head(job.subject)
-                job.tried = 0 if known is None else known.position
         for number, (subject, lines, payload) in enumerate(plan.messages[:-1], 1):
             link.publish(subject, payload, b"%bNats-Batch-Sequence: %d\r\n%b\r\n" % (head, number, lines))
         subject, lines, payload = plan.messages[-1]
