@@ -26,6 +26,14 @@ _LONG = 24 * 1024
 
 _PLAIN = re.compile(rb"[\x21\x23\x24\x26-\x7e]*\Z")
 _OTHERS = re.compile(rb"[^\x21\x23\x24\x26-\x7e]")
+_USUAL = re.compile(
+    rb"ce-specversion: 1\.0\r\nce-id: ([^\r]*)\r\nce-source: [^\r]*\r\nce-type: ([^\r]*)\r\nce-subject: [^\r]*\r\n"
+    rb"ce-time: ([^\r]*)\r\nce-schemaversion: (\d+)\r\nce-streamversion: (\d+)\r\nce-digest: ([0-9a-f]{8})\r\n"
+    rb"ce-correlation: ([^\r]*)\r\n(?:ce-causation: ([^\r]*)\r\n)?(?:ce-by: ([^\r]*)\r\n)?"
+    rb"(?:ce-wish: ([^\r]*)\r\n)?(?:content-type: application/json\r\n)?(?:Nats-|\r\n|\Z)"
+)
+"""The header lines of nearly every entry, in the order in which they are written: quicker than to part them by name."""
+
 _encode_meta = msgspec.json.Encoder().encode
 _decode_meta = msgspec.json.Decoder(Meta).decode
 _NOTHING = Meta(0)
@@ -97,6 +105,21 @@ def decode(name: str, position: int, head: bytes, payload: bytes, bodies: bool =
     """The entry in a message. `name` is the end of its subject, `domain.slot.key`. Raises `Damaged` if it is none."""
     try:
         domain, _, key = name.split(".")
+        usual = _USUAL.search(head)
+        if usual is not None:
+            one, type, time, schema, version, digest, correlation, causation, by, wished = usual.groups()
+            id = _text(one)
+            raw = _encode_meta(
+                Meta(
+                    micros(datetime.fromisoformat(time.decode())), int(schema),
+                    "" if correlation == one else _text(correlation), _text(causation or b""), _text(by or b""),
+                )
+            )  # fmt: skip
+            return Entry(
+                position, f"{domain}/{text(key)}", int(version), _text(type), id, raw,
+                b64decode(wished) if bodies and wished is not None else None, payload if bodies else None,
+                int(digest, 16),
+            )  # fmt: skip
         found = dict([line.split(b": ", 1) for line in head.split(b"\r\n") if b": " in line])
         id = _text(found[b"ce-id"])
         wish: bytes | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 
-from cauce.accept import check_key, check_stream
+from cauce.accept import check_key
 from cauce.backends.nats.claims import Claims
 from cauce.backends.nats.direct import Message, fetch
 from cauce.backends.nats.events import decode, type_of
@@ -55,14 +55,14 @@ class NatsLog:
         if self._stream.last:
             raise Refused(f"{self._stream.log} keeps only the last of each stream: put there, do not append")
         size = check_append(stream, entries) + _OVERHEAD * len(entries)
-        subject = self._heads.subject(check_stream(stream))
+        subject = self._heads.subject(stream)
         return self._writer.submit(Job(stream, subject, entries, expect=expect, fence=fence, repeat=repeat, size=size))
 
     def put(self, stream: str, version: int, entry: Entry) -> asyncio.Future[Appended]:
         if not self._stream.last:
             raise Refused(f"{self._stream.log} keeps all of each stream: append there, do not put")
         size = check_put(stream, version, entry) + _OVERHEAD
-        subject = self._heads.subject(check_stream(stream))
+        subject = self._heads.subject(stream)
         return self._writer.submit(Job(stream, subject, [entry], version=version, size=size))
 
     async def claim(self, name: str, owner: str, *, over: Claim | None = None) -> Claim:

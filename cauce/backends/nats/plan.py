@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cauce.accept import check_name, check_stream
+from cauce.accept import check_name
 from cauce.backends.nats.direct import fetch
 from cauce.backends.nats.events import decode, encode
 from cauce.backends.nats.heads import NOTHING, Head, Heads
@@ -31,6 +31,19 @@ class Plan:
 
         self.slots: dict[str, str] = {}
         """Pattern of a slot under a fence, and the subject's beginning by which its messages are known."""
+
+    @property
+    def single(self) -> bool:
+        """Whether each job is one message, so that some may stand without the others."""
+        return len(self.written) == len(self.messages)
+
+    def cut(self, count: int) -> set[str]:
+        """Only so many messages stand: what comes behind is as if it had not been taken in. Gives its subjects."""
+        place = self.jobs.index(self.written[count][0])
+        behind, subjects = set(map(id, self.jobs[place:])), {job.subject for job in self.jobs[place:]}
+        del self.jobs[place:], self.messages[count:], self.written[count:]
+        self.verdicts = [each for each in self.verdicts if id(each[0]) not in behind]
+        return subjects
 
     def settle(self, last: int, heads: Heads) -> None:
         """The messages stand, the last at this position."""
@@ -109,9 +122,9 @@ class _Drawing:
         self._fresh.update(unknown)
 
     async def _take(self, job: Job) -> None:
-        check_stream(job.stream)
         for entry in job.entries:
-            check_name(entry.type)
+            if entry.type not in self._heads.types:
+                self._heads.types.add(check_name(entry.type))
         if job.fence is not None:
             await self._check_fence(job.subject, job.fence.name, job.fence.fence)
         if await self._stands(job):

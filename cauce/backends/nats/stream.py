@@ -130,6 +130,8 @@ class Stream:
             "max_age": 0,
             "max_msgs_per_subject": 1 if self.last else -1,
             "max_msg_size": -1,
+            # Ids of messages are those of tries, not of entries: they hold a chain together while it is written.
+            "duplicate_window": 1_000_000_000,
             "allow_direct": True,
             "allow_atomic": True,
             # What was recorded is there for ever; the commands are purged when their audit time is over.
@@ -167,6 +169,8 @@ class Stream:
         """How full it is, as the leader says. Raises `Damaged` if it is not the stream that was opened."""
         if self.broken is not None:
             raise self.broken
+        # What is acknowledged to us while we wait may be more than the answer knows of.
+        before = self.head
         try:
             info = await self._ask("INFO", None)
         except ApiError as error:
@@ -175,8 +179,8 @@ class Stream:
             raise self.refusal(error) from error
         if info.created != self._created:
             raise self.stop("was deleted and made anew")
-        if info.state.last_seq < self.head:
-            raise self.stop(f"ends at {info.state.last_seq:,}, but had {self.head:,} entries")
+        if info.state.last_seq < before:
+            raise self.stop(f"ends at {info.state.last_seq:,}, but had {before:,} entries")
         self.replicas = info.config.num_replicas
         self._note(info.state)
         return info.state

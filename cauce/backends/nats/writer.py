@@ -1,8 +1,8 @@
 """What is written through one handle, in the order of the calls: gathered, sent together, each with its own verdict.
 
-What comes up while a group is on its way is the next group: one atomic batch. Where a batch is refused, what changed is
-looked up and it is sent again; then each alone, so that one bad append takes no other with it. A few single entries are
-sent one after the other at once: a batch costs the server a file of its own.
+What comes up while a group is on its way is the next group: one atomic batch, or a chain where that is faster. Where a
+batch is refused, what changed is looked up and it is sent again; then each alone, so that one bad append takes no other
+with it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import msgspec
 
 from cauce.backends.nats.api import CHANGED, LATER, ApiError, refusal, told
+from cauce.backends.nats.chain import Acks, Pace
 from cauce.backends.nats.heads import Heads
 from cauce.backends.nats.job import Job
 from cauce.backends.nats.link import Lost, Reply
 from cauce.backends.nats.plan import Plan, draw
 from cauce.backends.nats.stream import Stream
-from cauce.errors import OutcomeUnknown, Overloaded, Unreachable
+from cauce.errors import NotPermitted, OutcomeUnknown, Overloaded, Unreachable
 from cauce.log import Appended
 
 __all__ = ["Writer"]
@@ -31,7 +33,6 @@ _MOST_WAITING = 20_000
 _MOST_BYTES = 64 * 1024 * 1024
 _GROUP_ENTRIES = 900
 _GROUP_BYTES = 4 * 1024 * 1024
-_FEW = 8
 _PAUSE = 0.01
 
 
@@ -57,7 +58,8 @@ class Writer:
         self._queue: deque[Job | _Step] = deque()
         self._bytes = 0
         self._task: asyncio.Task[None] | None = None
-        self._batch, self._batches = self._link.clock.id(), 0
+        self._batch, self._batches = self._link.clock.id().encode(), 0
+        self._pace = Pace()
         self._closed = False
 
     def submit(self, job: Job) -> asyncio.Future[Appended]:
@@ -143,11 +145,6 @@ class Writer:
         return jobs
 
     async def _write(self, jobs: list[Job]) -> None:
-        few = len(jobs) <= _FEW and self._stream.replicas == 1
-        if few and all(len(job.entries) == 1 for job in jobs):
-            for job in jobs:
-                await self._write_together([job])
-            return
         waiting = deque(jobs)
         while waiting:
             plan = await self._write_together(list(waiting))
@@ -171,13 +168,21 @@ class Writer:
                     if len(jobs) == 1:
                         raise refusal(error, self._link, f"append to {jobs[0].stream}") from None
                     tries = 3
-                await self._again(jobs, error.code in CHANGED)
+                with suppress(Unreachable):
+                    await self._again(jobs, error.code in CHANGED)
             except (Lost, TimeoutError):
                 tries += 1
                 self._note_tried(jobs)
                 await self._again(jobs, False)
             except Unreachable:
                 tries += 1
+                await self._again(jobs, False)
+            except NotPermitted:
+                # One subject is; which, is found by asking for each alone.
+                if len(jobs) == 1:
+                    raise
+                tries = 3
+                self._note_tried(jobs)
                 await self._again(jobs, False)
             else:
                 plan.tell()
@@ -209,7 +214,10 @@ class Writer:
         self._heads.forget({job.subject for job in jobs})
         if self._stream.broken is not None:
             raise self._stream.broken
-        if not changed:
+        if changed:
+            # By another, it is to be hoped, and not because all of it is gone.
+            await self._stream.state()
+        else:
             await self._link.clock.sleep(_PAUSE * (0.5 + self._link.clock.random()))
 
     async def _connected(self, plan: Plan) -> None:
@@ -231,11 +239,50 @@ class Writer:
 
     async def _send(self, plan: Plan) -> int:
         """The position of the last message, when all of them stand. Raises `ApiError`, `Lost` or `TimeoutError`."""
-        link, count = self._link, len(plan.messages)
+        if (
+            len(plan.messages) > 1
+            and plan.single
+            and self._stream.replicas == 1
+            and self._pace.chains(len(plan.messages))
+        ):
+            return await self._send_chain(plan)
+        began = asyncio.get_running_loop().time()
+        last = await self._send_whole(plan)
+        self._pace.batch(len(plan.messages), asyncio.get_running_loop().time() - began)
+        return last
+
+    async def _send_chain(self, plan: Plan) -> int:
+        """One message after the other, without waiting: each is taken only right behind the one before it."""
+        link, count, before = self._link, len(plan.messages), self._stream.head
+        began = asyncio.get_running_loop().time()
+        acks = Acks([each[0] for each in plan.messages])
+        inbox = link.expect(acks)
+        name = b""
+        for subject, lines, payload in plan.messages:
+            self._batches += 1
+            behind = b"Nats-Expected-Last-Msg-Id: %b\r\n" % name if name else b""
+            name = b"%b-%d" % (self._batch, self._batches)
+            link.publish(subject, payload, b"NATS/1.0\r\nNats-Msg-Id: %b\r\n%b%b\r\n" % (name, behind, lines), inbox)
+        await link.client.kick()
+        async with asyncio.timeout(link.patience):
+            await acks.future
+        good = acks.good()
+        if good == count:
+            self._pace.chain(count, asyncio.get_running_loop().time() - began)
+            return await self._position(Reply(acks.replies[-1]), count, before)
+        self._pace.broke()
+        if good:
+            last = await self._position(Reply(acks.replies[good - 1]), good, before)
+            self._heads.forget(plan.cut(good))
+            return last
+        return await self._position(Reply(acks.replies[0]), count, before)
+
+    async def _send_whole(self, plan: Plan) -> int:
+        link, count, before = self._link, len(plan.messages), self._stream.head
         head = b"NATS/1.0\r\n"
         if count > 1:
             self._batches += 1
-            head += b"Nats-Batch-Id: %b-%d\r\n" % (self._batch.encode(), self._batches)
+            head += b"Nats-Batch-Id: %b-%d\r\n" % (self._batch, self._batches)
         for number, (subject, lines, payload) in enumerate(plan.messages[:-1], 1):
             link.publish(subject, payload, b"%bNats-Batch-Sequence: %d\r\n%b\r\n" % (head, number, lines))
         subject, lines, payload = plan.messages[-1]
@@ -246,21 +293,18 @@ class Writer:
         await link.client.kick()
         async with asyncio.timeout(link.patience):
             reply = await future
-        return await self._position(reply, count)
+        return await self._position(reply, count, before)
 
-    async def _position(self, reply: Reply, count: int) -> int:
+    async def _position(self, reply: Reply, count: int, before: int) -> int:
         if not reply.data:
             # Nobody took it: the stream is gone, or its server is.
             await self._stream.state()
             raise Unreachable(f"stream {self._stream.name} on {self._link} takes nothing now: it is tried again")
         last = told(reply, _Ack).seq
-        if last - count < self._stream.head and self._is_new(last):
+        if last - count < before:
             raise self._stream.stop("was deleted and made anew")
         self._stream.head = max(self._stream.head, last)
         return last
-
-    def _is_new(self, last: int) -> bool:
-        return last <= self._stream.head
 
 
 def _fail(jobs: list[Job], error: Exception) -> None:
