@@ -69,18 +69,18 @@ async def fetch(stream: Stream, pattern: str, after: int, limit: int) -> list[Me
 
 
 async def _ask(link: Link, stream: Stream, subject: str, question: bytes) -> tuple[list[Message], bool]:
-    for _ in range(3):
-        await link.connected(link.patience)
+    loop = asyncio.get_running_loop()
+    until = loop.time() + link.patience
+    while (left := until - loop.time()) > 0:
+        await link.connected(left)
         many = _Many(subject)
         link.publish(subject, question, b"", link.expect(many))
         await link.client.kick()
         try:
-            async with asyncio.timeout(link.patience):
+            async with asyncio.timeout(min(left, link.turn)):
                 end = Reply(b"", await many.future)
-        except Lost:
+        except (Lost, TimeoutError):
             continue
-        except TimeoutError:
-            break
         if end.status in (204, 404):
             skip = len(stream.everything) - 1
             some = [_message(head, payload, skip) for head, payload in many.found]
