@@ -11,8 +11,9 @@ import msgspec
 from cauce.backends.nats.api import away
 from cauce.backends.nats.link import Link, Lost, Reply
 from cauce.backends.nats.stream import Stream
+from cauce.codec import moment
 
-__all__ = ["Message", "fetch"]
+__all__ = ["Message", "fetch", "first_since"]
 
 _BYTES = 8 * 1024 * 1024
 
@@ -66,6 +67,13 @@ async def fetch(stream: Stream, pattern: str, after: int, limit: int) -> list[Me
             break
         after = some[-1].position
     return found
+
+
+async def first_since(stream: Stream, pattern: str, time: int) -> int:
+    """The position of the first message on a pattern stored at or after a time, in microseconds since 1970; 0: none."""
+    question = {"start_time": moment(time), "next_by_subj": pattern, "batch": 1}
+    some, _ = await _ask(stream.link, stream, f"$JS.API.DIRECT.GET.{stream.name}", msgspec.json.encode(question))
+    return some[0].position if some else 0
 
 
 async def _ask(link: Link, stream: Stream, subject: str, question: bytes) -> tuple[list[Message], bool]:
