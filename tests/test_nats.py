@@ -12,7 +12,7 @@ import msgspec
 import nats as plain
 import pytest
 
-from cauce.accept import ENTRY_BYTES
+from cauce.accept import ENTRY_BYTES, slot_of
 from cauce.backends import nats as backend
 from cauce.backends.nats import NatsBus
 from cauce.backends.nats.link import OLDEST
@@ -312,6 +312,28 @@ async def test_entries_that_were_removed_before_they_were_read_are_a_gap_with_it
             with pytest.raises(Damaged, match="lost 5 entries behind position 2"):
                 await bus.facts.read(filter, after=2)
         assert [entry.position for entry in (await bus.facts.read(after=7)).entries] == [8, 9, 10]
+
+
+async def test_decided_commands_are_forgotten_when_they_are_old_and_what_others_remove_is_a_gap(
+    nats: Nats, nats_bus: str
+) -> None:
+    async with opened(nats_bus) as bus, opened(nats_bus) as other:
+        streams = [f"things/{n}" for n in range(40)]
+        done = [await bus.commands.append(stream, [fact(stream)]) for stream in streams]
+        slots = [slot_of(stream.partition("/")[2]) for stream in streams]
+        decided, later = done[29].position, CLOCK.now() + 60_000_000
+        assert await bus.commands.forget("things", slots[0], decided, done[0].position) == 0
+        assert await bus.commands.forget("things", slots[0], decided, later) == slots[:30].count(slots[0])
+        wanted = [stream for n, stream in enumerate(streams) if n >= 30 or slots[n] != slots[0]]
+        for each in (bus, other):
+            assert [entry.stream for entry in (await each.commands.read()).entries] == wanted
+        assert (await bus.commands.append("things/0", [fact("things/0")])).position == 41
+        with pytest.raises(Refused, match="forget nothing"):
+            await bus.facts.forget("things", 0, 1, later)
+        nats.request(f"$JS.API.STREAM.PURGE.{bus.link.stream('commands')}", {"seq": 36})
+        for each in (bus, other):
+            with pytest.raises(Damaged, match=f"lost {35 - (40 - len(wanted))} entries"):
+                await each.commands.read()
 
 
 # ------------------------------------------------------------------------------------------------------- others

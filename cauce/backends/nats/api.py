@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TypeVar
 
 import msgspec
@@ -60,19 +61,20 @@ class _Answer(msgspec.Struct, frozen=True):
     error: Failure | None = None
 
 
-async def ask(link: Link, name: str, question: object, answer: type[T], timeout: float | None = None) -> T:
-    """The answer to a question that may be asked twice: it is, where the connection broke before the answer.
+async def ask(link: Link, name: str, question: object, answer: type[T]) -> T:
+    """The answer to a question that may be asked twice: it is, where no answer comes, for as long as `patience`.
 
     Raises `ApiError` for what JetStream refuses, `Unreachable` when there is no answer.
     """
     payload = b"" if question is None else msgspec.json.encode(question)
-    for _ in range(3):
+    loop = asyncio.get_running_loop()
+    until = loop.time() + link.patience
+    while (left := until - loop.time()) > 0:
         try:
-            reply = await link.request(f"$JS.API.{name}", payload, timeout=timeout)
-        except Lost:
+            await link.connected(left)
+            reply = await link.request(f"$JS.API.{name}", payload, timeout=min(left, link.turn))
+        except (Lost, TimeoutError):
             continue
-        except TimeoutError:
-            break
         except NoAnswer:
             raise Refused(
                 f"{link} has no JetStream: start the server with -js, or enable it for the account of this user"

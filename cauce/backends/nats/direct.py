@@ -11,8 +11,9 @@ import msgspec
 from cauce.backends.nats.api import away
 from cauce.backends.nats.link import Link, Lost, Reply
 from cauce.backends.nats.stream import Stream
+from cauce.codec import moment
 
-__all__ = ["Message", "fetch"]
+__all__ = ["Message", "fetch", "first_since"]
 
 _BYTES = 8 * 1024 * 1024
 
@@ -68,19 +69,26 @@ async def fetch(stream: Stream, pattern: str, after: int, limit: int) -> list[Me
     return found
 
 
+async def first_since(stream: Stream, pattern: str, time: int) -> int:
+    """The position of the first message on a pattern stored at or after a time, in microseconds since 1970; 0: none."""
+    question = {"start_time": moment(time), "next_by_subj": pattern, "batch": 1}
+    some, _ = await _ask(stream.link, stream, f"$JS.API.DIRECT.GET.{stream.name}", msgspec.json.encode(question))
+    return some[0].position if some else 0
+
+
 async def _ask(link: Link, stream: Stream, subject: str, question: bytes) -> tuple[list[Message], bool]:
-    for _ in range(3):
-        await link.connected(link.patience)
+    loop = asyncio.get_running_loop()
+    until = loop.time() + link.patience
+    while (left := until - loop.time()) > 0:
+        await link.connected(left)
         many = _Many(subject)
         link.publish(subject, question, b"", link.expect(many))
         await link.client.kick()
         try:
-            async with asyncio.timeout(link.patience):
+            async with asyncio.timeout(min(left, link.turn)):
                 end = Reply(b"", await many.future)
-        except Lost:
+        except (Lost, TimeoutError):
             continue
-        except TimeoutError:
-            break
         if end.status in (204, 404):
             skip = len(stream.everything) - 1
             some = [_message(head, payload, skip) for head, payload in many.found]

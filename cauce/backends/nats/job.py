@@ -15,7 +15,7 @@ class Job:
     """`version` is the one that a put sets, 0 for an append.
 
     `tried` is where its stream ended before it was first sent, if it was: from then on it may stand, whatever the
-    answer was. `until` is when it is given up, on the loop's clock.
+    answer was. `until` is when it is given up, on the loop's clock. `over`: it has its verdict, whoever still waits.
     """
 
     __slots__ = (
@@ -23,6 +23,7 @@ class Job:
         "expect",
         "fence",
         "future",
+        "over",
         "repeat",
         "size",
         "stream",
@@ -49,3 +50,4 @@ class Job:
         self.future: asyncio.Future[Appended] = asyncio.get_running_loop().create_future()
         self.until = 0.0
         self.tried: int | None = None
+        self.over = False

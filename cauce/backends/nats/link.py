@@ -172,6 +172,11 @@ class Link:
             raise Unreachable(self._away()) from None
 
     @property
+    def turn(self) -> float:
+        """Seconds after which it is better to ask again: in a cluster an answer dies with the server that had it."""
+        return min(self.patience, max(0.5, self.patience / 5))
+
+    @property
     def is_away(self) -> bool:
         return not self._connected.is_set()
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 
 from cauce.accept import check_key
 from cauce.backends.nats.claims import Claims
-from cauce.backends.nats.direct import Message, fetch
+from cauce.backends.nats.direct import Message, fetch, first_since
 from cauce.backends.nats.events import decode, type_of
+from cauce.backends.nats.forgetting import Forgetting
 from cauce.backends.nats.heads import Heads
 from cauce.backends.nats.job import Job
 from cauce.backends.nats.names import text
@@ -36,6 +37,7 @@ class NatsLog:
         self._writer = Writer(stream, self._heads)
         self._claims = Claims(stream, leases, self._heads)
         self._tail = Tail(stream)
+        self._forgetting = Forgetting(stream, leases)
 
     @property
     def id(self) -> str:
@@ -76,6 +78,30 @@ class NatsLog:
     async def release(self, claim: Claim) -> None:
         await self._writer.step(lambda: self._claims.release(claim))
 
+    async def forget(self, domain: str, slot: int, upto: int, before: int) -> int:
+        """Remove what is decided and old: in a slot, at or below a position, and written before a time.
+
+        Among the appends, in the order of the calls. For commands, which are audited for a time and never replayed.
+
+        Parameters:
+            upto: the place of the one who decides; what lies behind it is not decided yet.
+            before: in microseconds since 1970.
+
+        Gives how many were removed. Raises `Refused` where all is kept for good, `Busy` while another removes.
+        """
+        if self._stream.lasting or self._stream.last:
+            raise Refused(f"{self._stream.log} forget nothing: only commands are removed when they are decided and old")
+        pattern = self._link.subject(self._stream.log, domain, str(slot), "*")
+
+        async def work() -> int:
+            later = await first_since(self._stream, pattern, before)
+            held = await self._heads.last(self._heads.claim(f"{domain}/{slot}"))
+            # Who holds the slot stays known.
+            last = min([upto, *(each - 1 for each in (later, held) if each)])
+            return await self._forgetting.forget(pattern, last) if last > 0 else 0
+
+        return await self._writer.step(work)
+
     # ------------------------------------------------------------------------------------------------- reading
 
     async def head(self) -> int:
@@ -111,7 +137,7 @@ class NatsLog:
                     raise self._stream.broken
                 return page
         state = await self._stream.state()
-        self._check_gap(state, after)
+        await self._check_gap(state, after)
         if state.last_seq <= after:
             return Page([], after)
         if self._tail.running and self._tail.begin <= after and self._tail.covered >= state.last_seq:
@@ -165,9 +191,12 @@ class NatsLog:
         exact = not filter.types and len(filter.domains) < 2 and len(filter.slots) < 2
         return self._link.subject(self._stream.log, domain, slot, "*"), exact
 
-    def _check_gap(self, state: State, after: int) -> None:
-        """What was recorded is never removed: who has not read it yet would miss it without a word."""
+    async def _check_gap(self, state: State, after: int) -> None:
+        """Who has not read yet what was removed would miss it without a word."""
+        if self._stream.last:
+            return
         if not self._stream.lasting:
+            await self._forgetting.check(state)
             return
         front = max(0, state.first_seq - 1 - after) if state.messages else max(0, state.last_seq - after)
         within = state.last_seq - max(state.first_seq - 1, 0) - state.messages if state.messages else 0

@@ -63,6 +63,7 @@ class Plan:
 
     def tell(self) -> None:
         for job, verdict in self.verdicts:
+            job.over = True
             if job.future.done():
                 continue
             if isinstance(verdict, Appended):

@@ -21,6 +21,8 @@ __all__ = ["Tail"]
 _KEPT = 20_000
 _KEPT_BYTES = 32 * 1024 * 1024
 _SILENCE = 5.0
+_IDLE = 60.0
+"""Seconds after which nobody waits any more, and the server need not send what nobody reads."""
 
 
 class _Made(msgspec.Struct, frozen=True):
@@ -43,7 +45,7 @@ class Tail:
         self._starting: asyncio.Task[None] | None = None
         self._name = ""
         self._closed = False
-        self._heard = 0.0
+        self._heard = self._used = 0.0
         self._watch: asyncio.TimerHandle | None = None
         self._unlisten = _nothing
         self._link.went_away.append(self._lost)
@@ -57,7 +59,9 @@ class Tail:
 
     async def _start(self, after: int) -> None:
         try:
-            if not self._positions and self.covered == 0:
+            if self.covered == 0 or self.covered + _KEPT < after:
+                # What lies between is read elsewhere, by who is behind.
+                self._clear()
                 self.begin = self.covered = after
             self._unlisten()
             self._number += 1
@@ -65,7 +69,7 @@ class Tail:
             self._unlisten = await self._link.listen(inbox, self._take)
             self._inbox, self._count = inbox.encode(), 0
             await self._make(inbox)
-            self._heard = asyncio.get_running_loop().time()
+            self._heard = self._used = asyncio.get_running_loop().time()
             self.running = True
             if self._watch is None:
                 self._watch = asyncio.get_running_loop().call_later(_SILENCE, self._look)
@@ -132,15 +136,20 @@ class Tail:
         self._bytes -= sum(len(each.payload) + len(each.head) for each in self._messages[:half])
         del self._positions[:half], self._messages[:half]
 
+    def _clear(self) -> None:
+        self.begin = self.covered = self._bytes = 0
+        self._positions, self._messages = [], []
+
     def after(self, position: int) -> tuple[list[Message], int]:
         """What was seen, and from which index on it lies behind a position."""
         return self._messages, bisect_right(self._positions, position)
 
     async def wait(self, position: int, until: float) -> None:
         """Until something is seen behind a position, or time is over, or the tail has to be started again."""
+        loop = asyncio.get_running_loop()
+        self._used = loop.time()
         if self.covered > position or not self.running:
             return
-        loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         timer = loop.call_at(until, _done, future)
         self._waiters.add(future)
@@ -162,8 +171,14 @@ class Tail:
         self._watch = None
         if self._closed:
             return
-        if asyncio.get_running_loop().time() - self._heard > _SILENCE:
+        now = asyncio.get_running_loop().time()
+        if now - self._heard > _SILENCE:
             self._lost()
+        if now - self._used > _IDLE and not self._waiters:
+            self._lost()
+            self._unlisten()
+            self._clear()
+            return
         self._watch = asyncio.get_running_loop().call_later(_SILENCE / 2, self._look)
 
     async def close(self) -> None:

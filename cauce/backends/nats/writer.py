@@ -145,15 +145,13 @@ class Writer:
         return jobs
 
     async def _write(self, jobs: list[Job]) -> None:
-        waiting = deque(jobs)
-        while waiting:
-            plan = await self._write_together(list(waiting))
-            for _ in plan.jobs:
-                waiting.popleft()
+        while jobs:
+            await self._write_together(jobs)
+            jobs = [job for job in jobs if not job.over]
 
     # ------------------------------------------------------------------------------------------------- one plan
 
-    async def _write_together(self, jobs: list[Job]) -> Plan:
+    async def _write_together(self, jobs: list[Job]) -> None:
         """Write what goes together of these, and tell its verdicts."""
         tries = 0
         while True:
@@ -186,16 +184,14 @@ class Writer:
                 await self._again(jobs, False)
             else:
                 plan.tell()
-                return plan
+                return
             jobs = self._overdue(jobs)
             if not jobs:
-                return Plan()
+                return
             if tries > 2 and len(jobs) > 1:
                 for job in jobs:
                     await self._alone(job)
-                done = Plan()
-                done.jobs = jobs
-                return done
+                return
 
     def _note_tried(self, jobs: list[Job]) -> None:
         """They went out, and may stand behind what was known before."""
@@ -217,7 +213,7 @@ class Writer:
         if changed:
             # By another, it is to be hoped, and not because all of it is gone.
             await self._stream.state()
-        else:
+        if not changed or len(jobs) == 1:
             await self._link.clock.sleep(_PAUSE * (0.5 + self._link.clock.random()))
 
     async def _connected(self, plan: Plan) -> None:
@@ -264,7 +260,7 @@ class Writer:
             name = b"%b-%d" % (self._batch, self._batches)
             link.publish(subject, payload, b"NATS/1.0\r\nNats-Msg-Id: %b\r\n%b%b\r\n" % (name, behind, lines), inbox)
         await link.client.kick()
-        async with asyncio.timeout(link.patience):
+        async with asyncio.timeout(link.turn):
             await acks.future
         good = acks.good()
         if good == count:
@@ -291,7 +287,7 @@ class Writer:
         also = [each[0] for each in plan.messages[:-1]]
         future = link.call(subject, payload, b"%b%b\r\n" % (head, lines), also)
         await link.client.kick()
-        async with asyncio.timeout(link.patience):
+        async with asyncio.timeout(link.turn):
             reply = await future
         return await self._position(reply, count, before)
 
@@ -309,5 +305,6 @@ class Writer:
 
 def _fail(jobs: list[Job], error: Exception) -> None:
     for job in jobs:
+        job.over = True
         if not job.future.done():
             job.future.set_exception(error)

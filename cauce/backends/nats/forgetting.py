@@ -1,0 +1,81 @@
+"""What was removed from a log on purpose, counted, so that what anybody else removes is a loss that is noticed."""
+
+from __future__ import annotations
+
+import msgspec
+
+from cauce.backends.nats.api import CHANGED, ApiError, ask, told
+from cauce.backends.nats.stream import State, Stream
+from cauce.errors import Busy, Damaged
+
+__all__ = ["Forgetting"]
+
+
+class _Note(msgspec.Struct, frozen=True):
+    """How many messages were removed; `busy` while one is at it, and for good if it died over it, until the next."""
+
+    count: int = 0
+    busy: str = ""
+
+
+class _Ack(msgspec.Struct, frozen=True):
+    seq: int
+
+
+class _Purged(msgspec.Struct, frozen=True):
+    purged: int
+
+
+class Forgetting:
+    """The removals of one log; their count lies beside its leases."""
+
+    def __init__(self, stream: Stream, leases: Stream) -> None:
+        self._stream, self._leases, self._link = stream, leases, stream.link
+        self._subject = self._link.subject("leases", stream.log, "$forgotten")
+        self._count = 0
+
+    async def check(self, state: State) -> None:
+        """Raises `Damaged` if more is missing than was removed on purpose."""
+        missing = state.last_seq - state.messages
+        if missing <= self._count:
+            return
+        note, _ = await self._note()
+        self._count = max(self._count, note.count)
+        if not note.busy and missing > self._count:
+            raise Damaged(
+                f"stream {self._stream.name} on {self._link} has lost {missing - self._count:,} entries that were not read: "
+                "somebody removed them, or a limit did; restore them from a backup"
+            )
+
+    async def forget(self, pattern: str, upto: int) -> int:
+        """Remove what lies on a pattern at or below a position; gives how much that was.
+
+        Raises `Busy` while another does so.
+        """
+        note, place = await self._note()
+        if note.busy:
+            # Whoever was at it did not come to its end: what is missing by now is what it removed.
+            state = await self._stream.state()
+            note = _Note(max(note.count, state.last_seq - state.messages))
+        place = await self._write(_Note(note.count, self._link.clock.id()), place)
+        try:
+            question = {"filter": pattern, "seq": upto + 1}
+            purged = (await ask(self._link, f"STREAM.PURGE.{self._stream.name}", question, _Purged)).purged
+        except ApiError as error:
+            raise self._stream.refusal(error) from None
+        await self._write(_Note(note.count + purged), place)
+        self._count = max(self._count, note.count + purged)
+        return purged
+
+    async def _note(self) -> tuple[_Note, int]:
+        stored = await self._leases.last_of(self._subject)
+        return (_Note(), 0) if stored is None else (msgspec.json.decode(stored.data, type=_Note), stored.seq)
+
+    async def _write(self, note: _Note, expected: int) -> int:
+        headers = {"Nats-Expected-Last-Subject-Sequence": str(expected)}
+        try:
+            return told(await self._link.request(self._subject, msgspec.json.encode(note), headers), _Ack).seq
+        except ApiError as error:
+            if error.code in CHANGED:
+                raise Busy(f"another removes entries of {self._stream.name} now: try again later") from None
+            raise self._stream.refusal(error) from None
