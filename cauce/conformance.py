@@ -516,6 +516,17 @@ async def _version(call: Awaitable[Appended]) -> tuple[int, bool]:
 
 
 @_promise
+async def a_repeat_is_found_behind_others_on_their_way(open: Open) -> None:
+    """What stands is not written again because something else of its stream is asked for just before it."""
+    async with open("all") as log:
+        first = await _add(log, "things/1", 1, repeat=True)
+        second, again = await asyncio.gather(_add(log, "things/1", 2), _add(log, "things/1", 1, repeat=True))
+        _same(again, Appended(first.version, first.position, True), "the result of the repeat")
+        _same(second.version, 2, "the version of the other")
+        await _nothing_but(log, *_facts("things/1", 1, 2))
+
+
+@_promise
 async def repeats_on_the_way_at_once_are_written_once(open: Open) -> None:
     """The second may come before the first is done, in the same turn, or through another handle."""
     async with open("all") as log, open("all") as other:

@@ -10,7 +10,7 @@ from cauce.backends.nats.events import decode, encode
 from cauce.backends.nats.heads import NOTHING, Head, Heads
 from cauce.backends.nats.job import Job
 from cauce.backends.nats.stream import Stream
-from cauce.codec import Entry, digest
+from cauce.codec import Entry, digest_at
 from cauce.errors import CauceError, Conflict, Damaged, Fenced, IdReused, OutcomeUnknown, Refused
 from cauce.log import Appended
 
@@ -123,9 +123,6 @@ class _Drawing:
         self._fresh.update(unknown)
 
     async def _take(self, job: Job) -> None:
-        for entry in job.entries:
-            if entry.type not in self._heads.types:
-                self._heads.types.add(check_name(entry.type))
         if job.fence is not None:
             await self._check_fence(job.subject, job.fence.name, job.fence.fence)
         if await self._stands(job):
@@ -138,6 +135,9 @@ class _Drawing:
             first = job.version
         else:
             first = await self._expected(job) + 1
+        for entry in job.entries:
+            if entry.type not in self._heads.types:
+                self._heads.types.add(check_name(entry.type))
         lines = [self._encode(entry, version) for version, entry in enumerate(job.entries, first)]
         checks = self._checks(job)
         while len(checks) > len(lines):
@@ -173,7 +173,7 @@ class _Drawing:
     async def _stands(self, job: Job) -> bool:
         """Whether the job stands already, because it is a repeat, or because it was sent before."""
         head = self._head(job)
-        if not head.position or job.subject in self._staged:
+        if not head.position:
             return False
         if job.tried is not None and head.position > job.tried:
             position = await self._sent(job, head)
@@ -281,12 +281,7 @@ class _Drawing:
         self._plan.messages.append((subject, head, payload))
 
     def _encode(self, entry: Entry, version: int) -> tuple[bytes, bytes]:
-        try:
-            head, payload = encode(entry, version, digest(entry, version))
-        except UnicodeEncodeError:
-            raise Refused(
-                f"id {entry.id!r} in {entry.stream} is no text of Unicode: use an id of the clock, or a derived one"
-            ) from None
+        head, payload = encode(entry, version, digest_at(entry, version))
         if len(head) > _HEAD_BYTES:
             raise Refused(f"the id of an entry for {entry.stream} has {len(entry.id):,} characters: use a shorter one")
         return head, payload
