@@ -9,12 +9,13 @@ as deletions in its key-value buckets are.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from cauce.backends.nats.link import Call, Link, Lost, Reply
+from cauce.backends.nats.link import Link, Lost, Reply
+from cauce.backends.nats.many import Many, stored
 from cauce.errors import Damaged, NoAnswer, Refused, StorageFull, Unreachable
 
 __all__ = ["MOST", "Bucket", "Message", "Put", "Stale", "Unsure", "buckets"]
@@ -286,7 +287,7 @@ class Bucket:
         }
         link, subject = self.link, f"$JS.API.DIRECT.GET.{self.name}"
         for _ in range(3):
-            many = _Many(subject)
+            many = Many(subject)
             try:
                 await link.connected(link.patience)
                 async with asyncio.timeout(link.patience):
@@ -334,42 +335,9 @@ class Bucket:
         return Unreachable(f"{self.link} does not answer for {self.name}: it is tried again")
 
 
-class _Many(Call):
-    """Takes messages until the one that ends them."""
-
-    def __init__(self, subject: str) -> None:
-        self._asked = subject
-        self.future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self.found: list[tuple[bytes, bytes]] = []
-
-    def subjects(self) -> Sequence[str]:
-        return (self._asked,)
-
-    def done(self, end: Callable[[], Any]) -> None:
-        self.future.add_done_callback(lambda _: end())
-
-    def take(self, subject: bytes, reply: bytes, data: bytes, head: bytes) -> None:
-        if head[8:9] != b" ":
-            self.found.append((head, data))
-        elif not self.future.done():
-            self.future.set_result(head)
-
-    def fail(self, error: Exception) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
-
-
 def _message(head: bytes, payload: bytes, skip: int) -> Message:
-    # The server adds its own lines behind ours.
-    begin = head.rindex(b"\r\nNats-Subject: ") + 16
-    end = head.index(b"\r\n", begin)
-    place = head.index(b"Nats-Sequence: ", end) + 15
-    return Message(
-        tuple(head[begin:end].decode()[skip:].split(".")),
-        int(head[place : head.index(b"\r\n", place)]),
-        payload,
-        b"\r\nKV-Operation: DEL\r\n" in head,
-    )
+    subject, sequence, _ = stored(head)
+    return Message(tuple(subject[skip:].split(".")), sequence, payload, b"\r\nKV-Operation: DEL\r\n" in head)
 
 
 async def _api(link: Link, name: str, question: object, answer: type[Any]) -> Any:

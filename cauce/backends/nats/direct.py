@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
-from typing import Any
 
 import msgspec
 
 from cauce.backends.nats.api import away
 from cauce.backends.nats.link import Link, Lost, Reply
+from cauce.backends.nats.many import Many, stored
 from cauce.backends.nats.stream import Stream
 from cauce.codec import moment
 
@@ -25,31 +24,6 @@ class Message(msgspec.Struct, frozen=True, gc=False):
     position: int
     head: bytes
     payload: bytes
-
-
-class _Many:
-    """Takes messages until the one that ends them."""
-
-    def __init__(self, subject: str) -> None:
-        self._subject = subject
-        self.future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self.found: list[tuple[bytes, bytes]] = []
-
-    def subjects(self) -> Collection[str]:
-        return (self._subject,)
-
-    def done(self, end: Callable[[], Any]) -> None:
-        self.future.add_done_callback(lambda _: end())
-
-    def take(self, subject: bytes, reply: bytes, data: bytes, head: bytes) -> None:
-        if head[8:9] != b" ":
-            self.found.append((head, data))
-        elif not self.future.done():
-            self.future.set_result(head)
-
-    def fail(self, error: Exception) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
 
 
 async def fetch(stream: Stream, pattern: str, after: int, limit: int) -> list[Message]:
@@ -81,7 +55,7 @@ async def _ask(link: Link, stream: Stream, subject: str, question: bytes) -> tup
     until = loop.time() + link.patience
     while (left := until - loop.time()) > 0:
         await link.connected(left)
-        many = _Many(subject)
+        many = Many(subject)
         link.publish(subject, question, b"", link.expect(many))
         await link.client.kick()
         try:
@@ -101,10 +75,5 @@ async def _ask(link: Link, stream: Stream, subject: str, question: bytes) -> tup
 
 
 def _message(head: bytes, payload: bytes, skip: int) -> Message:
-    # The server adds its own lines behind ours.
-    begin = head.rindex(b"\r\nNats-Subject: ") + 16
-    end = head.index(b"\r\n", begin)
-    place = head.index(b"Nats-Sequence: ", end) + 15
-    return Message(
-        head[begin:end].decode()[skip:], int(head[place : head.index(b"\r\n", place)]), head[: begin - 16], payload
-    )
+    subject, position, end = stored(head)
+    return Message(subject[skip:], position, head[:end], payload)

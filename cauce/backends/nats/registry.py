@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from cauce.backends.nats.link import Link, Reply
+from cauce.backends.nats.many import Many
 from cauce.clock import Clock
 from cauce.errors import NoAnswer, Refused, Unavailable
 from cauce.wire import Instance
@@ -121,42 +122,17 @@ class Registry:
     async def _all(self) -> list[Reply]:
         """The last message of each process, in one go."""
         await self._link.connected(self._link.patience)
-        many = _Many(f"$JS.API.DIRECT.GET.{self._stream}")
+        many = Many(f"$JS.API.DIRECT.GET.{self._stream}")
         reply = self._link.expect(many)
         try:
             body = _encode({"multi_last": [self._subject("*")], "batch": _MOST})
             self._link.publish(many.subject, body, reply=reply)
             await self._link.client.kick()
             async with asyncio.timeout(self._link.patience):
-                return await many.all
+                await many.future
         finally:
-            many.forget()
-
-
-class _Many:
-    """Waits for several messages up to one without a body, of the server's own; see `Link.expect`."""
-
-    def __init__(self, subject: str) -> None:
-        self.subject = subject
-        self.all: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
-        self._found: list[Reply] = []
-
-    def subjects(self) -> tuple[str, ...]:
-        return (self.subject,)
-
-    def done(self, end: Callable[[], object]) -> None:
-        self.forget = end
-
-    def take(self, subject: bytes, reply: bytes, data: bytes, head: bytes) -> None:
-        message = Reply(data, head)
-        if not message.status:
-            self._found.append(message)
-        elif not self.all.done():
-            self.all.set_result(self._found)
-
-    def fail(self, error: Exception) -> None:
-        if not self.all.done():
-            self.all.set_exception(error)
+            many.future.cancel()
+        return [Reply(data, head) for head, data in many.found]
 
 
 def _readable(body: bytes) -> tuple[Instance, ...]:
