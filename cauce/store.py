@@ -10,15 +10,36 @@ service on any bus.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 
-from cauce.errors import Damaged, Refused
+from cauce.clock import Clock
+from cauce.errors import Damaged, Refused, Unavailable
 
-__all__ = ["BadStatement", "Letter", "Share", "Standing", "Store", "Stores", "Unit", "Waiting", "check_places"]
+__all__ = [
+    "BadStatement",
+    "Letter",
+    "Share",
+    "Standing",
+    "Store",
+    "Stores",
+    "Unit",
+    "Waiting",
+    "check_places",
+    "write_places",
+]
+
+
+_log = logging.getLogger("cauce")
+_PAUSE = 0.02
+"""Seconds between two writings of places alone: a flush for each would take the disk from the log."""
+
+_RETRY = 1.0
 
 
 class BadStatement(Refused):
@@ -219,6 +240,28 @@ class Stores(Protocol):
         Raises `Refused` if there is none.
         """
         ...
+
+
+async def write_places(
+    moved: asyncio.Event, flush: Callable[[], Awaitable[None]], clock: Clock, *, pause: float = _PAUSE
+) -> None:
+    """Write places that no unit carries, for ever: what `Store.run` does, whatever the store is.
+
+    Parameters:
+        moved: set when a place was noted.
+        flush: writes what is noted.
+        pause: seconds between two writings.
+    """
+    while True:
+        await moved.wait()
+        moved.clear()
+        await clock.sleep(pause)
+        try:
+            await flush()
+        except Unavailable as error:
+            _log.warning("places wait: %s", error)
+            await clock.sleep(_RETRY)
+            moved.set()
 
 
 def check_places(

@@ -24,7 +24,7 @@ from cauce.backends.nats.link import Link
 from cauce.backends.nats.names import text, token
 from cauce.backends.nats.units import Place, Units, claim_of
 from cauce.errors import Refused, Unavailable
-from cauce.store import BadStatement, Share, Standing, Unit, Waiting, check_places
+from cauce.store import BadStatement, Share, Standing, Unit, Waiting, check_places, write_places
 
 __all__ = ["NatsStore", "bucket_of", "unpacked"]
 
@@ -33,7 +33,6 @@ _log = logging.getLogger("cauce")
 _PAUSE = 0.05
 """Seconds between two writings of places alone: each costs the server a flush or two."""
 
-_RETRY = 1.0
 _TRIES = 10
 
 
@@ -207,16 +206,7 @@ class NatsStore:
 
     async def run(self) -> None:
         """Write places that no unit carries, for ever."""
-        while True:
-            await self._moved.wait()
-            self._moved.clear()
-            await self._clock.sleep(_PAUSE)
-            try:
-                await self.flush()
-            except Unavailable as error:
-                _log.warning("places wait: %s", error)
-                await self._clock.sleep(_RETRY)
-                self._moved.set()
+        await write_places(self._moved, self.flush, self._clock, pause=_PAUSE)
 
     async def flush(self) -> None:
         """Write the places that wait."""

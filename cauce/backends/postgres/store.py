@@ -6,7 +6,6 @@ So the instances of a service can live on several machines. Their clocks are nev
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,16 +15,11 @@ from cauce.backends.postgres.dialect import READS, check, numbered
 from cauce.backends.postgres.home import Home, filled, furnish, home_of
 from cauce.backends.postgres.link import Link, translate
 from cauce.backends.postgres.units import SLOWEST, Units, bad_statement
-from cauce.errors import CauceError, Refused, Unavailable
-from cauce.store import BadStatement, Share, Standing, Unit, Waiting, check_places
+from cauce.errors import CauceError, Refused
+from cauce.store import BadStatement, Share, Standing, Unit, Waiting, check_places, write_places
 
 __all__ = ["PostgresStore"]
 
-_log = logging.getLogger("cauce")
-_PAUSE = 0.02
-"""Seconds between two writings of places alone."""
-
-_RETRY = 1.0
 _READERS = 4
 _TICK = "select * from {home}.cauce_tick($1, $2, $3, $4, $5, $6)"
 _TAKE = "select taken, raised, left_clean, holder from {home}.cauce_take($1, $2, $3)"
@@ -120,16 +114,7 @@ class PostgresStore:
 
     async def run(self) -> None:
         """Write places that no unit carries, for ever."""
-        while True:
-            await self._moved.wait()
-            self._moved.clear()
-            await self._clock.sleep(_PAUSE)
-            try:
-                await self.flush()
-            except Unavailable as error:
-                _log.warning("places wait: %s", error)
-                await self._clock.sleep(_RETRY)
-                self._moved.set()
+        await write_places(self._moved, self.flush, self._clock)
 
     async def flush(self) -> None:
         """Write the places that wait."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -17,16 +16,11 @@ from cauce.backends.sqlite.file import connect, forget, guard, translate
 from cauce.backends.sqlite.turnstile import Turnstile, describe, who_locks
 from cauce.backends.sqlite.writer import Writer
 from cauce.clock import Clock
-from cauce.errors import Busy, Fenced, Refused, Unavailable
-from cauce.store import BadStatement, Share, Standing, Unit, Waiting, check_places
+from cauce.errors import Busy, Fenced, Refused
+from cauce.store import BadStatement, Share, Standing, Unit, Waiting, check_places, write_places
 
 __all__ = ["SQLiteStore"]
 
-_log = logging.getLogger("cauce")
-_PAUSE = 0.02
-"""Seconds between two writings of places alone: a flush for each would take the disk from the log."""
-
-_RETRY = 1.0
 _KNOWN = 1000
 _PATIENCE = 5.0
 
@@ -346,16 +340,7 @@ class SQLiteStore:
 
     async def run(self) -> None:
         """Write places that no unit carries, for ever."""
-        while True:
-            await self._moved.wait()
-            self._moved.clear()
-            await self._clock.sleep(_PAUSE)
-            try:
-                await self.flush()
-            except Unavailable as error:
-                _log.warning("places wait: %s", error)
-                await self._clock.sleep(_RETRY)
-                self._moved.set()
+        await write_places(self._moved, self.flush, self._clock)
 
     async def flush(self) -> None:
         """Write the places that wait."""
