@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 import asyncpg
 import msgspec
 
+from cauce.backends.board import announce, serve
 from cauce.backends.postgres.answering import MOST, Answering
 from cauce.backends.postgres.asking import Asking, NotServed
 from cauce.backends.postgres.lane import Lane
@@ -303,35 +304,10 @@ class PostgresWire:
         return await self._board.ask(address, payload, deadline, self._clock)
 
     async def serve(self, address: str, handler: Handler) -> Callable[[], None]:
-        handlers = self._handlers
-        if address in handlers:
-            raise Refused(f"{address} is served already: run a service once in a process")
-        handlers[address] = handler
-
-        def leave() -> None:
-            if handlers.get(address) is handler:
-                del handlers[address]
-                self._board.hide()
-
-        return await self._shown(leave)
+        return await serve(self._board, address, handler)
 
     async def announce(self, instance: Instance) -> Callable[[], None]:
-        instances = self._board.instances
-        instances[instance.id] = instance
-
-        def leave() -> None:
-            if instances.pop(instance.id, None) is not None:
-                self._board.hide()
-
-        return await self._shown(leave)
-
-    async def _shown(self, leave: Callable[[], None]) -> Callable[[], None]:
-        try:
-            await self._board.show()
-        except BaseException:
-            leave()
-            raise
-        return leave
+        return await announce(self._board, instance)
 
     async def instances(self) -> list[Instance]:
         return await self._board.all_instances(self._clock.now())

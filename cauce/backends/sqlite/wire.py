@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
+from cauce.backends.board import announce, serve
 from cauce.backends.sqlite.file import folder_of
 from cauce.backends.sqlite.line import Answering, Asking, Line, NotServed, is_trusted
 from cauce.backends.sqlite.registry import BACKLOG, Present, Registry
@@ -60,7 +61,13 @@ class _Board:
     # ------------------------------------------------------------------------------------------------ to be seen
 
     async def show(self) -> None:
-        """Let the others see what is served and announced here."""
+        """Let the others see what is served and announced here. Raises `Refused` where the folder does not allow it."""
+        try:
+            await self._show()
+        except OSError as error:
+            raise Refused(f"the wire cannot be set up: {error}: mend the folder beside the bus") from None
+
+    async def _show(self) -> None:
         async with self._showing:
             if self._server is None:
                 self._listener = self.registry.listen(self.token)
@@ -290,38 +297,10 @@ class SocketWire:
         return await self._board.ask(address, payload, deadline, self._clock)
 
     async def serve(self, address: str, handler: Handler) -> Callable[[], None]:
-        handlers = self._handlers
-        if address in handlers:
-            raise Refused(f"{address} is served already: run a service once in a process")
-        handlers[address] = handler
-
-        def leave() -> None:
-            if handlers.get(address) is handler:
-                del handlers[address]
-                self._board.hide()
-
-        return await self._shown(leave)
+        return await serve(self._board, address, handler)
 
     async def announce(self, instance: Instance) -> Callable[[], None]:
-        instances = self._board.instances
-        instances[instance.id] = instance
-
-        def leave() -> None:
-            if instances.pop(instance.id, None) is not None:
-                self._board.hide()
-
-        return await self._shown(leave)
-
-    async def _shown(self, leave: Callable[[], None]) -> Callable[[], None]:
-        try:
-            await self._board.show()
-        except OSError as error:
-            leave()
-            raise Refused(f"the wire cannot be set up: {error}: mend the folder beside the bus") from None
-        except BaseException:
-            leave()
-            raise
-        return leave
+        return await announce(self._board, instance)
 
     async def instances(self) -> list[Instance]:
         return self._board.all_instances(self._clock.now())
