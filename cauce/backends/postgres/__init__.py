@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -24,7 +25,7 @@ class PostgresBus:
     """The bus in one schema. Made by `open`."""
 
     def __init__(self, link: Link, writer: Writer, id: str, clock: Clock) -> None:
-        self.id, self.link = id, link
+        self.id, self.link, self._pid = id, link, os.getpid()
         self._writer = writer
         self._logs = tuple(PostgresLog(f"{id}:{name}", number, link, writer) for number, name in enumerate(LOGS))
         self.facts, self.commands, self.records = self._logs
@@ -40,6 +41,8 @@ class PostgresBus:
 
     async def close(self) -> None:
         """Write what waits, then let go. In a process forked since, nothing is touched."""
+        if os.getpid() != self._pid:
+            return
         await self.wire.close()
         await self._writer.close()
         await self.link.close()
