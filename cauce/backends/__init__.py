@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -14,11 +14,11 @@ from cauce.log import Log
 from cauce.store import Stores
 from cauce.wire import Instance, Wire
 
-__all__ = ["Backend", "Look", "look", "open_backend", "scheme_of", "stores_at", "without_password"]
+__all__ = ["Backend", "Kept", "Look", "installed", "look", "open_backend", "scheme_of", "stores_at", "without_password"]
 
 
-class Backend(Protocol):
-    """A bus as a backend gives it: three logs and a wire."""
+class Kept(Protocol):
+    """What is kept on a bus: three logs, and what its services keep."""
 
     @property
     def id(self) -> str: ...
@@ -28,45 +28,47 @@ class Backend(Protocol):
     def commands(self) -> Log: ...
     @property
     def records(self) -> Log: ...
-    @property
-    def wire(self) -> Wire: ...
     @property
     def stores(self) -> Stores:
         """Where services keep what is their own, unless they are given another place."""
         ...
 
+
+class Backend(Kept, Protocol):
+    """A bus as a backend gives it: what it keeps, and a wire."""
+
+    @property
+    def wire(self) -> Wire: ...
     async def close(self) -> None:
         """Write what waits, then let go."""
         ...
 
 
-class Look(Protocol):
-    """A bus that is there already, to be looked at: its logs, who runs on it, and what its services keep."""
+class Look(Kept, Protocol):
+    """A bus that is there already, to be looked at: what it keeps, and who runs on it."""
 
-    @property
-    def id(self) -> str: ...
-    @property
-    def facts(self) -> Log: ...
-    @property
-    def commands(self) -> Log: ...
-    @property
-    def records(self) -> Log: ...
-    @property
-    def stores(self) -> Stores: ...
     async def instances(self) -> list[Instance]:
         """Who runs on it now."""
         ...
 
 
 @asynccontextmanager
-async def look(url: str, clock: Clock) -> AsyncIterator[Look]:
-    """Looks at a bus without changing anything. Raises `Refused` where there is none: it is not made."""
+async def look(url: str, clock: Clock, *, follow: bool = False) -> AsyncIterator[Look]:
+    """A bus that is there already. Nothing is made where there is none: that is `Refused`.
+
+    On SQLite the file is opened only to look, so it works beside any writer, on a file of somebody else, on a backup
+    and on a damaged log.
+
+    Parameters:
+        follow: be woken by what others write: then a file, too, is opened as by those who take part.
+    """
     if scheme_of(url) == "sqlite":
         from cauce.backends.sqlite.peek import peek
 
-        with peek(Path(url.partition("://")[2][1:]), clock) as found:
-            yield found
-        return
+        with peek(_path(url), clock) as found:
+            if not follow:
+                yield found
+                return
     backend = await open_backend(url, clock, make=False)
     try:
         yield _Looked(backend)
@@ -119,18 +121,14 @@ async def open_backend(url: str, clock: Clock, *, make: bool = True) -> Backend:
     if scheme == "sqlite":
         from cauce.backends import sqlite
 
-        return await sqlite.open(url.partition("://")[2][1:], clock=clock)
-    try:
-        if scheme == "postgresql":
+        return await sqlite.open(_path(url), clock=clock)
+    if scheme == "postgresql":
+        with installed("postgres"):
             from cauce.backends import postgres
-
-            return cast(Backend, await postgres.open(url, clock=clock, make=make))
+        return cast(Backend, await postgres.open(url, clock=clock, make=make))
+    with installed("nats"):
         from cauce.backends import nats
-
-        return cast(Backend, await nats.open(url, clock=clock, make=make))
-    except ModuleNotFoundError as error:
-        extra = "postgres" if scheme == "postgresql" else "nats"
-        raise Refused(f"a bus at {scheme}:// needs {error.name}: pip install 'cauce[{extra}]'") from None
+    return cast(Backend, await nats.open(url, clock=clock, make=make))
 
 
 @asynccontextmanager
@@ -143,12 +141,10 @@ async def stores_at(url: str, clock: Clock) -> AsyncIterator[Stores]:
     if scheme == "sqlite":
         from cauce.backends.sqlite.stores import SQLiteStores
 
-        yield SQLiteStores(Path(url.partition("://")[2][1:]), clock)
+        yield SQLiteStores(_path(url), clock)
     elif scheme == "postgresql":
-        try:
+        with installed("postgres"):
             from cauce.backends import postgres
-        except ModuleNotFoundError as error:
-            raise Refused(f"a store at postgresql:// needs {error.name}: pip install 'cauce[postgres]'") from None
         async with postgres.stores_at(url, clock=clock) as stores:
             yield stores
     else:
@@ -156,6 +152,19 @@ async def stores_at(url: str, clock: Clock) -> AsyncIterator[Stores]:
             f"store address {without_password(url)!r}: write sqlite:///folder or postgresql://host/database; "
             "on NATS a service that keeps no data needs none"
         )
+
+
+@contextmanager
+def installed(extra: str) -> Iterator[None]:
+    """While a backend is imported. Raises `Refused` where a library is missing, saying what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise Refused(f"this address needs {error.name}: pip install 'cauce[{extra}]'") from None
+
+
+def _path(url: str) -> Path:
+    return Path(url.partition("://")[2][1:])
 
 
 def without_password(url: str) -> str:

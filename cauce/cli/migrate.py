@@ -6,7 +6,7 @@ import asyncio
 
 import click
 
-from cauce.backends import scheme_of, without_password
+from cauce.backends import installed, scheme_of, without_password
 from cauce.cli.place import as_json, bus
 from cauce.cli.text import one_line, print_json
 from cauce.clock import SystemClock
@@ -27,10 +27,8 @@ def migrate(url: str, as_json: bool, script: bool) -> None:
     """
     if scheme_of(url) != "postgresql":
         raise Refused(f"{without_password(url)} needs no migration: this is for a bus at postgresql://…")
-    try:
+    with installed("postgres"):
         from cauce.backends.postgres import link, migrations
-    except ModuleNotFoundError as error:
-        raise Refused(f"a bus at postgresql:// needs {error.name}: pip install 'cauce[postgres]'") from None
     if script:
         click.echo(migrations.sql(link.Link(url, SystemClock()).schema))
         return

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import click
 
-from cauce.backends import Look, look, open_backend, scheme_of, stores_at, without_password
+from cauce.backends import Look, look, scheme_of, stores_at, without_password
 from cauce.clock import SystemClock
 from cauce.errors import Refused
 from cauce.store import Stores
@@ -77,22 +77,9 @@ def path_of(url: str, instead: str = "use the tools of its server") -> Path:
     return Path(url.partition("://")[2][1:])
 
 
-@asynccontextmanager
-async def reading(url: str, *, follow: bool = False) -> AsyncIterator[Look]:
-    """A bus that is there already. Nothing is made where there is none: that is `Refused`.
-
-    On SQLite, without `follow`, the file is opened only to look, so it works beside any writer, on a file of somebody
-    else, on a backup and on a damaged log. With it the bus is opened like any other, because only then others wake us.
-    """
-    async with look(url, SystemClock()) as found:
-        if not follow or scheme_of(url) != "sqlite":
-            yield found
-            return
-    backend = await open_backend(url, SystemClock())
-    try:
-        yield cast(Look, backend)
-    finally:
-        await backend.close()
+def reading(url: str, *, follow: bool = False) -> AbstractAsyncContextManager[Look]:
+    """A bus that is there already; see `cauce.backends.look`."""
+    return look(url, SystemClock(), follow=follow)
 
 
 @asynccontextmanager
