@@ -20,7 +20,7 @@ from benchmarks._run import Contender, Found, Run, Sample, Turn, Versus
 from benchmarks.contenders import following, ours, peer
 from cauce import Copy, Service
 from cauce.backends import sqlite
-from cauce.backends.sqlite.file import folder_of
+from cauce.backends.sqlite.builds import SQLiteShelf
 from cauce.clock import SystemClock
 from cauce.codec import Meta, seal
 from cauce.copying import replicas_of, views_of
@@ -79,11 +79,11 @@ def measure(run: Run) -> Found:
         path = ground.made("rebuild.events", lambda path: peer.prefill(path, load))
         return following.rebuild(path, ground.fresh("view"), _SCHEMA, _UPSERT)
 
-    parts = bind(service)
+    parts, shelf = bind(service), SQLiteShelf(Path())
     contenders: dict[str, Contender] = {
-        "rebuild.view": lambda turn: _rebuild(log(), views_of(service, parts)[0], load.events, False),
+        "rebuild.view": lambda turn: _rebuild(log(), views_of(service, parts, shelf)[0], load.events, False),
         "rebuild.eventsourcing": theirs,
-        "rebuild.replica": lambda turn: _rebuild(records(), replicas_of(service, parts)[0], load.events, True),
+        "rebuild.replica": lambda turn: _rebuild(records(), replicas_of(service, parts, shelf)[0], load.events, True),
         "rebuild.bare_upserts": lambda turn: _upserts(ground.fresh("rows"), load),
     }
     return run.race(contenders, run.wanted(_RATIOS))
@@ -96,10 +96,10 @@ def _rebuild(path: Path, shape: Shape, events: int, on_records: bool) -> Sample:
 async def _rebuilt(path: Path, shape: Shape, events: int, on_records: bool) -> Sample:
     bus = await sqlite.open(path)
     try:
-        folder = folder_of(bus.path) / service.name / "views"
+        shelf = bus.stores.shelf(service.name)
         log = bus.records if on_records else bus.facts
         began = perf_counter()
-        derived = Derived(shape, service.name, log, folder, SystemClock())
+        derived = Derived(shape, service.name, log, shelf, SystemClock())
         count = await derived.rebuild(lambda looked, head, entries: None)
         seconds = perf_counter() - began
         await derived.close()

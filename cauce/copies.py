@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from cauce.bus import After, Receipt
 from cauce.clock import Clock
 from cauce.derived import Derived, feed
-from cauce.derived_file import Lock
 from cauce.errors import Damaged, Refused, Unavailable
 from cauce.log import Log, Page, filter_of
 from cauce.messages import Copy
 from cauce.replica import Replica
+from cauce.shelf import Shelf
 from cauce.sql import Row
 from cauce.view import View
 
@@ -102,15 +101,15 @@ class _Feed:
 
 
 class Copies:
-    """The views and replicas of a service, kept in a folder. One process of this machine feeds them, all read them.
+    """The views and replicas of a service, on a shelf. One process feeds them, all read them.
 
-    Who feeds holds a lock that the kernel frees with the process; the others watch, and one of them takes over.
+    Who feeds holds a lock that is free again when the process dies; the others watch, and one of them takes over.
     """
 
     def __init__(
         self,
         service: str,
-        folder: Path,
+        shelf: Shelf,
         views: Sequence[View],
         replicas: Sequence[Replica[Any]],
         facts: Log,
@@ -118,12 +117,11 @@ class Copies:
         clock: Clock,
     ) -> None:
         self._service, self._facts, self._records, self._clock = service, facts, records, clock
-        folder = folder / "views"
-        self._views = {view.name: Derived(view, service, facts, folder, clock) for view in views}
+        self._views = {view.name: Derived(view, service, facts, shelf, clock) for view in views}
         self._replicas = {
-            replica.copy: (replica, Derived(replica, service, records, folder, clock)) for replica in replicas
+            replica.copy: (replica, Derived(replica, service, records, shelf, clock)) for replica in replicas
         }
-        self._lead = Lock(folder / "leader.lock")
+        self._shelf, self._lead = shelf, shelf.lead
         self._readings = {name: _Reading(derived) for name, derived in self._views.items()}
 
     @property
@@ -137,13 +135,13 @@ class Copies:
     async def start(self, fail: Callable[[BaseException], None]) -> None:
         """Return when all replicas are complete, by this process or by the one that leads.
 
-        Raises `Damaged` for a file of another log, or ahead of this one. What is found damaged later is given to
+        Raises `Damaged` for a build of another log, or ahead of this one. What is found damaged later is given to
         `fail`.
         """
         for derived in (*self.facts_side, *self.records_side):
             derived.failed.add_done_callback(lambda failed: _told(failed, fail))
         head = await self._records.head()
-        while not self._lead.take():
+        while not await self._lead.take():
             if await self._complete(head):
                 return
             await self._clock.sleep(_POLL)
@@ -154,7 +152,7 @@ class Copies:
             await derived.wait(head)
 
     async def _complete(self, head: int) -> bool:
-        """Whether who leads has all files there, and the replicas up to the head."""
+        """Whether who leads has all builds there, and the replicas up to the head."""
         try:
             for derived in self.facts_side:
                 await derived.holds(0)
@@ -168,17 +166,44 @@ class Copies:
 
     async def run(self) -> None:
         """Feed them, for ever, as soon as this process leads."""
-        if not self._lead.held:
-            while not self._lead.take():
-                await self._clock.sleep(_LOOK)
-            _log.info("the views and replicas of %s are fed from here now", self._service)
-            await self._open()
+        while True:
+            if not self._lead.held:
+                await self._take_over()
+            await self._feed()
+            _log.warning("the views and replicas of %s may be fed by another process from now on", self._service)
+            await asyncio.gather(*(derived.stop() for derived in (*self.facts_side, *self.records_side)))
+
+    async def _take_over(self) -> None:
+        while not await self._taken():
+            await self._clock.sleep(_LOOK)
+        _log.info("the views and replicas of %s are fed from here now", self._service)
+        await self._open()
+
+    async def _taken(self) -> bool:
+        try:
+            return await self._lead.take()
+        except Unavailable as error:
+            _log.warning("the views and replicas of %s wait for who leads them: %s", self._service, error)
+            return False
+
+    async def _feed(self) -> None:
+        """Feed them as long as that is for this process to do."""
         sides = ((self._facts, self.facts_side), (self._records, self.records_side))
-        await asyncio.gather(*(_Feed(self._service, log, many, self._clock).run() for log, many in sides if many))
+        feeds = [_Feed(self._service, log, many, self._clock).run() for log, many in sides if many]
+        tasks = {asyncio.ensure_future(each) for each in (*feeds, self._lead.lost())}
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def close(self) -> None:
         await asyncio.gather(*(derived.close() for derived in (*self.facts_side, *self.records_side)))
-        self._lead.release()
+        await self._lead.release()
+        await self._shelf.close()
 
     # ------------------------------------------------------------------------------------------------------ reading
 
@@ -193,8 +218,7 @@ class Copies:
         """The copy of one thing; None if it does not stand."""
         replica, derived = self._of(copy)
         derived.check()
-        # One row by its key takes less time than to tell a thread of it.
-        rows = derived.reading.rows(*replica.by_key(key))
+        rows = await derived.reading.rows(*replica.by_key(key))
         return replica.made(rows[0]) if rows else None
 
     async def find(self, copy: type[C], limit: int, equals: Mapping[str, Any]) -> list[C]:
@@ -225,7 +249,7 @@ class Copies:
 
     async def _holds(self, replica: Replica[Any], derived: Derived, after: After) -> None:
         while after.version and after.key:
-            rows = derived.reading.rows(*replica.version_of(after.key))
+            rows = await derived.reading.rows(*replica.version_of(after.key))
             if rows and rows[0][0] >= after.version:
                 return
             await derived.moved()

@@ -5,21 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
-import apsw
-
-from cauce.backends.sqlite.file import translate
 from cauce.clock import Clock
 from cauce.codec import Entry
-from cauce.derived_file import DerivedFile, Files, Lock, Reading, Stamp, Unusable, in_thread
 from cauce.errors import Busy, Damaged, Unavailable
 from cauce.log import Log, filter_of
-from cauce.sql import Fetch
+from cauce.shelf import Build, Moved, Part, Shelf, Unusable, Wrong
+from cauce.sql import Fetch, Run, Statement
 
 __all__ = ["Derived", "Failed", "Shape", "Told", "feed", "schema_of"]
 
@@ -68,15 +63,15 @@ class Shape(Protocol):
         ...
 
     async def ready(self, entries: Sequence[Entry], fetch: Fetch) -> Sequence[Any]:
-        """One thing for each entry, for the thread to apply."""
+        """One thing for each entry, of which its statements are made."""
         ...
 
-    def apply(self, connection: apsw.Connection, ready: Sequence[Any]) -> None:
-        """Write them, in the thread and in its transaction. What goes wrong may be raised as it is."""
+    def runs(self, ready: Sequence[Any]) -> Iterable[Run]:
+        """The statements for them, in the thread that writes if there is one. What goes wrong is raised as it is."""
         ...
 
-    def apply_one(self, connection: apsw.Connection, ready: Any) -> None:
-        """The same for one; what is wrong with it is raised as `Failed`, and says where."""
+    def blamed(self, ready: Any) -> Sequence[tuple[str, Statement]]:
+        """The same for one, each with the words that say whose statement it is. Raises `Failed`."""
         ...
 
 
@@ -89,15 +84,13 @@ class Derived:
 
     bodies = True
 
-    def __init__(self, shape: Shape, service: str, log: Log, folder: Path, clock: Clock) -> None:
+    def __init__(self, shape: Shape, service: str, log: Log, shelf: Shelf, clock: Clock) -> None:
         self.shape, self.name, self.wants = shape, shape.name, shape.wants
         self._service, self._log, self._clock = service, log, clock
-        self.files = Files(folder / shape.name)
-        self.reading = Reading(shape.what, self.files)
-        self._building = Lock(self.files.folder / "build.lock")
-        self._file: DerivedFile | None = None
-        self._number = 0
-        self._stamp: Stamp = None
+        self._builds = shelf.builds(shape.name, shape.what)
+        self.reading = self._builds.reading
+        self._build: Build | None = None
+        self._stamp: object = None
         self._target: int | None = None
         self._gap = 0
         self._queue: list[Entry] = []
@@ -107,6 +100,11 @@ class Derived:
         self._task: asyncio.Task[None] | None = None
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.failed.add_done_callback(_seen)
+
+    @property
+    def place(self) -> str:
+        """Where the build lies that is written; without one, where all do."""
+        return self._build.place if self._build is not None else self._builds.place
 
     # ------------------------------------------------------------------------------------------------ a tail's view
 
@@ -157,8 +155,8 @@ class Derived:
         self._bell.set()
 
     def passed(self, head: int) -> bool:
-        """Whether all up to a position is committed, in the file that is read."""
-        return self._target is None and self._committed >= head and self._stamp == self.files.stamp()
+        """Whether all up to a position is committed, in the build that is read."""
+        return self._target is None and self._committed >= head and self._stamp == self._builds.stamp()
 
     async def settled(self) -> None:
         """Wait until it has passed the head as it is now. Raises what stopped it."""
@@ -200,12 +198,12 @@ class Derived:
             if not self.passed(position):
                 self._bell.set()
                 return False
-            self.reading.reached(min(position, self._file.position if self._file is not None else 0))
+            self.reading.reached(min(position, self._build.position if self._build is not None else 0))
             return True
         self.check()
-        place: Any = await self.reading.fetch("select position from cauce_place")
-        self.reading.reached(min(position, place[0][0]))
-        return place[0][0] >= position or await self._nothing(place[0][0]) >= position
+        place = await self.reading.position()
+        self.reading.reached(min(position, place))
+        return place >= position or await self._nothing(place) >= position
 
     def _is_idle(self) -> bool:
         """Whether all that it was given is committed."""
@@ -219,107 +217,114 @@ class Derived:
     # ------------------------------------------------------------------------------------------------------- a life
 
     async def open(self) -> None:
-        """Find the file to go on with, or make one. Raises `Damaged` for one of another log, or ahead of this."""
+        """Find the build to go on with, or make one. Raises `Damaged` for one of another log, or ahead of this."""
         head = await self._log.head()
-        while not await in_thread(self._find, head):
+        while not await self._find(head):
             # Somebody rebuilds it; what comes of that is live then.
             await self._clock.sleep(_POLL)
 
-    def _find(self, head: int) -> bool:
-        live = self.files.live()
-        self._stamp, self._target = self.files.stamp(), None
+    async def _find(self, head: int) -> bool:
+        live = await self._builds.live()
+        self._stamp, self._target = self._builds.stamp(), None
         if not live:
-            if self.files.numbers():
-                _log.warning("%s: %s is missing: it is built anew", self.shape.what, self.files.folder / "live")
-            return self._make(live=True)
+            if await self._builds.numbers():
+                _log.warning("%s: none in %s is live: it is built anew", self.shape.what, self._builds.place)
+            return await self._make(live=True)
         try:
-            file = self._checked(DerivedFile.open(self.files.path(live)), head)
+            build = await self._checked(await self._builds.open(live), head)
         except Unusable as error:
             _log.warning("%s: %s: it is built anew", self.shape.what, error)
-            return self._make(live=True)
-        if file.fingerprint == self.shape.fingerprint:
-            self._use(file, live)
-            self._clear()
+            return await self._make(live=True)
+        if build.fingerprint == self.shape.fingerprint:
+            await self._use(build)
+            await self._clear()
             return True
-        file.close()
+        await build.close()
         _log.info("%s has changed: it is built anew beside the old one", self.shape.what)
-        if not self._beside(head):
+        if not await self._beside(head):
             return False
         self._target = head
         return True
 
-    def _beside(self, head: int) -> bool:
-        """Go on with the file that was not finished, or begin one. False: another process is at it."""
-        if not self._building.take():
+    async def _beside(self, head: int) -> bool:
+        """Go on with the build that was not finished, or begin one. False: another process is at it."""
+        if not await self._builds.building.take():
             return False
-        live = self.files.live()
-        for number in reversed([each for each in self.files.numbers() if each > live]):
+        live = await self._builds.live()
+        for number in reversed([each for each in await self._builds.numbers() if each > live]):
             try:
-                file = self._checked(DerivedFile.open(self.files.path(number)), head)
+                build = await self._checked(await self._builds.open(number), head)
             except (Unusable, Damaged) as error:
                 _log.warning("%s: %s: that build begins again", self.shape.what, error)
             else:
-                if file.fingerprint == self.shape.fingerprint:
-                    self._use(file, number)
+                if build.fingerprint == self.shape.fingerprint:
+                    await self._use(build)
                     return True
-                file.close()
-            self.files.remove([number])
-        return self._make(live=False)
+                await build.close()
+            await self._builds.remove([number])
+        return await self._make(live=False)
 
-    def _make(self, *, live: bool) -> bool:
-        if not self._building.take():
+    async def _make(self, *, live: bool) -> bool:
+        if not await self._builds.building.take():
             return False
-        number = max([self.files.live(), *self.files.numbers(), 0]) + 1
-        path, shape = self.files.path(number), self.shape
-        self._use(DerivedFile.create(path, shape.schema, self._log.id, shape.fingerprint), number)
+        number = max([await self._builds.live(), *await self._builds.numbers(), 0]) + 1
+        shape = self.shape
+        await self._use(await self._builds.create(number, shape.schema, self._log.id, shape.fingerprint))
         if live:
-            self._switch()
+            await self._switch()
         return True
 
-    def _use(self, file: DerivedFile, number: int) -> None:
-        if self._file is not None:
-            with suppress(apsw.Error):
-                # It may be broken, and is not needed any more.
-                self._file.close()
-        self._file, self._number = file, number
-        self._committed = self._written = file.position
-        self._given, self._looked = max(self._given, file.position), max(self._looked, file.position)
+    async def _use(self, build: Build) -> None:
+        if self._build is not None:
+            await self._build.close()
+        self._build = build
+        self._committed = self._written = build.position
+        self._given, self._looked = max(self._given, build.position), max(self._looked, build.position)
 
-    def _switch(self) -> None:
+    async def _switch(self) -> None:
         """What was built is what is read from now on."""
-        self.files.switch(self._number)
-        self._stamp, self._target = self.files.stamp(), None
-        self._building.release()
-        self._clear()
+        assert self._build is not None
+        await self._builds.switch(self._build)
+        self._stamp, self._target = self._builds.stamp(), None
+        await self._builds.building.release()
+        await self._clear()
 
-    def _clear(self) -> None:
-        self.files.remove([number for number in self.files.numbers() if number < self._number])
+    async def _clear(self) -> None:
+        assert self._build is not None
+        await self._builds.remove([each for each in await self._builds.numbers() if each < self._build.number])
 
-    def _checked(self, file: DerivedFile, head: int) -> DerivedFile:
-        cure = (
-            f"run cauce rebuild {self._service} {self.name}, or remove the folder {self.files.folder} to build it anew"
-        )
-        if file.log != self._log.id:
-            file.close()
-            raise Damaged(f"{file.path} was built from log {file.log}, this one is {self._log.id} (restored?): {cure}")
-        if file.position > head:
-            file.close()
-            raise Damaged(
-                f"{file.path} was built up to position {file.position}, the log ends at {head}: entries are lost; restore a newer backup, or {cure}"
+    async def _checked(self, build: Build, head: int) -> Build:
+        cure = f"run cauce rebuild {self._service} {self.name}, or remove {self._builds.place} to build it anew"
+        wrong = ""
+        if build.log != self._log.id:
+            wrong = f"{build.place} was built from log {build.log}, this one is {self._log.id} (restored?): {cure}"
+        elif build.position > head:
+            wrong = (
+                f"{build.place} was built up to position {build.position}, the log ends at {head}: entries are lost; "
+                f"restore a newer backup, or {cure}"
             )
-        return file
+        if wrong:
+            await build.close()
+            raise Damaged(wrong)
+        return build
 
-    async def close(self) -> None:
-        """Write what was given and the place, and let go."""
+    async def stop(self) -> None:
+        """Write what was given and the place, and no more until it is opened again."""
         try:
             await self._stop()
         except Exception as error:
             _log.warning("%s: what it read last is read again: %s", self.shape.what, error)
-        self.reading.close()
-        self._building.release()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._queue, self._in_hand = [], []
+        self._upto = self._given = self._looked = self._committed = self._written = self._gap = 0
+
+    async def close(self) -> None:
+        """Write what was given and the place, and let go."""
+        await self.stop()
+        await self.reading.close()
+        await self._builds.building.release()
+        if self._build is not None:
+            await self._build.close()
+            self._build = None
 
     async def _run(self) -> None:
         pause = 0.0
@@ -361,6 +366,12 @@ class Derived:
                     return
                 await self._reach()
             await self._commit_all(last=last)
+        except Moved as error:
+            if last:
+                raise
+            _log.info("%s: %s", self.shape.what, error)
+            await self._again()
+            self._bell.set()
         except Unusable as error:
             if last:
                 raise
@@ -381,102 +392,96 @@ class Derived:
         while self._in_hand:
             await self._commit(upto)
         if upto - self._written >= _RARELY or (last and upto > self._written):
-            await in_thread(self._write, [], upto)
+            await self._place(upto)
         self._committed = max(self._committed, upto)
+
+    async def _place(self, position: int) -> None:
+        assert self._build is not None
+        self._written = await self._build.write([(position, ())])
 
     async def _commit(self, looked: int) -> None:
         """Write a part of what is in hand, as much as is done in time."""
-        file = self._file
-        assert file is not None
-        if self._in_hand[0].position <= file.position:
-            # Who was told to stop did not see how the thread ended: what is committed is not written a second time.
-            self._in_hand = [entry for entry in self._in_hand if entry.position > file.position]
+        build = self._build
+        assert build is not None
+        if self._in_hand[0].position <= build.position:
+            # Who was told to stop did not see how the writing ended: what is committed is not written a second time.
+            self._in_hand = [entry for entry in self._in_hand if entry.position > build.position]
             if not self._in_hand:
                 return
         try:
             ready = await self.shape.ready(self._in_hand, self.reading.fetch)
-            done = await in_thread(self._write, ready, looked)
-        except (apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError) as error:
-            raise Unusable(str(error)) from error
-        except apsw.Error as error:
-            told = translate(error, file.path)
-            if isinstance(told, Unavailable):
-                raise told from error
-            if isinstance(error, apsw.IOError):
-                raise Unusable(str(error)) from error
-            await self._one_by_one()
-            return
-        except (Unavailable, Damaged):
+            self._written = await build.write(self._parts(ready, looked))
+        except (Unusable, Moved, Unavailable, Damaged):
             raise
         except Exception:
             await self._one_by_one()
             return
-        del self._in_hand[:done]
+        self._in_hand = [entry for entry in self._in_hand if entry.position > build.position]
         if self._in_hand:
-            self._committed = max(self._committed, file.position)
+            self._committed = max(self._committed, build.position)
             self._moved.set()
 
-    def _write(self, ready: Sequence[Any], looked: int) -> int:
-        """In the thread: one transaction. How many of them are in it."""
-        file = self._file
-        assert file is not None
-        done, until = 0, self._clock.monotonic() + _LONGEST
-
-        def change() -> int | None:
-            nonlocal done
-            while done < len(ready):
-                chunk = ready[done : done + _CHUNK]
-                self.shape.apply(file.connection, chunk)
-                done += len(chunk)
-                if done < len(ready) and self._clock.monotonic() > until:
-                    return self._in_hand[done - 1].position
-            return None
-
-        self._written = file.write(looked, change)
-        return done
+    def _parts(self, ready: Sequence[Any], looked: int) -> Iterator[Part]:
+        """Chunk by chunk until it has lasted long enough, each with the position that it brings the build to."""
+        until, in_hand = self._clock.monotonic() + _LONGEST, self._in_hand
+        for first in range(0, len(ready), _CHUNK):
+            chunk = ready[first : first + _CHUNK]
+            done = first + len(chunk)
+            yield looked if done == len(ready) else in_hand[done - 1].position, self.shape.runs(chunk)
+            if self._clock.monotonic() > until:
+                return
 
     async def _one_by_one(self) -> None:
         """Something in it is wrong: what stands before that is committed, then it is raised."""
-        file = self._file
-        assert file is not None
+        build = self._build
+        assert build is not None
         while self._in_hand:
             entry = self._in_hand[0]
             (ready,) = await self.shape.ready([entry], self.reading.fetch)
+            blamed: list[tuple[str, Statement]] = []
+
+            def one(
+                blamed: list[tuple[str, Statement]] = blamed, ready: Any = ready, entry: Entry = entry
+            ) -> Iterator[Part]:
+                blamed += self.shape.blamed(ready)
+                yield entry.position, [(sql, [values]) for _, (sql, values) in blamed]
+
             try:
-                self._written = await in_thread(
-                    file.write, entry.position, partial(self.shape.apply_one, file.connection, ready)
-                )
-            except apsw.Error as error:
-                raise translate(error, file.path) from error
+                self._written = await build.write(one())
+            except Wrong as wrong:
+                raise Failed(f"{blamed[wrong.number][0]}: {wrong}") from wrong
             self._committed = max(self._committed, entry.position)
             del self._in_hand[0]
 
     async def _follow(self) -> None:
-        """Go on with another file, if somebody has switched."""
-        if self._target is not None or self.files.stamp() == self._stamp:
-            return
-        number = self.files.live()
-        if not number:
-            raise Unusable(f"{self.files.folder / 'live'} is missing")
-        file = self._checked(await in_thread(DerivedFile.open, self.files.path(number)), await self._log.head())
-        _log.info("%s goes on with %s", self.shape.what, file.path)
+        """Go on with another build, if somebody has switched."""
+        if self._target is None and self._builds.stamp() != self._stamp:
+            await self._again()
+
+    async def _again(self) -> None:
+        """Go on with the build that is live, or with the one that is made here, as it stands now."""
+        assert self._build is not None
+        number, stamp = self._build.number, self._builds.stamp()
+        if self._target is None and not (number := await self._builds.live()):
+            raise Unusable(f"{self._builds.place} has none that is live")
+        build = await self._checked(await self._builds.open(number), await self._log.head())
+        if number != self._build.number:
+            _log.info("%s goes on with %s", self.shape.what, build.place)
         self._gap = max(self._gap, self._committed)
-        self._use(file, number)
-        self._stamp = self.files.stamp()
-        self._clear()
+        await self._use(build)
+        if self._target is None:
+            self._stamp = stamp
+            await self._clear()
 
     async def _anew(self, error: Unusable) -> None:
-        """Begin another file, because the one in use is gone or broken."""
+        """Begin another build, because the one in use is gone or broken."""
         _log.warning("%s: %s: it is built anew", self.shape.what, error)
         self._gap = max(self._gap, self._committed)
-        while not await in_thread(self._make_live):
+        while not await self._make(live=True):
             await self._clock.sleep(_POLL)
 
-    def _make_live(self) -> bool:
-        return self._make(live=True)
-
     async def _reach(self) -> None:
-        """Read by itself what the new file lacks of what the old one held; what was given comes after that."""
+        """Read by itself what the new build lacks of what the old one held; what was given comes after that."""
         self._queue[:0] = self._in_hand
         self._in_hand = []
         try:
@@ -497,12 +502,10 @@ class Derived:
             self._target = head
             return
         if self._written < self._committed:
-            await in_thread(self._write, [], self._committed)
-        try:
-            await in_thread(self._switch)
-        except OSError as error:
-            raise Unavailable(f"{self.files.folder} cannot be written: {error}") from None
-        _log.info("%s is built: %s is live", self.shape.what, self.files.path(self._number))
+            await self._place(self._committed)
+        await self._switch()
+        assert self._build is not None
+        _log.info("%s is built: %s is live", self.shape.what, self._build.place)
 
     # ------------------------------------------------------------------------------------------------------- rebuild
 
@@ -514,36 +517,24 @@ class Derived:
 
         Returns that number. Raises `Busy` if it is being built already.
         """
-        if not await in_thread(self._beside, await self._log.head()):
+        if not await self._beside(await self._log.head()):
             raise Busy(f"{self.shape.what} is being built by another process: wait until that is done, or stop it")
         # Only when it writes no more it goes live: from then on that is for who leads to do.
         self._target = sys.maxsize
         entries = await feed(self._log, [self], self._clock, told)
-        # What somebody has read must not be gone again: nothing new comes into the old file until the new one has all.
-        old = await in_thread(self._hold_live)
+        # What somebody has read must not be gone again: nothing new comes into the old build until the new one has all.
+        old = await self._builds.hold()
         try:
             entries += await feed(self._log, [self], self._clock, told)
             while self._committed < self._looked:
                 await self.moved()
             await self._stop()
             self.check()
-            await in_thread(self._switch)
+            await self._switch()
         finally:
             if old is not None:
-                old.close()
+                await old.close()
         return entries
-
-    def _hold_live(self) -> DerivedFile | None:
-        """The live file, kept from being written until it is closed; None if there is none that is of use."""
-        with suppress(Unusable):
-            file = DerivedFile.open(self.files.path(self.files.live()))
-            try:
-                file.connection.execute("begin immediate")
-            except apsw.Error as error:
-                file.close()
-                raise translate(error, file.path) from error
-            return file
-        return None
 
     async def _stop(self) -> None:
         """Write no more than what was given, and the place."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
-import apsw
 import msgspec
 
 from cauce.codec import Entry
@@ -17,7 +16,7 @@ from cauce.derived import Failed, schema_of
 from cauce.errors import CauceError, Damaged, Refused
 from cauce.messages import Copy, copied, declared
 from cauce.schema import Schema
-from cauce.sql import Fetch, Row
+from cauce.sql import Fetch, Row, Run, Statement, spoken
 
 __all__ = ["Replica"]
 
@@ -27,6 +26,14 @@ _encode = msgspec.json.Encoder(order="deterministic").encode
 _BIG = 2**63
 _VERSION, _GONE = "cauce_version", "cauce_gone"
 
+# What columns are in each dialect. SQLite keeps each value as what it is, unless it is told a type.
+_KEY = {"sqlite": "text not null primary key", "postgresql": 'text collate "C" not null primary key'}
+_TEXT = {"sqlite": "", "postgresql": "text"}
+_REAL = {"sqlite": "", "postgresql": "double precision"}
+_WHOLE = {"sqlite": "", "postgresql": "numeric"}
+_BIT = {"sqlite": "", "postgresql": "bigint"}
+_NUMBER = {"sqlite": "integer", "postgresql": "bigint"}
+
 
 class Replica(Generic[C]):
     """The table of one copy; see `cauce.derived.Shape` for what each method promises.
@@ -35,7 +42,7 @@ class Replica(Generic[C]):
     as a row that is gone, with its version, so that an older record does not revive it.
     """
 
-    def __init__(self, service: str, copy: type[C]) -> None:
+    def __init__(self, service: str, copy: type[C], dialect: str = "sqlite") -> None:
         self.copy, self.name = copy, copy.__name__
         self.what = f"replica {self.name} of {service}"
         record = copied(copy)
@@ -51,15 +58,17 @@ class Replica(Generic[C]):
         self._type = kind.name
         names = [f'"{name}"' for name in self._fields]
         key = f'"{self._key}"'
-        columns = [f"{name} text not null primary key" if name == key else name for name in names]
-        self.schema = (
-            f'create table "{self.name}" ({", ".join(columns)}, {_VERSION} integer not null, {_GONE} integer not null)'
-        )
+        columns = [
+            f'"{name}" {spoken(_KEY if name == self._key else each.type, dialect, self.what)}'
+            for name, each in self._fields.items()
+        ]
+        number = spoken(_NUMBER, dialect, self.what)
+        self.schema = f'create table "{self.name}" ({", ".join(columns)}, {_VERSION} {number} not null, {_GONE} {number} not null)'
         self._put = (
             f'insert into "{self.name}" ({", ".join(names)}, {_VERSION}, {_GONE}) '
             f"values ({', '.join('?' * (len(names) + 2))}) on conflict ({key}) do update set "
             f"{', '.join(f'{name} = excluded.{name}' for name in (*names, _VERSION, _GONE))} "
-            f"where excluded.{_VERSION} > {_VERSION}"
+            f'where excluded.{_VERSION} > "{self.name}".{_VERSION}'
         )
         self._select = f'select {", ".join(names)} from "{self.name}" where {_GONE} = 0'
         self._take: Callable[[Any], Any] = attrgetter(*self._fields)
@@ -75,10 +84,10 @@ class Replica(Generic[C]):
     async def ready(self, entries: Sequence[Entry], fetch: Fetch) -> Sequence[Any]:
         return entries
 
-    def apply(self, connection: apsw.Connection, ready: Sequence[Any]) -> None:
-        connection.executemany(self._put, [self._row(entry) for entry in ready])
+    def runs(self, ready: Sequence[Any]) -> Iterable[Run]:
+        return [(self._put, [self._row(entry) for entry in ready])]
 
-    def apply_one(self, connection: apsw.Connection, ready: Any) -> None:
+    def blamed(self, ready: Any) -> Sequence[tuple[str, Statement]]:
         entry: Entry = ready
         try:
             row = self._row(entry)
@@ -86,7 +95,7 @@ class Replica(Generic[C]):
             raise
         except CauceError as error:
             raise Failed(f"position {entry.position} ({entry.stream}): {error}") from error
-        connection.execute(self._put, row)
+        return [(f"position {entry.position} ({entry.stream})", (self._put, row))]
 
     def _row(self, entry: Entry) -> Row:
         entry.checked()
@@ -139,32 +148,46 @@ class Replica(Generic[C]):
             column = self._fields.get(name)
             if column is None:
                 raise Refused(f"{self.what} has no field {name!r}, only {', '.join(self._fields)}")
-            # A value that the field cannot have is found nowhere; SQL compares others as loosely as Python does.
+            if not column.has(value):
+                text += " and false"
+                continue
+            # SQL compares numbers as loosely as Python does.
             values.append(value if column.write is None else column.write(value))
-            text += f' and "{name}" is ?'
+            text += f' and "{name}" is not distinct from ?'
         return text, tuple(values)
 
 
 class _Column:
-    """How the values of one field go into a column and come out; None: as they are."""
+    """How the values of one field go into a column and come out; None: as they are.
+
+    `type`: what the column is declared as. `fits`: what a value must be of to be found in it.
+    """
 
     def __init__(self, hint: Any) -> None:
         self.hint = hint
         self.write: Callable[[Any], Any] | None = None
         self.read: Callable[[Any], Any] | None = None
+        self.type = _TEXT
+        self.fits: tuple[type[Any], ...] = (object,)
         kinds = [each for each in _alternatives(hint) if each is not type(None)]
         plain = kinds[0] if len(kinds) == 1 else None
-        if plain is bool:
+        if plain is str:
+            self.fits = (str,)
+        elif plain is float:
+            self.type, self.fits, self.write = _REAL, (int, float), _real
+        elif plain is bool:
+            self.type, self.fits = _BIT, (int, float)
             self.write, self.read = _number, lambda value: None if value is None else bool(value)
         elif plain is int:
-            self.write, self.read = _number, lambda value: int(value) if isinstance(value, str) else value
-        elif plain is float:
-            self.write, self.read = _real, lambda value: value
-        elif plain is not str:
+            self.type, self.fits = _WHOLE, (int, float)
+            self.write, self.read = _number, lambda value: None if value is None else int(value)
+        else:
             decode = msgspec.json.Decoder(hint).decode
             self.write, self.read = lambda value: _encode(value).decode(), lambda text: decode(text)
-        if plain is float:
-            self.read = None
+
+    def has(self, value: Any) -> bool:
+        """Whether it may hold a value; another one is found nowhere, and no database need be asked."""
+        return value is None or isinstance(value, self.fits)
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

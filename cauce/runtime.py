@@ -25,6 +25,7 @@ from cauce.messages import Command, Domain, Event, Message, Notice, Record, decl
 from cauce.schema import Schema, encode
 from cauce.service import ATTEMPTS, Bound, Service, bind
 from cauce.sql import Store as Sql
+from cauce.sql import spoken
 from cauce.store import Share, Store, Stores, Unit
 from cauce.threads import Threads
 from cauce.wire import Instance, State
@@ -240,15 +241,16 @@ class _Running:
         if any(bound.part.kind in ("view", "replica") for bound in self._parts):
             from cauce.copying import copies_of
 
-            self._copies = copies_of(self._service, self._parts, self._stores.folder(self._service.name), self._bus)
+            self._copies = copies_of(self._service, self._parts, self._stores.shelf(self._service.name), self._bus)
 
     async def open(self) -> None:
         """Open the store, and prepare all that this instance may be given to do."""
         from cauce.shares import Shares
 
         bus, name = self._bus, self._service.name
-        keeps = bool(self._service.schema or self._copies is not None)
-        self._store = store = await self._stores.open(name, self._service.schema, keeps=keeps)
+        migrations = [spoken(each, self._stores.dialect, f"service {name}") for each in self._service.schema]
+        keeps = bool(migrations or self._copies is not None)
+        self._store = store = await self._stores.open(name, migrations, keeps=keeps)
         await keep(bus.facts, name, store.id, store.place, store.is_fresh, bus.clock)
         self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose)
         shares.touched = self._touched

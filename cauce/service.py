@@ -6,7 +6,7 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -28,7 +28,7 @@ from cauce.messages import (
     copied,
     declared,
 )
-from cauce.sql import Store
+from cauce.sql import Store, Tables
 
 __all__ = ["Bound", "Part", "Service", "bind"]
 
@@ -64,16 +64,19 @@ class Service:
         name: names it on the bus; its places and claims hang on it.
         owns: the domain, or the domains, whose commands it decides and whose facts only it records.
         schema: SQL that makes the tables of `ctx.store`; several parts are run once each, in order, so that later
-            versions of the service add parts behind.
+            versions of the service add parts behind. A part that reads differently in the databases that the service
+            is run on is given for each: `{"sqlite": "…", "postgresql": "…"}`.
     """
 
-    def __init__(self, name: str, *, owns: Domain | Iterable[Domain] = (), schema: str | Iterable[str] = ()) -> None:
+    def __init__(
+        self, name: str, *, owns: Domain | Iterable[Domain] = (), schema: Tables | Iterable[Tables] = ()
+    ) -> None:
         # A service's name goes where a domain's goes: into files, subjects and addresses.
         self.name = Domain(name).name
         self.owns = (owns,) if isinstance(owns, Domain) else tuple(owns)
-        self.schema = (schema,) if isinstance(schema, str) else tuple(schema)
+        self.schema: tuple[Tables, ...] = (schema,) if isinstance(schema, (str, Mapping)) else tuple(schema)
         self.parts: list[Part] = []
-        self.views: dict[str, str | None] = {}
+        self.views: dict[str, Tables | None] = {}
 
     def __repr__(self) -> str:
         return f"Service({self.name!r}, owns={[domain.name for domain in self.owns]}, parts={[part.name for part in self.parts]})"
@@ -124,12 +127,13 @@ class Service:
             raise Refused(f"{self.name}: every({seconds}): say a number of seconds above 0")
         return lambda function: self._add("every", function, seconds=seconds)
 
-    def view(self, name: str, *, schema: str | None = None) -> Callable[[F], F]:
+    def view(self, name: str, *, schema: Tables | None = None) -> Callable[[F], F]:
         """Builds a view: `function(event, db)` queues statements on the `Store` that it gets. Several may build one.
 
         Parameters:
             name: as a domain's; `ctx.view(name)` reads it.
             schema: the SQL that makes its tables, said once. A changed one builds the view anew, beside the old one.
+                As for the service, it may be given for each database.
         """
         check_domain(name)
         before = self.views.get(name)

@@ -13,13 +13,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 
 from cauce.clock import Clock
 from cauce.errors import Damaged, Refused, Unavailable
+from cauce.shelf import Shelf
 
 __all__ = [
     "BadStatement",
@@ -219,7 +219,12 @@ class Stores(Protocol):
         """
         ...
 
-    def folder(self, service: str) -> Path:
+    @property
+    def dialect(self) -> str:
+        """Whose SQL services speak here: one of `cauce.sql.DIALECTS`."""
+        ...
+
+    def shelf(self, service: str) -> Shelf:
         """Where the views and replicas of a service lie."""
         ...
 

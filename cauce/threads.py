@@ -11,11 +11,23 @@ from concurrent.futures import Executor, Future
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["Threads", "at_work"]
+__all__ = ["Threads", "at_work", "in_thread"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 Job = tuple[Future[Any], Callable[[], Any]]
+
+
+async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
+    """Run it in a thread. Who gives up waiting waits until the thread is done: a connection serves one at a time."""
+    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait({work})
+        if not work.cancelled():
+            work.exception()
+        raise
 
 
 class Threads(Executor):

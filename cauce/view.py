@@ -7,16 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
 
-import apsw
-
 from cauce.codec import Entry
 from cauce.derived import Failed, schema_of
 from cauce.errors import CauceError, Damaged, Refused, Unavailable
 from cauce.messages import Message, declared
 from cauce.schema import Schema
-from cauce.sql import Fetch, Row, Statement, Store
+from cauce.sql import Fetch, Row, Run, Statement, Store, runs
 
-__all__ = ["View", "check_schema"]
+__all__ = ["View"]
 
 _Function = Callable[[Any, Store], Any]
 
@@ -28,14 +26,13 @@ async def _no_fetch(sql: str, params: Row) -> list[Row]:
 class View:
     """The functions of one view; see `cauce.derived.Shape` for what each method promises.
 
-    Plain functions run in the thread that writes. If one of them is async, all run on the loop, in order.
+    Plain functions run in a thread while it is written. If one of them is async, all run on the loop, in order.
     """
 
     def __init__(
         self, service: str, name: str, schema: str, functions: Sequence[tuple[_Function, Sequence[type[Message]]]]
     ) -> None:
         self.what, self.name, self.schema = f"view {name} of {service}", name, schema
-        check_schema(self.what, schema)
         self._known = Schema({cls: None for _, classes in functions for cls in classes})
         self._functions: dict[tuple[str, str], list[_Function]] = {}
         self.wants: dict[str, frozenset[str]] = {}
@@ -55,10 +52,9 @@ class View:
             return entries
         return [(entry, await self._awaited(entry, fetch)) for entry in entries]
 
-    def apply(self, connection: apsw.Connection, ready: Sequence[Any]) -> None:
+    def runs(self, ready: Sequence[Any]) -> Iterable[Run]:
         if self._async:
-            _execute(connection, [statement for _, many in ready for _, statement in many])
-            return
+            return runs([statement for _, many in ready for _, statement in many])
         store = Store(_no_fetch)
         functions, decode = self._functions, self._known.decode
         only = next(iter(self.wants)) if len(self.wants) == 1 else None
@@ -67,21 +63,11 @@ class View:
             event = decode(domain, type, schema_of(entry.checked()), entry.body or b"")
             for function in functions[domain, type]:
                 function(event, store)
-        _execute(connection, store.queued)
+        return runs(store.queued)
 
-    def apply_one(self, connection: apsw.Connection, ready: Any) -> None:
+    def blamed(self, ready: Any) -> Sequence[tuple[str, Statement]]:
         entry, many = ready if self._async else (ready, self._queued(ready))
-        for function, (sql, params) in many:
-            try:
-                _exhaust(connection.execute(sql, params))
-            except apsw.AuthError as error:
-                raise self._failed(
-                    function, entry, f"may not begin or end a transaction, attach a file or set a pragma, in {sql!r}"
-                ) from error
-            except (apsw.FullError, apsw.BusyError, apsw.IOError, apsw.CorruptError, apsw.NotADBError):
-                raise
-            except Exception as error:
-                raise self._failed(function, entry, f"{error}, in {sql!r}") from error
+        return [(_whose(function, entry), statement) for function, statement in many]
 
     def _queued(self, entry: Entry) -> list[tuple[_Function, Statement]]:
         event, found = self._event(entry), []
@@ -90,7 +76,7 @@ class View:
             try:
                 function(event, store)
             except Exception as error:
-                raise self._failed(function, entry, repr(error)) from error
+                raise Failed(f"{_whose(function, entry)}: {error!r}") from error
             found += [(function, statement) for statement in store.queued]
         return found
 
@@ -105,7 +91,7 @@ class View:
             except Unavailable:
                 raise
             except Exception as error:
-                raise self._failed(function, entry, repr(error)) from error
+                raise Failed(f"{_whose(function, entry)}: {error!r}") from error
             found += [(function, statement) for statement in store.queued]
         return found
 
@@ -117,40 +103,7 @@ class View:
         except CauceError as error:
             raise Failed(f"position {entry.position} ({entry.stream}): {error}") from error
 
-    def _failed(self, function: _Function, entry: Entry, words: str) -> Failed:
-        return Failed(
-            f"{getattr(function, '__name__', function)} failed at position {entry.position} ({entry.stream}, {entry.type}): {words}"
-        )
 
-
-def _execute(connection: apsw.Connection, queued: Sequence[Statement]) -> None:
-    """Neighbours with the same text go to SQLite at once, which halves their price."""
-    first, many = 0, len(queued)
-    while first < many:
-        sql, last = queued[first][0], first + 1
-        while last < many and queued[last][0] == sql:
-            last += 1
-        if last - first == 1:
-            _exhaust(connection.execute(sql, queued[first][1]))
-        else:
-            _exhaust(connection.executemany(sql, [params for _, params in queued[first:last]]))
-        first = last
-
-
-def _exhaust(rows: Iterable[object]) -> None:
-    """What follows a statement with rows is run when these are taken."""
-    for _ in rows:
-        pass
-
-
-def check_schema(what: str, schema: str) -> None:
-    """Raises `Refused` for statements that SQLite does not take."""
-    connection = apsw.Connection(":memory:")
-    try:
-        connection.execute("create table cauce_place (log, position, fingerprint)")
-        with connection:
-            connection.execute(schema)
-    except apsw.Error as error:
-        raise Refused(f"{what}: its schema is refused by SQLite: {error}") from None
-    finally:
-        connection.close()
+def _whose(function: _Function, entry: Entry) -> str:
+    name = getattr(function, "__name__", function)
+    return f"{name} failed at position {entry.position} ({entry.stream}, {entry.type})"

@@ -28,13 +28,12 @@ FLOORS = (
         "schema",
         "codec",
     ),  # what travels, and its names; no I/O
-    ("log", "wire", "store", "conformance"),  # the seams and their contract
+    ("log", "wire", "sql", "threads", "shelf", "store", "conformance"),  # the seams and their contract
     ("backends.*",),  # what implements them
-    ("fold", "lease", "sql", "threads", "bus", "shares", "consumer"),  # delivery
+    ("fold", "lease", "bus", "shares", "consumer"),  # delivery
     (
         "records",
         "commander",
-        "derived_file",
         "derived",
         "replica",
         "view",

@@ -34,13 +34,13 @@ from cauce import (
     field,
     running,
 )
+from cauce.backends.sqlite.builds import FileLock, SQLiteShelf
 from cauce.backends.sqlite.file import folder_of
 from cauce.bus import After
 from cauce.clock import SystemClock
 from cauce.codec import Entry, Meta, digest, sealed
 from cauce.copies import Copies
 from cauce.derived import Derived
-from cauce.derived_file import Lock
 from cauce.messages import check_copy
 from cauce.replica import Replica
 from cauce.schema import encode
@@ -352,8 +352,8 @@ async def test_a_late_joiner_becomes_complete_while_the_owner_is_down(bus_url: s
 
 async def test_a_service_answers_only_when_its_replica_is_complete(bus_url: str) -> None:
     await filled(bus_url, 3000)
-    lock = Lock(folder(bus_url) / "build.lock")
-    assert lock.take()
+    lock = FileLock(folder(bus_url) / "build.lock")
+    assert await lock.take()
     seen, started, stop = list[int](), asyncio.Event(), asyncio.Event()
     service = keeper()
 
@@ -375,7 +375,7 @@ async def test_a_service_answers_only_when_its_replica_is_complete(bus_url: str)
             with pytest.raises(NoAnswer):
                 await client.ask(HowMany())
             await asyncio.sleep(0.01)
-        lock.release()
+        await lock.release()
         await asyncio.wait({task, asyncio.ensure_future(started.wait())}, return_when=asyncio.FIRST_COMPLETED)
         assert await client.ask(HowMany()) == 3000
         stop.set()
@@ -482,7 +482,7 @@ def test_whatever_the_order_and_however_often_the_newest_version_stands(
         if version > model.get(name, (0, None))[0]:
             model[name] = version, n
     for first in range(0, len(entries), batch):
-        replica.apply(connection, entries[first : first + batch])
+        apply(connection, replica, entries[first : first + batch])
     assert standing(connection, replica) == {name: n for name, (_, n) in model.items() if n is not None}
     for name, (version, _) in model.items():
         assert connection.execute(*replica.version_of(name)).fetchall() == [(version,)]
@@ -491,9 +491,9 @@ def test_whatever_the_order_and_however_often_the_newest_version_stands(
 def test_an_older_record_does_not_revive_what_was_deleted() -> None:
     replica = Replica("keeper", Small)
     connection = made(replica)
-    replica.apply(connection, [put("a", 3, 3), put("a", 5, None), put("a", 4, 4), put("a", 5, 5)])
+    apply(connection, replica, [put("a", 3, 3), put("a", 5, None), put("a", 4, 4), put("a", 5, 5)])
     assert standing(connection, replica) == {}
-    replica.apply(connection, [put("a", 6, 6)])
+    apply(connection, replica, [put("a", 6, 6)])
     assert standing(connection, replica) == {"a": 6}
 
 
@@ -501,7 +501,7 @@ def test_a_damaged_record_is_found_before_it_is_kept() -> None:
     replica = Replica("keeper", Small)
     entry = msgspec.structs.replace(put("a", 1, 1), body=encode(Thing("a", 2)))
     with pytest.raises(Damaged, match="position 1 .things/a version 1. is not what was written"):
-        replica.apply(made(replica), [entry])
+        apply(made(replica), replica, [entry])
 
 
 async def test_what_is_deleted_or_becomes_another_record_is_not_there_until_it_is_again(bus_url: str) -> None:
@@ -549,10 +549,15 @@ def found() -> tuple[Replica[All], apsw.Connection]:
     return replica, connection
 
 
+def apply(connection: apsw.Connection, replica: Replica[Any], entries: list[Entry]) -> None:
+    for sql, rows in replica.runs(entries):
+        connection.executemany(sql, rows)
+
+
 def keep(connection: apsw.Connection, replica: Replica[Any], *things: Thing) -> None:
     for n, thing in enumerate(things, start=1):
         entry = sealed(f"things/{thing.name}", "Thing", SystemClock().id(), Meta(1), encode(thing))
-        replica.apply(connection, [msgspec.structs.replace(entry, position=n, version=1, digest=digest(entry, 1))])
+        apply(connection, replica, [msgspec.structs.replace(entry, position=n, version=1, digest=digest(entry, 1))])
 
 
 FIELDS = ("name", "n", "price", "sold", "colour", "tags", "note", "version")
@@ -769,7 +774,7 @@ async def test_a_replica_is_rebuilt_to_the_same_copies(bus_url: str) -> None:
         await bus.settled()
         replica = Replica("keeper", Small)
         told = list[tuple[int, int, int]]()
-        derived = Derived(replica, "keeper", bus.records, folder(bus_url).parent, bus.clock)
+        derived = Derived(replica, "keeper", bus.records, SQLiteShelf(folder(bus_url).parent), bus.clock)
         await derived.rebuild(lambda *numbers: told.append(numbers))
         await derived.close()
         assert told[-1][0] == told[-1][1] == await bus.records.head()
@@ -790,16 +795,16 @@ async def test_a_process_that_only_reads_waits_until_the_one_that_feeds_is_compl
     async with running(owner, bus=bus_url) as bus:
 
         def copies() -> Copies:
-            store, replica = folder(bus_url).parent.parent, Replica("keeper", Small)
-            return Copies("keeper", store, [], [replica], bus.facts, bus.records, bus.clock)
+            shelf, replica = SQLiteShelf(folder(bus_url).parent), Replica("keeper", Small)
+            return Copies("keeper", shelf, [], [replica], bus.facts, bus.records, bus.clock)
 
         one, two = copies(), copies()
-        lead = Lock(folder(bus_url).parent / "leader.lock")
-        assert lead.take()
+        lead = FileLock(folder(bus_url).parent / "leader.lock")
+        assert await lead.take()
         second = asyncio.create_task(two.start(fail))
         await asyncio.sleep(0.1)
         assert not second.done()
-        lead.release()
+        await lead.release()
         await asyncio.gather(one.start(fail), second)
         tasks = [asyncio.create_task(each.run()) for each in (one, two)]
         try:

@@ -40,12 +40,12 @@ from cauce import (
     Unavailable,
     running,
 )
+from cauce.backends.sqlite.builds import FileLock, SQLiteShelf
 from cauce.backends.sqlite.file import folder_of
 from cauce.cli import main
 from cauce.copies import Copies
 from cauce.copying import views_of
 from cauce.derived import Derived
-from cauce.derived_file import Lock
 from cauce.service import bind
 from cauce.view import View
 from shop import crm, users
@@ -311,7 +311,7 @@ async def test_a_view_of_two_domains_that_is_rebuilt_gets_of_each_only_what_it_w
         await bus.call(Grow("a"))
         await bus.call(Feed("b"))
         view = View("viewer", "sums", SUMS, [(both, [Grown, Fed])])
-        derived = Derived(view, "viewer", bus.facts, tmp_path, bus.clock)
+        derived = Derived(view, "viewer", bus.facts, SQLiteShelf(tmp_path), bus.clock)
         await derived.rebuild(lambda looked, head, entries: None)
         await derived.close()
         assert seen == ["a", "b"]
@@ -608,7 +608,7 @@ async def test_a_full_disk_is_waited_for_and_nothing_is_lost(bus_url: str) -> No
         db.execute(ADD, (event.name * 1000, event.n))
 
     async with running(owner, sums(large), bus=bus_url) as bus:
-        connection = private(bus)._file.connection
+        connection = private(bus)._build._connection
         connection.execute("pragma max_page_count = 20")
         await asyncio.gather(*(bus.call(Grow(f"t{n}", n)) for n in range(100)))
         with pytest.raises(TimeoutError):
@@ -669,10 +669,10 @@ async def test_a_file_that_breaks_while_it_is_used_is_built_anew(
     async with running(owner, sums(), bus=bus_url) as bus:
         await asyncio.gather(*(bus.call(Grow(f"t{n}", n)) for n in range(500)))
         await bus.settled()
-        private(bus)._file.connection.execute("pragma wal_checkpoint(truncate)")
+        private(bus)._build._connection.execute("pragma wal_checkpoint(truncate)")
         path = folder(bus_url) / "1.db"
         os.truncate(path, 4096 * 2)
-        private(bus)._file.connection.execute("pragma shrink_memory")
+        private(bus)._build._connection.execute("pragma shrink_memory")
         receipt = await bus.call(Grow("t1", 1000))
         await bus.ask(Rows(), after=receipt)
         rows = await bus.ask(Rows())
@@ -845,16 +845,16 @@ async def test_a_switch_is_noticed_where_nothing_happens_any_more(bus_url: str, 
         await bus.call(Grow("a", 1))
         await bus.settled()
         assert (await asyncio.to_thread(rebuild, bus_url, tmp_path))["code"] == 0
-        await until(lambda: private(bus)._number == 2)
+        await until(lambda: private(bus)._build.number == 2)
         assert await bus.ask(Rows()) == [("a", 1)]
 
 
 async def test_one_build_at_a_time(bus_url: str, tmp_path: Path) -> None:
     await filled(bus_url, 3, sums())
-    lock = Lock(folder(bus_url) / "build.lock")
-    assert lock.take()
-    result = rebuild(bus_url, tmp_path)
-    lock.release()
+    lock = FileLock(folder(bus_url) / "build.lock")
+    assert await lock.take()
+    result = await asyncio.to_thread(rebuild, bus_url, tmp_path)
+    await lock.release()
     assert (result["code"], result["error"]) == (4, "Busy")
     assert "view sums of viewer is being built" in result["message"]
 
@@ -885,13 +885,14 @@ async def test_the_views_of_the_shop_are_rebuilt_by_the_name_of_module_and_servi
 
 async def test_one_process_feeds_and_the_others_read_and_take_over(bus_url: str) -> None:
     service = sums()
-    store = folder(bus_url).parent.parent
+    shelf_at = folder(bus_url).parent
 
     async with running(owner, bus=bus_url) as bus:
         parts = bind(service)
 
         def copies() -> Copies:
-            return Copies("viewer", store, views_of(service, parts), [], bus.facts, bus.records, bus.clock)
+            each = SQLiteShelf(shelf_at)
+            return Copies("viewer", each, views_of(service, parts, each), [], bus.facts, bus.records, bus.clock)
 
         def fail(error: BaseException) -> None:
             raise error

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from pathlib import Path
+from contextlib import AsyncExitStack
+from typing import NamedTuple
 
 import click
 
-from cauce.backends.sqlite.file import folder_of
-from cauce.cli.place import as_json, bus, path_of, reading
+from cauce.backends import stores_at
+from cauce.cli.place import as_json, bus, reading, store
 from cauce.cli.progress import bar
 from cauce.cli.run import find
 from cauce.cli.text import count, one_line, print_json
@@ -19,6 +20,7 @@ from cauce.copying import replicas_of, views_of
 from cauce.derived import Derived, Shape
 from cauce.errors import Refused
 from cauce.service import Service, bind
+from cauce.store import Stores
 
 __all__ = ["rebuild"]
 
@@ -27,8 +29,9 @@ __all__ = ["rebuild"]
 @click.argument("service", metavar="MODULE[:SERVICE]")
 @click.argument("name")
 @bus
+@store
 @as_json
-def rebuild(service: str, name: str, url: str, as_json: bool) -> None:
+def rebuild(service: str, name: str, url: str, store: str | None, as_json: bool) -> None:
     """Build the view or replica NAME of a service anew, and let it be the live one when it has caught up.
 
     Runs beside the service, or while it does not run. Only view functions run, no reaction does. What was interrupted
@@ -36,32 +39,35 @@ def rebuild(service: str, name: str, url: str, as_json: bool) -> None:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    path = path_of(url)
-    owner, shape, on_records = _wanted(list(find(service).values()), name)
-    clock = SystemClock()
-    began = clock.monotonic()
-    derived, entries = asyncio.run(_rebuild(url, folder_of(path.resolve()) / owner.name, owner, shape, on_records))
-    seconds = clock.monotonic() - began
+    found = asyncio.run(_rebuild(url, store, list(find(service).values()), name))
     if as_json:
         print_json(
             {
-                "service": owner.name, "name": name, "kind": "replica" if on_records else "view", "entries": entries,
-                "file": str(derived.files.path(derived.files.live())),
-                "seconds": round(seconds, 3), "rate": round(entries / max(seconds, 1e-6)),
+                "service": found.service, "name": name, "kind": found.kind, "entries": found.entries, "place": found.place,
+                "seconds": round(found.seconds, 3), "rate": round(found.entries / max(found.seconds, 1e-6)),
             }
         )  # fmt: skip
     else:
-        what = count(entries, "record" if on_records else "event")
-        click.echo(f"{one_line(shape.what)}: built from {what} in {seconds:.1f} s, and live")
+        what = count(found.entries, "record" if found.kind == "replica" else "event")
+        click.echo(f"{one_line(found.what)}: built from {what} in {found.seconds:.1f} s, and live")
 
 
-def _wanted(services: list[Service], name: str) -> tuple[Service, Shape, bool]:
+class _Rebuilt(NamedTuple):
+    service: str
+    what: str
+    kind: str
+    entries: int
+    place: str
+    seconds: float
+
+
+def _wanted(services: list[Service], name: str, stores: Stores) -> tuple[Service, Shape, bool]:
     found: list[tuple[Service, Shape, bool]] = []
     names = list[str]()
     for service in services:
-        parts = bind(service)
-        shapes: list[tuple[Shape, bool]] = [(view, False) for view in views_of(service, parts)]
-        shapes += [(replica, True) for replica in replicas_of(service, parts)]
+        parts, shelf = bind(service), stores.shelf(service.name)
+        shapes: list[tuple[Shape, bool]] = [(view, False) for view in views_of(service, parts, shelf)]
+        shapes += [(replica, True) for replica in replicas_of(service, parts, shelf)]
         names += [f"{service.name} {shape.name}" for shape, _ in shapes]
         found += [(service, shape, on_records) for shape, on_records in shapes if shape.name == name]
     if not found:
@@ -73,13 +79,18 @@ def _wanted(services: list[Service], name: str) -> tuple[Service, Shape, bool]:
     return found[0]
 
 
-async def _rebuild(url: str, folder: Path, service: Service, shape: Shape, on_records: bool) -> tuple[Derived, int]:
-    async with reading(url) as logs:
-        derived = Derived(
-            shape, service.name, logs.records if on_records else logs.facts, folder / "views", SystemClock()
-        )
-        try:
-            with bar(f"rebuild {shape.name}", "records" if on_records else "events") as told:
-                return derived, await derived.rebuild(told)
-        finally:
-            await derived.close()
+async def _rebuild(url: str, store: str | None, services: list[Service], name: str) -> _Rebuilt:
+    clock = SystemClock()
+    began = clock.monotonic()
+    async with AsyncExitStack() as stack:
+        logs = await stack.enter_async_context(reading(url))
+        stores = logs.stores if store is None else await stack.enter_async_context(stores_at(store, clock))
+        service, shape, on_records = _wanted(services, name, stores)
+        shelf = stores.shelf(service.name)
+        stack.push_async_callback(shelf.close)
+        derived = Derived(shape, service.name, logs.records if on_records else logs.facts, shelf, clock)
+        stack.push_async_callback(derived.close)
+        kind = "replica" if on_records else "view"
+        with bar(f"rebuild {shape.name}", "records" if on_records else "events") as told:
+            entries = await derived.rebuild(told)
+        return _Rebuilt(service.name, shape.what, kind, entries, derived.place, clock.monotonic() - began)

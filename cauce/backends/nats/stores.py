@@ -14,9 +14,11 @@ from cauce.backends.nats.link import Link
 from cauce.backends.nats.names import text, token
 from cauce.backends.nats.store import NatsStore, bucket_of, unpacked
 from cauce.backends.nats.units import packed
+from cauce.backends.sqlite.stores import SQLiteStores
 from cauce.clock import Clock
 from cauce.errors import Refused, Unavailable
-from cauce.store import Letter, Store, Stores, Waiting
+from cauce.shelf import Shelf
+from cauce.store import Letter, Store, Waiting
 
 __all__ = ["NatsStores"]
 
@@ -33,17 +35,19 @@ class NatsStores:
         files: the stores in that folder.
     """
 
-    def __init__(self, link: Link, clock: Clock, files: Stores) -> None:
+    dialect = "sqlite"
+
+    def __init__(self, link: Link, clock: Clock, files: SQLiteStores) -> None:
         self._link, self._clock, self._files = link, clock, files
 
     async def open(self, service: str, migrations: Sequence[str] = (), *, keeps: bool = True) -> Store:
         if not keeps and not migrations:
             return await NatsStore.open(self._link, service)
         store = await self._files.open(service, migrations, keeps=keeps)
-        return cast(Store, _Here(store, self._files.folder(service)))
+        return cast(Store, _Here(store, self._files.place / service))
 
-    def folder(self, service: str) -> Path:
-        return self._files.folder(service)
+    def shelf(self, service: str) -> Shelf:
+        return self._files.shelf(service)
 
     async def letters(self, service: str = "") -> list[Letter]:
         names = await self._services()
@@ -115,7 +119,7 @@ class NatsStores:
         known = ", ".join(names) or "none"
         return Refused(
             f"service {service!r} has no store here: in buckets of {self._link} there are {known}, and files of services "
-            f"that keep data lie in {self._files.folder(service).parent} of the machine they run on"
+            f"that keep data lie in {self._files.place} of the machine they run on"
         )
 
 

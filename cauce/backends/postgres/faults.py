@@ -15,7 +15,13 @@ from cauce.errors import (
     Unreachable,
 )
 
-__all__ = ["is_lost", "translate"]
+__all__ = ["SLOWEST", "blamed", "is_lost", "translate"]
+
+SLOWEST = 30
+"""Seconds that one statement of a service may take: others wait for it."""
+
+_THEIRS = {"0A", "21", "22", "23", "24", "25", "26", "27", "2B", "2D", "2F", "34", "38", "39", "3B", "3D", "3F", "42", "44", "54", "P0"}  # fmt: skip
+"""Classes of SQLSTATE that say that the statement is wrong, or what it was given."""
 
 _LOST = (
     OSError,
@@ -77,6 +83,19 @@ def is_lost(error: BaseException) -> bool:
         # asyncpg has no class for it: a statement on a connection that was closed under it.
         return "closed" in str(error) or "closing" in str(error)
     return isinstance(error, _LOST)
+
+
+def blamed(error: BaseException) -> str | None:
+    """What is wrong with a statement of a service, in words; None where the moment is to blame."""
+    if isinstance(error, asyncpg.QueryCanceledError):
+        return f"it took longer than {SLOWEST} s, and all others wait for it: make it shorter"
+    if isinstance(error, asyncpg.PostgresError):
+        return str(error) if str(error.sqlstate)[:2] in _THEIRS else None
+    if isinstance(error, asyncpg.InterfaceError):
+        return None if is_lost(error) else str(error)
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error}: text that is not Unicode cannot be stored"
+    return str(error) if isinstance(error, (TypeError, ValueError, OverflowError, Refused)) else None
 
 
 def translate(error: BaseException, what: str) -> CauceError:

@@ -12,9 +12,10 @@ from typing import Any
 import asyncpg
 
 from cauce.backends.postgres.dialect import READS, check, numbered
+from cauce.backends.postgres.faults import SLOWEST
 from cauce.backends.postgres.home import Home, filled, furnish, home_of
 from cauce.backends.postgres.link import Link, translate
-from cauce.backends.postgres.units import SLOWEST, Units, bad_statement
+from cauce.backends.postgres.units import Units, bad_statement
 from cauce.errors import CauceError, Refused
 from cauce.store import BadStatement, Share, Standing, Unit, Waiting, check_places, write_places
 

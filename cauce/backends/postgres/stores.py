@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 
 from cauce.backends.postgres.home import filled, home_of
 from cauce.backends.postgres.link import Link
+from cauce.backends.postgres.shelf import PostgresShelf
 from cauce.backends.postgres.store import PostgresStore
 from cauce.clock import Clock
 from cauce.errors import Refused
@@ -28,17 +28,16 @@ _DEAD = """select consumer, position, stream, attempts, error, trace, raw, (
 class PostgresStores:
     """See `cauce.store.Stores` for what each method promises. Nothing is made before a store is opened."""
 
+    dialect = "postgresql"
+
     def __init__(self, link: Link, clock: Clock) -> None:
         self._link, self._clock = link, clock
 
     async def open(self, service: str, migrations: Sequence[str] = (), *, keeps: bool = True) -> PostgresStore:
         return await PostgresStore.open(self._link, service, migrations)
 
-    def folder(self, service: str) -> Path:
-        raise Refused(
-            f"views and replicas of {service!r} cannot lie at {self._link.url} yet: "
-            "give the service a store with --store sqlite:///folder"
-        )
+    def shelf(self, service: str) -> PostgresShelf:
+        return PostgresShelf(self._link, home_of(self._link.schema, service))
 
     async def letters(self, service: str = "") -> list[Letter]:
         return [letter for name in await self._services(service) for letter in await self._dead(name)]

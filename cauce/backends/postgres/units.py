@@ -20,15 +20,13 @@ import asyncpg
 import msgspec
 
 from cauce.backends.postgres.dialect import numbered
+from cauce.backends.postgres.faults import SLOWEST, blamed
 from cauce.backends.postgres.home import Home, filled
 from cauce.backends.postgres.link import Link, Session, is_lost, translate
 from cauce.errors import Busy, CauceError, Fenced, Overloaded, Refused, Unreachable
 from cauce.store import BadStatement, Share, Unit, Waiting
 
-__all__ = ["SLOWEST", "Units", "bad_statement"]
-
-SLOWEST = 30
-"""Seconds that one statement of a handler may take: all others wait for it."""
+__all__ = ["Units", "bad_statement"]
 
 _MOST_WAITING = 20_000
 _MOST_BYTES = 64 * 1024 * 1024
@@ -57,9 +55,6 @@ _STANDS = "select exists (select from {home}.cauce_turns where writer = $1 and n
 _WHO = """select pid, application_name, state from pg_stat_activity where pid <> $2 and pid in (select pid from pg_locks
     where locktype = 'advisory' and granted and ((classid::bigint << 32) | objid::bigint) = $1) limit 5"""
 
-_THEIRS = {"0A", "21", "22", "23", "24", "25", "26", "27", "2B", "2D", "2F", "34", "38", "39", "3B", "3D", "3F", "42", "44", "54", "P0"}  # fmt: skip
-"""Classes of SQLSTATE that say that the statement is wrong, or what it was given."""
-
 _log = logging.getLogger("cauce")
 Place = tuple[str, str, int]
 Noted = tuple[Share | None, str, int]
@@ -67,20 +62,8 @@ Noted = tuple[Share | None, str, int]
 
 def bad_statement(error: BaseException, sql: str, service: str) -> BadStatement | None:
     """What a handler is told, where its statement is to blame; None where the moment is."""
-    told: object = error
-    if isinstance(error, asyncpg.QueryCanceledError):
-        told = f"it took longer than {SLOWEST} s, and all others wait for it: make it shorter"
-    elif isinstance(error, asyncpg.PostgresError):
-        if str(error.sqlstate)[:2] not in _THEIRS:
-            return None
-    elif isinstance(error, asyncpg.InterfaceError):
-        if is_lost(error):
-            return None
-    elif isinstance(error, UnicodeEncodeError):
-        told = f"{error}: text that is not Unicode cannot be stored"
-    elif not isinstance(error, (TypeError, ValueError, OverflowError, Refused)):
-        return None
-    return BadStatement(f"{sql!r} cannot be run on {service}'s store: {told}")
+    told = blamed(error)
+    return None if told is None else BadStatement(f"{sql!r} cannot be run on {service}'s store: {told}")
 
 
 class _Job:

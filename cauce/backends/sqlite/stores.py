@@ -11,6 +11,7 @@ from typing import Any
 import apsw
 import msgspec
 
+from cauce.backends.sqlite.builds import SQLiteShelf
 from cauce.backends.sqlite.file import connect, translate
 from cauce.backends.sqlite.store import SQLiteStore
 from cauce.clock import Clock
@@ -29,14 +30,17 @@ _DISCARD = "delete from cauce_waiting where consumer = ? and position = ? and de
 class SQLiteStores:
     """See `cauce.store.Stores` for what each method promises. Nothing is made before a store is opened."""
 
+    dialect = "sqlite"
+
     def __init__(self, folder: Path, clock: Clock) -> None:
+        self.place = folder
         self._folder, self._clock = folder, clock
 
     async def open(self, service: str, migrations: Sequence[str] = (), *, keeps: bool = True) -> SQLiteStore:
         return await SQLiteStore.open(self._folder / service, service, self._clock, migrations)
 
-    def folder(self, service: str) -> Path:
-        return self._folder / service
+    def shelf(self, service: str) -> SQLiteShelf:
+        return SQLiteShelf(self._folder / service / "views")
 
     async def letters(self, service: str = "") -> list[Letter]:
         found = []

@@ -1,4 +1,4 @@
-"""A derived file: where it lies, which of several is live, the place that it holds, and how it is read."""
+"""Builds of a view or replica as files in a folder: see `cauce.shelf` for what each method promises."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import apsw
 
 from cauce.backends.sqlite.file import connect, translate
 from cauce.errors import CauceError, Damaged, Refused, Unavailable
-from cauce.sql import Row
+from cauce.shelf import Build, Part, Unusable, Wrong
+from cauce.sql import Row, Run
+from cauce.threads import in_thread
 
-__all__ = ["DerivedFile", "Files", "Lock", "Reading", "Unusable", "in_thread"]
+__all__ = ["FileLock", "FolderOfBuilds", "SQLiteShelf"]
 
 _log = logging.getLogger("cauce")
 _WRITE = apsw.SQLITE_OPEN_READWRITE
@@ -32,28 +34,38 @@ _FORBIDDEN = {
     apsw.SQLITE_TRANSACTION, apsw.SQLITE_SAVEPOINT, apsw.SQLITE_ATTACH, apsw.SQLITE_DETACH, apsw.SQLITE_PRAGMA,
 }  # fmt: skip
 
-T = TypeVar("T")
 Stamp = tuple[int, int] | None
 
 
-class Unusable(Exception):
-    """A derived file that is missing, truncated or cannot be read: it is built anew."""
+class SQLiteShelf:
+    """A folder for each view and replica of a service. Nothing is made before one is built."""
+
+    dialect = "sqlite"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.lead = FileLock(folder / "leader.lock")
+
+    def builds(self, name: str, what: str) -> FolderOfBuilds:
+        return FolderOfBuilds(self._folder / name, what)
+
+    def check(self, what: str, tables: str) -> None:
+        connection = apsw.Connection(":memory:")
+        try:
+            connection.execute(_PLACE)
+            with connection:
+                connection.execute(tables)
+        except apsw.Error as error:
+            raise Refused(f"{what}: its schema is refused by SQLite: {error}") from None
+        finally:
+            connection.close()
+
+    async def close(self) -> None:
+        """Nothing is open that is not somebody's own."""
 
 
-async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
-    """Run it in a thread. Who gives up waiting waits until the thread is done: a connection serves one at a time."""
-    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait({work})
-        if not work.cancelled():
-            work.exception()
-        raise
-
-
-class Lock:
-    """Who alone may do something, in any process of this machine; the kernel lets go of what a dead one held."""
+class FileLock:
+    """A lock that the kernel takes from a dead process."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -63,8 +75,7 @@ class Lock:
     def held(self) -> bool:
         return self._number is not None
 
-    def take(self) -> bool:
-        """Whether it is ours now. Raises `Refused` where its folder cannot be written."""
+    async def take(self) -> bool:
         if self._number is None:
             try:
                 self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -81,29 +92,36 @@ class Lock:
             self._number = number
         return True
 
-    def release(self) -> None:
+    async def lost(self) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async def release(self) -> None:
         if self._number is not None:
             os.close(self._number)
             self._number = None
 
 
-class Files:
-    """The folder of one view or replica: numbered files, and a note that says which of them is live."""
+class FolderOfBuilds:
+    """Numbered files, and a note that says which of them is live."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, what: str) -> None:
+        self.folder, self.place = folder, str(folder)
         self._note = folder / "live"
+        self.reading = _Reading(what, self)
+        self.building = FileLock(folder / "build.lock")
 
     def path(self, number: int) -> Path:
         return self.folder / f"{number}.db"
 
-    def numbers(self) -> list[int]:
-        """Which files there are, the oldest first."""
+    async def numbers(self) -> list[int]:
         with suppress(FileNotFoundError):
             return sorted(int(found[1]) for name in os.listdir(self.folder) if (found := _NAME.match(name)))
         return []
 
-    def live(self) -> int:
+    async def live(self) -> int:
+        return self.noted()
+
+    def noted(self) -> int:
         """The number of the file that is read; 0 if there is none."""
         try:
             text = self._note.read_text(encoding="ascii").strip()
@@ -117,15 +135,26 @@ class Files:
         return int(text)
 
     def stamp(self) -> Stamp:
-        """Something that is another after each switch; one look at the file system."""
+        """One look at the file system."""
         try:
             found = os.stat(self._note)
         except OSError:
             return None
         return found.st_ino, found.st_mtime_ns
 
-    def switch(self, number: int) -> None:
-        """Let this file be the live one. After a crash at any moment it is the old one or this."""
+    async def open(self, number: int) -> FileBuild:
+        return await in_thread(FileBuild.open, self.path(number), number)
+
+    async def create(self, number: int, tables: str, log: str, fingerprint: str) -> FileBuild:
+        return await in_thread(FileBuild.create, self.path(number), number, tables, log, fingerprint)
+
+    async def switch(self, build: Build) -> None:
+        try:
+            await in_thread(self._switch, build.number)
+        except OSError as error:
+            raise Unavailable(f"{self.folder} cannot be written: {error}") from None
+
+    def _switch(self, number: int) -> None:
         new = self.folder / "live.new"
         with open(new, "w", encoding="ascii") as file:
             file.write(f"{number}\n")
@@ -138,7 +167,18 @@ class Files:
         finally:
             os.close(folder)
 
-    def remove(self, numbers: Sequence[int]) -> None:
+    async def hold(self) -> FileBuild | None:
+        with suppress(Unusable):
+            build = await self.open(self.noted())
+            try:
+                await in_thread(build.hold)
+            except BaseException:
+                await build.close()
+                raise
+            return build
+        return None
+
+    async def remove(self, numbers: Iterable[int]) -> None:
         """Who has one of them open reads on in it."""
         for number in numbers:
             for end in ("", "-wal", "-shm"):
@@ -155,16 +195,19 @@ class _Guard:
         return apsw.SQLITE_DENY if self.closed and what in _FORBIDDEN else apsw.SQLITE_OK
 
 
-class DerivedFile:
-    """The connection that writes one derived file, and how far that file is."""
+class FileBuild:
+    """The connection that writes one file, and how far that file is."""
 
-    def __init__(self, path: Path, connection: apsw.Connection, log: str, position: int, fingerprint: str) -> None:
-        self.path, self.connection = path, connection
+    def __init__(
+        self, path: Path, number: int, connection: apsw.Connection, log: str, position: int, fingerprint: str
+    ) -> None:
+        self.place, self.number = str(path), number
         self.log, self.position, self.fingerprint = log, position, fingerprint
+        self._path, self._connection = path, connection
         self._guard = connection.authorizer = _Guard()
 
     @classmethod
-    def create(cls, path: Path, schema: str, log: str, fingerprint: str) -> DerivedFile:
+    def create(cls, path: Path, number: int, tables: str, log: str, fingerprint: str) -> FileBuild:
         """Make it, with its tables, at the beginning of the log."""
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         connection = connect(path, flags=_WRITE | apsw.SQLITE_OPEN_CREATE, busy=5.0)
@@ -173,15 +216,15 @@ class DerivedFile:
             _set_up(connection)
             with connection:
                 connection.execute(_PLACE)
-                connection.execute(schema)
+                connection.execute(tables)
                 connection.execute("insert into cauce_place values (?, 0, ?)", (log, fingerprint))
         except apsw.Error as error:
             connection.close()
             raise translate(error, path) from error
-        return cls(path, connection, log, 0, fingerprint)
+        return cls(path, number, connection, log, 0, fingerprint)
 
     @classmethod
-    def open(cls, path: Path) -> DerivedFile:
+    def open(cls, path: Path, number: int) -> FileBuild:
         """Open what is there. Raises `Unusable` for what is not there or cannot be read."""
         if not path.is_file():
             raise Unusable(f"{path} is missing")
@@ -202,30 +245,74 @@ class DerivedFile:
         if not (isinstance(log, str) and isinstance(position, int) and isinstance(fingerprint, str)):
             connection.close()
             raise Unusable(f"{path} holds no place")
-        return cls(path, connection, log, position, fingerprint)
+        return cls(path, number, connection, log, position, fingerprint)
 
-    def write(self, position: int, change: Callable[[], int | None]) -> int:
-        """In one transaction, what `change` does and the place: the one that it returns, else `position`."""
-        execute = self.connection.execute
-        execute("begin immediate")
+    async def write(self, parts: Iterable[Part]) -> int:
+        return await in_thread(self._write, parts)
+
+    def _write(self, parts: Iterable[Part]) -> int:
+        position, done = self.position, [0]
         try:
-            self._guard.closed = True
+            self._execute("begin immediate")
             try:
-                position = change() or position
-            finally:
-                self._guard.closed = False
-            execute("update cauce_place set position = ?", (position,))
-            # No statement of others reads like this one, which SQLite's cache hands out without asking the guard.
-            execute("commit /* with its place */")
-        except BaseException:
-            if self.connection.in_transaction:
-                execute("rollback")
-            raise
+                self._guard.closed = True
+                try:
+                    for upto, runs in parts:
+                        for run in runs:
+                            self._run(run, done)
+                        position = upto
+                finally:
+                    self._guard.closed = False
+                self._execute("update cauce_place set position = ?", (position,))
+                # No statement of others reads like this one, which SQLite's cache hands out without asking the guard.
+                self._execute("commit /* with its place */")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._execute("rollback")
+                raise
+        except apsw.Error as error:
+            raise _told(error, self._path) from error
         self.position = position
         return position
 
-    def close(self) -> None:
-        self.connection.close()
+    def _run(self, run: Run, done: list[int]) -> None:
+        sql, many = run
+        try:
+            # What follows a statement with rows is run when these are taken.
+            for _ in self._execute(sql, many[0]) if len(many) == 1 else self._connection.executemany(sql, many):
+                pass
+        except apsw.AuthError as error:
+            words = "may not begin or end a transaction, attach a file or set a pragma"
+            raise Wrong(done[0], f"{words}, in {sql!r}") from error
+        except (apsw.FullError, apsw.BusyError, apsw.IOError, apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError):
+            raise
+        except Exception as error:
+            raise Wrong(done[0], f"{error}, in {sql!r}") from error
+        done[0] += 1
+
+    def hold(self) -> None:
+        """Nobody else writes it from now on, until it is closed."""
+        try:
+            self._execute("begin immediate")
+        except apsw.Error as error:
+            raise translate(error, self._path) from error
+
+    def _execute(self, sql: str, params: Any = None) -> Any:
+        return self._connection.execute(sql, params)
+
+    async def close(self) -> None:
+        with suppress(apsw.Error):
+            # It may be broken, and is not needed any more.
+            self._connection.close()
+
+
+def _told(error: apsw.Error, path: Path) -> Exception:
+    if isinstance(error, (apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError)):
+        return Unusable(str(error))
+    told = translate(error, path)
+    if isinstance(error, apsw.IOError) and not isinstance(told, Unavailable):
+        return Unusable(str(error))
+    return told
 
 
 def _set_up(connection: apsw.Connection) -> None:
@@ -234,10 +321,10 @@ def _set_up(connection: apsw.Connection) -> None:
     connection.execute(f"pragma wal_autocheckpoint = {_CHECKPOINT}")
 
 
-class Reading:
+class _Reading:
     """Reads the live file, through as many connections as there are readers at a time."""
 
-    def __init__(self, what: str, files: Files) -> None:
+    def __init__(self, what: str, files: FolderOfBuilds) -> None:
         self._what, self._files = what, files
         self._idle: list[apsw.Connection] = []
         self._stamp: Stamp = None
@@ -246,11 +333,17 @@ class Reading:
         self._closed = False
 
     async def fetch(self, sql: str, params: Row = ()) -> list[Row]:
-        """The rows of a query, as last committed. Raises `Refused` for what is no query."""
-        return await in_thread(self.rows, sql, params)
+        return await in_thread(self._rows, sql, params)
 
-    def rows(self, sql: str, params: Row = ()) -> list[Row]:
-        """The same, in this thread."""
+    async def rows(self, sql: str, params: Row = ()) -> list[Row]:
+        # One row by its key takes less time than to tell a thread of it.
+        return self._rows(sql, params)
+
+    async def position(self) -> int:
+        ((position,),) = await in_thread(self._rows, "select position from cauce_place")
+        return int(position)
+
+    def _rows(self, sql: str, params: Row = ()) -> list[Row]:
         connection, stamp = self._take()
         try:
             return connection.execute(sql, params).fetchall()
@@ -262,10 +355,9 @@ class Reading:
             self._give(connection, stamp)
 
     def reached(self, position: int) -> None:
-        """Somebody was told that what is read holds all up to a position: no file is read that holds less."""
         self._least = max(self._least, position)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -312,7 +404,7 @@ class Reading:
         number = 0
         for _ in range(3):
             # Between the look at the note and the opening the file may have given way to a newer one.
-            before, number = number, self._files.live()
+            before, number = number, self._files.noted()
             if not number or number == before:
                 break
             with suppress(Refused):

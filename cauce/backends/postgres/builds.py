@@ -1,0 +1,341 @@
+"""Builds of a view or replica as schemas: see `cauce.shelf` for what each method promises.
+
+Whoever writes a build takes its place first, if it is where he believes it to be: so of two who believe themselves its
+writer one is told `Moved`, and a commit whose reply was lost is not said twice. Who lets another build be live takes
+the place of the old one away first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import asyncpg
+
+from cauce.backends.postgres.dialect import READS, check, numbered, statements
+from cauce.backends.postgres.faults import SLOWEST, blamed
+from cauce.backends.postgres.link import Link, Session, is_lost, translate
+from cauce.errors import CauceError, NotPermitted, Refused, Unavailable
+from cauce.shelf import Build, Lock, Moved, Part, Unusable, Wrong
+from cauce.sql import Row, Run
+from cauce.threads import in_thread
+
+__all__ = ["SchemaBuilds"]
+
+_log = logging.getLogger("cauce")
+_READERS = 4
+_PLACE = """create table cauce_place (
+    build text not null, number bigint not null, log text not null, position bigint not null, fingerprint text not null
+)"""
+_OPEN = "select build, number, log, position, fingerprint from {schema}.cauce_place"
+_NUMBERS = "select substr(nspname, length($1) + 2)::bigint from pg_namespace where nspname ~ ('^' || $2 || ':[1-9][0-9]{0,9}$') order by 1"
+# What a crash of the server takes from its end is read again: a commit need not be on the disk.
+_TAKE = """select set_config('search_path', $3, true), set_config('synchronous_commit', 'off', true),
+    set_config('statement_timeout', $4, true) from {schema}.cauce_place where build = $1 and position = $2 for update"""
+_MOVE = "update {schema}.cauce_place set position = $1"
+
+
+class SchemaBuilds:
+    """A schema for each build."""
+
+    def __init__(self, link: Link, schema: str, what: str, building: Lock) -> None:
+        self._link, self._schema, self._what = link, schema, what
+        self.building = building
+        self.place = f"schema {quoted(schema)} of {link.url}"
+        self.reading = _Reading(link, schema, what)
+        self._live: str | None = None
+        self._held: _Hold | None = None
+
+    def stamp(self) -> object:
+        return self._live
+
+    async def live(self) -> int:
+        place = await _place(self._link, self._schema)
+        self._live = place[0] if place else None
+        return place[1] if place else 0
+
+    async def numbers(self) -> list[int]:
+        found = await self._link.fetch(_NUMBERS, self._schema, _escaped(self._schema))
+        live = await self.live()
+        return sorted({*(number for (number,) in found), *([live] if live else [])})
+
+    async def open(self, number: int) -> SchemaBuild:
+        for name in (self._schema, f"{self._schema}:{number}"):
+            place = await _place(self._link, name)
+            if place is not None and place[1] == number:
+                return SchemaBuild(self._link, self._schema, name, place)
+        raise Unusable(f"build {number} of {self.place} is missing")
+
+    async def create(self, number: int, tables: str, log: str, fingerprint: str) -> SchemaBuild:
+        name = f"{self._schema}:{number}"
+        place = (self._link.clock.id(), number, log, 0, fingerprint)
+        session = await self._link.dedicated("build", search_path=f"{quoted(name)}, pg_temp", lock_timeout="0")
+        try:
+            async with session.transaction():
+                await session.execute(f"create schema {quoted(name)}")
+                await session.execute(_PLACE)
+                await session.execute("insert into cauce_place values ($1, $2, $3, $4, $5)", *place)
+                for statement in statements(tables):
+                    check(statement, self._link.schema)
+                    await session.execute(statement)
+        except asyncpg.InsufficientPrivilegeError as error:
+            raise NotPermitted(
+                f"{self._what} cannot be made at {self._link.url}: {error}: grant create on the database to this role"
+            ) from error
+        except Exception as error:
+            if (words := blamed(error)) is not None:
+                raise Refused(f"{self._what}: its schema is refused by PostgreSQL: {words}") from None
+            raise translate(error, self.place) from error
+        finally:
+            session.terminate()
+        return SchemaBuild(self._link, self._schema, name, place)
+
+    async def switch(self, build: Build) -> None:
+        assert isinstance(build, SchemaBuild)
+        hold = self._held or await _Hold.begin(self._link, self._schema)
+        try:
+            async with asyncio.timeout(SLOWEST):
+                await hold.switch(self._schema, build)
+        except Exception as error:
+            raise translate(error, self.place) from error
+        finally:
+            if self._held is None:
+                await hold.close()
+        build.name, self._live = self._schema, build.id
+
+    async def hold(self) -> _Hold | None:
+        if not await self.live():
+            return None
+        hold = self._held = await _Hold.begin(self._link, self._schema)
+        hold.closed = self._let_go
+        return hold
+
+    def _let_go(self) -> None:
+        self._held = None
+
+    async def remove(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            name = quoted(f"{self._schema}:{number}")
+            try:
+                await self._link.fetch(f"drop schema if exists {name} cascade")
+            except CauceError as error:
+                _log.info("build %s of %s is removed another time: %s", number, self._what, error)
+
+
+class SchemaBuild:
+    """One schema, and how far it is."""
+
+    def __init__(self, link: Link, live: str, name: str, place: tuple[str, int, str, int, str]) -> None:
+        self._link, self._live, self.name = link, live, name
+        self.id, self.number, self.log, self.position, self.fingerprint = place
+        self.place = f"build {self.number} in schema {quoted(name)} of {link.url}"
+
+    async def write(self, parts: Iterable[Part]) -> int:
+        done = [0]
+        try:
+            async with self._link.pool.acquire(timeout=self._link.patience) as session, session.transaction():
+                position = await self._written(session, parts, done)
+        except _Asked as asked:
+            raise asked.error from None
+        except (CauceError, Wrong, Moved):
+            raise
+        except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError) as error:
+            place = await _place(self._link, self._live)
+            if place is not None and place[0] == self.id:
+                raise Moved(f"{self.place} is live by now") from None
+            raise Unusable(f"{self.place}: {error}") from error
+        except Exception as error:
+            # What a table checks only at the end is told at the commit.
+            if isinstance(error, asyncpg.PostgresError) and (words := blamed(error)) is not None:
+                raise Wrong(max(done[0] - 1, 0), words) from error
+            raise translate(error, self.place) from error
+        self.position = position
+        return position
+
+    async def _written(self, session: Any, parts: Iterable[Part], done: list[int]) -> int:
+        schema, position = quoted(self.name), self.position
+        if not await session.fetch(
+            _TAKE.replace("{schema}", schema), self.id, position, f"{schema}, pg_temp", f"{SLOWEST}s"
+        ):
+            raise Moved(f"{self.place} is not where it was left: it goes on from there")
+        each = iter(parts)
+        while part := await in_thread(_next, each):
+            position, runs = part
+            for run in runs:
+                await self._run(session, run, done)
+        await session.fetch(_MOVE.replace("{schema}", schema), position)
+        return position
+
+    async def _run(self, session: Any, run: Run, done: list[int]) -> None:
+        sql, many = run
+        try:
+            check(sql, self._link.schema)
+            text = numbered(sql)
+            async with asyncio.timeout(SLOWEST + self._link.patience):
+                if len(many) == 1:
+                    await session.fetch(text, *many[0])
+                else:
+                    await session.executemany(text, many)
+        except Exception as error:
+            if is_lost(error) or (words := blamed(error)) is None:
+                raise
+            raise Wrong(done[0], f"{words}, in {sql!r}") from error
+        done[0] += 1
+
+    async def close(self) -> None:
+        """It holds nothing."""
+
+
+class _Asked(Exception):
+    """What asking for the parts raised: it is theirs, whatever its kind."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _next(parts: Iterator[Part]) -> Part | None:
+    try:
+        return next(parts, None)
+    except Exception as error:
+        raise _Asked(error) from error
+
+
+class _Hold:
+    """A transaction that has the place of the live build, until it is closed."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.closed: Callable[[], None] = _nothing
+
+    @classmethod
+    async def begin(cls, link: Link, schema: str) -> _Hold:
+        session = await link.dedicated("build", idle_in_transaction_session_timeout="0")
+        hold = cls(session)
+        try:
+            await hold.start(schema)
+        except BaseException as error:
+            session.terminate()
+            if isinstance(error, Exception):
+                raise translate(error, link.url) from error
+            raise
+        return hold
+
+    async def start(self, schema: str) -> None:
+        await self._session.execute("begin")
+        if await _is_there(self._session, schema):
+            await self._session.execute(f"select from {quoted(schema)}.cauce_place for update")
+
+    async def switch(self, schema: str, build: SchemaBuild) -> None:
+        execute = self._session.execute
+        if await _is_there(self._session, schema):
+            ((id, number),) = await self._session.fetch(f"select build, number from {quoted(schema)}.cauce_place")
+            if id == build.id:
+                return
+            # Whoever waits for this row to write the old build sees that it is not his any more.
+            await execute(f"update {quoted(schema)}.cauce_place set build = ''")
+            await execute(f"alter schema {quoted(schema)} rename to {quoted(f'{schema}:{number}')}")
+        await execute(f"alter schema {quoted(f'{schema}:{build.number}')} rename to {quoted(schema)}")
+        await execute("commit")
+        await execute("begin")
+
+    async def close(self) -> None:
+        self.closed()
+        self._session.terminate()
+
+
+class _Reading:
+    """Sessions that see the live build, and nothing else that is named without a schema."""
+
+    def __init__(self, link: Link, schema: str, what: str) -> None:
+        self._link, self._schema, self._what = link, schema, what
+        self._pool: Any = None
+        self._opening = asyncio.Lock()
+
+    async def fetch(self, sql: str, params: Row = ()) -> list[Row]:
+        try:
+            check(sql, self._link.schema, READS)
+            return await self.rows(sql, params)
+        except Refused as error:
+            raise Refused(f"{self._what}: {error}") from None
+
+    async def rows(self, sql: str, params: Row = ()) -> list[Row]:
+        text, pool = numbered(sql), await self._opened()
+        return [
+            tuple(row) for row in await self._link.again(lambda session: self._read(session, text, params, sql), pool)
+        ]
+
+    async def position(self) -> int:
+        place = await _place(self._link, self._schema)
+        if place is None:
+            raise Unavailable(f"{self._what} is not built yet: run its service, or wait")
+        return place[3]
+
+    def reached(self, position: int) -> None:
+        """A build is let be live only while the one before is held, and when it has all that this had."""
+
+    async def _opened(self) -> Any:
+        async with self._opening:
+            if self._pool is None:
+                self._pool = await self._link.another(
+                    "view",
+                    _READERS,
+                    search_path=f"{quoted(self._schema)}, pg_temp",
+                    default_transaction_read_only="on",
+                    statement_timeout=f"{SLOWEST}s",
+                )
+        return self._pool
+
+    async def _read(self, session: Any, text: str, params: Sequence[Any], sql: str) -> list[Any]:
+        try:
+            try:
+                return list(await session.fetch(text, *params))
+            except asyncpg.InvalidCachedStatementError:
+                # Another build is live by now, with other tables of the same names.
+                return list(await session.fetch(text, *params))
+        except Exception as error:
+            if isinstance(error, asyncpg.UndefinedTableError) and not await _is_there(session, self._schema):
+                raise Unavailable(f"{self._what} is not built yet: run its service, or wait") from None
+            if (words := blamed(error)) is None:
+                raise
+            raise Refused(f"{words}: mend the query {sql!r}") from None
+
+    async def close(self) -> None:
+        if self._pool is not None:
+            pool, self._pool = self._pool, None
+            with suppress(Exception):
+                async with asyncio.timeout(self._link.patience):
+                    await pool.close()
+            pool.terminate()
+
+
+def _nothing() -> None:
+    """Nobody waits for it to be closed."""
+
+
+def quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _escaped(text: str) -> str:
+    return "".join(each if each.isalnum() or each in "_:" else f"\\{each}" for each in text)
+
+
+async def _is_there(session: Any, schema: str) -> bool:
+    return bool(await session.fetchval("select to_regclass($1) is not null", f"{quoted(schema)}.cauce_place"))
+
+
+async def _place(link: Link, schema: str) -> tuple[str, int, str, int, str] | None:
+    """What a schema says of itself; None where there is none."""
+
+    async def look(session: Any) -> Any:
+        try:
+            return await session.fetchrow(_OPEN.replace("{schema}", quoted(schema)))
+        except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
+            return None
+
+    row = await link.again(look)
+    return None if row is None else (row[0], row[1], row[2], row[3], row[4])

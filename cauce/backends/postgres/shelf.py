@@ -1,0 +1,94 @@
+"""Views and replicas in schemas of a PostgreSQL database: where they lie, who feeds them, who builds one.
+
+The live build of a view has the name of the view, others have its name and their number: to let another one be live is
+to rename two schemas. So whoever reads names the view, and need not ask which build is live.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from hashlib import blake2b
+
+from cauce.backends.postgres.builds import SchemaBuilds
+from cauce.backends.postgres.dialect import check, statements
+from cauce.backends.postgres.home import Home
+from cauce.backends.postgres.link import Link, Session
+from cauce.backends.postgres.migrations import lock_number
+from cauce.errors import Refused, Unreachable
+
+__all__ = ["PostgresShelf", "SessionLock"]
+
+_LONGEST = 51
+"""Bytes of a name that leave room for a number behind it."""
+
+_LOOK = 2.0
+_DEAD = {"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3"}
+"""When the machine of the holder is gone, the server notices within 20 s, and lets the next one in."""
+
+
+class PostgresShelf:
+    """See `cauce.shelf.Shelf` for what each method promises. Nothing is made before something is built."""
+
+    dialect = "postgresql"
+
+    def __init__(self, link: Link, home: Home) -> None:
+        self._link, self._home = link, home
+        self.lead = SessionLock(link, lock_number(home.schema, "lead"))
+
+    def builds(self, name: str, what: str) -> SchemaBuilds:
+        schema = f"{self._home.schema}:{name}"
+        if len(schema.encode()) > _LONGEST:
+            digest = blake2b(schema.encode(), digest_size=8).hexdigest()
+            schema = schema.encode()[: _LONGEST - 17].decode(errors="ignore") + ":" + digest
+        building = SessionLock(self._link, lock_number(schema, "build"))
+        return SchemaBuilds(self._link, schema, what, building)
+
+    def check(self, what: str, tables: str) -> None:
+        for statement in statements(tables):
+            try:
+                check(statement, self._link.schema)
+            except Refused as error:
+                raise Refused(f"{what}: its schema is refused: {error}") from None
+
+    async def close(self) -> None:
+        """Nothing is open that is not somebody's own."""
+
+
+class SessionLock:
+    """An advisory lock of a session: gone with it, whoever ends it. Who holds it looks whether it is still there."""
+
+    def __init__(self, link: Link, number: int) -> None:
+        self._link, self._number = link, number
+        self._session: Session | None = None
+        self.held = False
+
+    async def take(self) -> bool:
+        if not self.held:
+            try:
+                if self._session is None or self._session.is_closed():
+                    self._session = await self._link.dedicated("lead", **_DEAD)
+                async with asyncio.timeout(self._link.patience):
+                    self.held = bool(await self._session.fetchval("select pg_try_advisory_lock($1)", self._number))
+            except Exception as error:
+                self._drop()
+                raise Unreachable(f"{self._link.url}: {error!r}: start the server or mend the address") from error
+        return self.held
+
+    async def lost(self) -> None:
+        while self._session is not None and self.held:
+            try:
+                async with asyncio.timeout(self._link.patience):
+                    await self._session.execute("select 1")
+            except Exception:
+                self._drop()
+                return
+            await self._link.clock.sleep(_LOOK)
+
+    def _drop(self) -> None:
+        self.held = False
+        if self._session is not None:
+            self._session.terminate()
+        self._session = None
+
+    async def release(self) -> None:
+        self._drop()
