@@ -19,7 +19,6 @@ from cauce import (
     NoAnswer,
     NotOwner,
     OutcomeUnknown,
-    Refused,
     Rejected,
     Service,
     connect,
@@ -141,15 +140,15 @@ async def test_an_owner_in_another_process_is_killed_and_another_one_goes_on(
 
 
 async def test_copies_and_views_lie_in_a_folder_where_one_is_named(postgres_bus: str, tmp_path: Path) -> None:
-    async with running(users.service, bus=postgres_bus) as bus:
-        with pytest.raises(Refused, match="--store sqlite:///folder"):
-            async with running(cards.service, bus=postgres_bus):
-                pass
-        async with running(cards.service, crm.service, bus=postgres_bus, store=f"sqlite:///{tmp_path}") as there:
-            receipt = await bus.call(users.RegisterUser("42", "Ana", "ana@example.org"))
-            assert await there.ask(crm.WhoHas("example.org"), after=receipt) == ["42"]
-            await there.settled()
-            assert (await there.call(cards.IssueCard("A-1", "42"))).version == 1
+    folder = f"sqlite:///{tmp_path}"
+    async with (
+        running(users.service, bus=postgres_bus) as bus,
+        running(cards.service, crm.service, bus=postgres_bus, store=folder) as there,
+    ):
+        receipt = await bus.call(users.RegisterUser("42", "Ana", "ana@example.org"))
+        assert await there.ask(crm.WhoHas("example.org"), after=receipt) == ["42"]
+        await there.settled()
+        assert (await there.call(cards.IssueCard("A-1", "42"))).version == 1
 
 
 async def test_an_event_said_by_a_handler_is_recorded_by_its_owner(postgres_bus: str) -> None:

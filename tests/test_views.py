@@ -105,14 +105,14 @@ def grown(thing: Thing | None, event: Grown) -> Thing:
 
 
 SUMS = "create table sums (name text primary key, n integer not null)"
-ADD = "insert into sums values (?, ?) on conflict (name) do update set n = n + excluded.n"
+ADD = "insert into sums values (?, ?) on conflict (name) do update set n = sums.n + excluded.n"
 
 
 def add(event: Grown, db: Store) -> None:
     db.execute(ADD, (event.name, event.n))
 
 
-def sums(function: Callable[..., Any] = add, schema: str = SUMS, name: str = "sums") -> Service:
+def sums(function: Callable[..., Any] = add, schema: Any = SUMS, name: str = "sums") -> Service:
     """A service with one view, that may be asked for its rows."""
     service = Service("viewer", owns=asked)
     service.view(name, schema=schema)(function)

@@ -89,8 +89,9 @@ class Postgres:
         return [line.split("\t") for line in told.splitlines()]
 
     def drop(self, schema: str) -> None:
-        """Take a bus away; that there is none is fine."""
-        self.sql("set client_min_messages = error", f'drop schema if exists "{schema}" cascade')
+        """Take a bus away, with what its services keep; that there is none is fine."""
+        names = self.sql(f"select quote_ident(nspname) from pg_namespace where nspname ~ '^{schema}(_|$)'")
+        self.sql("set client_min_messages = error", *(f"drop schema {name} cascade" for (name,) in names))
 
     def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
         self.process.stop(STOPS[mode])

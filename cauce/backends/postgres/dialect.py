@@ -57,6 +57,9 @@ _ENDS = frozenset(
     ]
 )
 _SHARED = frozenset({"system", "database", "role", "user", "group", "schema", "temp", "temporary", "tablespace"})
+_COLUMNS = frozenset({"cauce_gone", "cauce_version"})
+"""Of replicas, whose statements we make ourselves."""
+
 _FUNCTIONS = re.compile(
     r"set_config|pg_advisory_\w+|pg_terminate_backend|pg_cancel_backend|pg_notify|dblink\w*", re.IGNORECASE
 )
@@ -150,7 +153,11 @@ def check(sql: str, schema: str, may: frozenset[str] | None = CHANGES) -> None:
     for (kind, text), name, after in zip(words, names, [*names[1:], ""], strict=True):
         if kind not in ("word", "name"):
             continue
-        if name.startswith("cauce_") or (name == schema and after == ".") or text[:2] in ("u&", "U&"):
+        if (
+            (name.startswith("cauce_") and name not in _COLUMNS)
+            or (name == schema and after == ".")
+            or text[:2] in ("u&", "U&")
+        ):
             raise Refused(f"{text} is not authorized in {sql!r}: what begins with cauce_ is kept for Cauce itself")
         if kind == "word" and after == "(" and _FUNCTIONS.fullmatch(name):
             raise Refused(f"{text} is not authorized in {sql!r}: it reaches beyond this transaction")

@@ -7,6 +7,7 @@ to rename two schemas. So whoever reads names the view, and need not ask which b
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from hashlib import blake2b
 
 from cauce.backends.postgres.builds import SchemaBuilds
@@ -91,4 +92,8 @@ class SessionLock:
         self._session = None
 
     async def release(self) -> None:
+        if self._session is not None and self.held:
+            with suppress(Exception):
+                async with asyncio.timeout(self._link.patience):
+                    await self._session.execute(f"select pg_advisory_unlock({self._number})")
         self._drop()

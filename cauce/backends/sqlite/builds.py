@@ -264,11 +264,11 @@ class FileBuild:
                 finally:
                     self._guard.closed = False
                 self._execute("update cauce_place set position = ?", (position,))
-                # No statement of others reads like this one, which SQLite's cache hands out without asking the guard.
+                # No statement of others reads like these, which apsw's cache hands out without asking the guard.
                 self._execute("commit /* with its place */")
             except BaseException:
                 if self._connection.in_transaction:
-                    self._execute("rollback")
+                    self._execute("rollback /* and its place */")
                 raise
         except apsw.Error as error:
             raise _told(error, self._path) from error
