@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, unquote, urlencode
 
 import msgspec
 
 from cauce.backends import without_password
 from cauce.errors import Refused
 
-__all__ = ["Address", "parse"]
+__all__ = ["Address", "parse", "renamed"]
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 _SHAPE = re.compile(r"(nats|tls)://(?:([^@/]*)@)?([^@/?]+)(?:/([^?]*))?(?:\?(.*))?\Z")
@@ -54,6 +54,15 @@ def parse(url: str) -> Address:
         bus or "",
         *_options(query or ""),
     )
+
+
+def renamed(url: str, bus: str, files: str) -> str:
+    """The same servers and user, but another bus, whose stores that are files lie in this folder."""
+    found = _SHAPE.match(url)
+    assert found is not None
+    scheme, user, hosts, _, query = found.groups()
+    options = {**dict(parse_qsl(query or "")), "files": files}
+    return f"{scheme}://{'' if user is None else f'{user}@'}{hosts}/{bus}?{urlencode(options)}"
 
 
 def _options(query: str) -> tuple[int, str]:
