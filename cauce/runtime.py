@@ -18,10 +18,11 @@ from cauce.carried import LastOfEach, Superseded, carried
 from cauce.clock import Clock, SystemClock, uuid7
 from cauce.codec import Entry, Meta, derive_id, seal
 from cauce.commander import Commander, Decider
-from cauce.errors import CauceError, NoAnswer, NotOwner, Refused, Unavailable
+from cauce.errors import CauceError, Gone, NoAnswer, NotOwner, Refused, Unavailable
 from cauce.fold import Folder, messages_of
 from cauce.lease import Leases, identity
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
+from cauce.question import completed, read
 from cauce.schema import Schema, encode
 from cauce.service import ATTEMPTS, Bound, Service, bind
 from cauce.sql import Store as Sql
@@ -47,7 +48,6 @@ _LONGEST_PAUSE = 30.0
 _HOPELESS_PAUSE = 60.0
 _REST = 1.0
 _MOST_UNDER_WAY = 5_000
-_decode_ask = msgspec.json.Decoder(Ask).decode
 
 
 @asynccontextmanager
@@ -797,7 +797,10 @@ class _Running:
         answers = {cls: bound for cls, bound in self._functions("answer").items() if declared(cls).domain is domain}
 
         async def handler(payload: bytes) -> bytes:
-            ask = _decode_ask(payload)
+            try:
+                ask = read(payload)
+            except Refused as error:
+                return _encode(Reply("Refused", str(error)))
             self._in_hand += 1
             try:
                 reply = await self._reply(domain, ask, answers)
@@ -815,10 +818,16 @@ class _Running:
         return handler
 
     async def _reply(self, domain: Domain, ask: Ask, answers: dict[type[Message], Bound]) -> Reply:
+        by_hand = not ask.kind
+        if by_hand:
+            ask = completed(ask, domain, self._schemas[domain.name], self._bus.clock)
         if ask.kind == "call":
             commander = self._commanders.get(domain.name)
             if commander is None:
                 raise NoAnswer(f"{domain.name} has no things, so nothing can be wished of it")
+            if by_hand and slot_of(ask.key) not in commander.slots:
+                # Who asks by hand need not know which instance holds what.
+                return await self._bus.wish(domain.name, ask)
             receipt = await commander.call(ask)
             return Reply("", "", receipt.version, receipt.position, receipt.changed)
         if ask.kind == "publish":
@@ -830,6 +839,8 @@ class _Running:
             self._bus.facts, ask.key, at_version=ask.at_version, at_time=ask.at_time
         )
         body = b"" if folded.state is None else encode(folded.state)
+        if by_hand and not body:
+            raise Gone(f"{domain.name}/{ask.key} does not stand: it was deleted, or never was")
         return Reply(
             version=folded.version, position=folded.position, body=msgspec.Raw(body or b'""'), changed=bool(body)
         )
