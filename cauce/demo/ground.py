@@ -15,9 +15,6 @@ from cauce.errors import Refused
 
 __all__ = ["Ground", "ground"]
 
-_NEEDS_FILES = {"postgresql"}
-"""Where a bus cannot hold the views and replicas of its services: these get files in the temporary folder."""
-
 
 class Ground(msgspec.Struct, frozen=True):
     """The bus at `url`, which is there for this demo only, and where its services keep what is theirs; None: there."""
@@ -53,14 +50,10 @@ async def ground(bus: str | None, store: str | None, clock: Clock) -> AsyncItera
             raise Refused("on SQLite the demo plays in a temporary file: leave --bus out")
         else:
             url = await _beside(stack, bus, name, folder, clock)
-        yield Ground(url, await _store(stack, url, store, name, folder, clock))
+        yield Ground(url, None if store is None else await _store(stack, store, name, folder, clock))
 
 
-async def _store(
-    stack: AsyncExitStack, url: str, store: str | None, name: str, folder: str, clock: Clock
-) -> str | None:
-    if store is None:
-        return f"sqlite:///{folder}/stores" if scheme_of(url) in _NEEDS_FILES else None
+async def _store(stack: AsyncExitStack, store: str, name: str, folder: str, clock: Clock) -> str:
     if scheme_of(store) != "sqlite":
         await stack.enter_async_context(stores_at(store, clock))  # Says where no store can be.
         return await _beside(stack, store, name, folder, clock)

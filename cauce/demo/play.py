@@ -49,7 +49,7 @@ async def play(
         port: of the web form; 0 takes a free one.
         each: every service in a process of its own, of which one is killed.
         bus: a server on which it makes a bus of its own, and takes it away; None: a temporary file.
-        store: where its services keep what is their own; None: at the bus, and in temporary files what it cannot hold.
+        store: where its services keep what is their own; None: at the bus, or in temporary files.
     """
     # SIGTERM ends it as Ctrl-C does: with all that it started.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
