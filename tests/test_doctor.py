@@ -31,6 +31,7 @@ from cauce.backends.sqlite.health import file_system
 from cauce.cli import main
 from cauce.clock import SystemClock
 from tests.servers import Missing, Nats, NatsCluster, Postgres, absent
+from tests.servers.process import until
 
 CLOCK = SystemClock()
 
@@ -138,10 +139,13 @@ def test_an_address_is_shown_without_what_lets_somebody_in(url: str, shown: str)
     assert without_password(url) == shown
 
 
-async def test_a_backend_that_cannot_be_examined_is_no_reason_not_to_start(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [Refused("may not be seen"), OSError("may not be seen")])
+async def test_a_backend_that_cannot_be_examined_is_no_reason_not_to_start(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     class Silent:
         async def health(self) -> Health:
-            raise Refused("may not be seen")
+            raise error
 
     await warn(Silent())
     assert "could not be seen (may not be seen): run cauce doctor" in caplog.text
@@ -219,6 +223,15 @@ def test_what_weakens_a_promise_of_a_file_is_found(
     assert found in (None, how)
     # SQLite gives the files beside a database the mode of the database.
     assert [each for each, _ in more if not each.startswith(f"{first}-")] == []
+
+
+def test_the_next_start_sets_the_journal_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"sqlite:///{tmp_path}/bus.db"
+    make(url)
+    _unwal(tmp_path, monkeypatch)
+    told(url)
+    make(url)
+    told(url, 0)
 
 
 def test_a_file_in_the_folder_for_temporary_files_may_lie_in_memory(
@@ -483,6 +496,21 @@ def test_one_replica_in_a_cluster_is_found(nats_cluster: NatsCluster, bus_name: 
         assert (what.partition(",")[0], how) == (f"replicas of {bus_name}1_facts", ("1", "3"))
         assert told(enough, 0)["seen"]["servers"] == "n0, n1, n2"
     finally:
+        nats_cluster.drop(bus_name)
+
+
+def test_a_server_of_a_cluster_that_is_away_is_found(nats_cluster: NatsCluster, bus_name: str) -> None:
+    url = f"{nats_cluster.url(bus_name)}&sync=always"
+    make(url)
+    nats_cluster.whole(f"{bus_name}_facts")
+    leader = nats_cluster.leader_of(f"{bus_name}_facts")
+    victim = next(n for n in range(3) if n != leader)
+    nats_cluster.servers[victim].stop()
+    try:
+        until(lambda: doctor(url).exit_code == 6, "doctor to find it", nats_cluster.log)
+        assert (f"server n{victim}", ("away", "there")) in findings(url).items()
+    finally:
+        nats_cluster.whole()
         nats_cluster.drop(bus_name)
 
 

@@ -52,7 +52,7 @@ class Backend(Kept, Protocol):
     @property
     def wire(self) -> Wire: ...
     async def health(self) -> Health:
-        """What it says of itself, against what the promises need. Costs one or two round trips at most."""
+        """What it says of itself, against what the promises need. A few short questions to its server."""
         ...
 
     async def close(self) -> None:

@@ -8,8 +8,6 @@ from typing import Protocol
 
 import msgspec
 
-from cauce.errors import CauceError
-
 __all__ = ["DURABLE", "NOTHING_LOST", "ONE_ORDER", "ONE_WRITER", "PRIVATE", "Finding", "Health", "warn"]
 
 _log = logging.getLogger("cauce")
@@ -59,11 +57,11 @@ class _Examined(Protocol):
 
 
 async def warn(backend: _Examined) -> None:
-    """Log a warning for each finding. Whatever goes wrong here is no reason not to start."""
+    """Log a warning for each finding. Never raises: whatever goes wrong here is no reason not to start."""
     try:
         async with asyncio.timeout(_PATIENCE):
             health = await backend.health()
-    except (CauceError, TimeoutError) as error:
+    except Exception as error:
         _log.warning("how the backend is set up could not be seen (%s): run cauce doctor", str(error) or "no answer")
         return
     for finding in health.findings:

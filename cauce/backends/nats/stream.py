@@ -13,7 +13,7 @@ from cauce.backends.nats.api import NAME_IN_USE, NO_MESSAGE, NOT_FOUND, ApiError
 from cauce.backends.nats.link import Link
 from cauce.errors import Damaged, Refused
 
-__all__ = ["Config", "Info", "State", "Stored", "Stream", "info_of", "streams_of"]
+__all__ = ["Cluster", "Config", "Info", "Peer", "State", "Stored", "Stream", "info_of", "streams_of"]
 
 _ID = "cauce-id"
 _LIMITS = ("retention", "max_msgs", "max_bytes", "max_age", "max_msgs_per_subject")
@@ -52,7 +52,9 @@ class Config(msgspec.Struct, frozen=True):
     metadata: dict[str, str] = {}
 
 
-class _Peer(msgspec.Struct, frozen=True):
+class Peer(msgspec.Struct, frozen=True):
+    """Another server that holds a stream, beside its leader."""
+
     name: str
     offline: bool = False
 
@@ -62,7 +64,7 @@ class Cluster(msgspec.Struct, frozen=True):
 
     name: str = ""
     leader: str = ""
-    replicas: tuple[_Peer, ...] | None = None
+    replicas: tuple[Peer, ...] | None = None
 
 
 class Info(msgspec.Struct, frozen=True):
@@ -172,8 +174,7 @@ class Stream:
     def _compare(self, is_: Config) -> None:
         for wrong in self.breaches(is_):
             raise Refused(
-                f"{wrong.what} is {wrong.found}, which would break what {self.log} promise without a word: {wrong.cure}, "
-                "or give the bus another name"
+                f"{wrong.what} is {wrong.found}, which would break what {self.log} promise without a word: {wrong.cure}"
             )
 
     def breaches(self, is_: Config) -> Iterator[Finding]:
@@ -203,7 +204,9 @@ class Stream:
                 yield self._wrong(name, False, True, NOTHING_LOST)
 
     def _wrong(self, name: str, found: object, needed: object, promise: str) -> Finding:
-        cure = f"set it to {needed!r} (nats stream edit {self.name})"
+        # What a stream is stored on is settled when it is made.
+        edit = "" if name == "storage" else f"set it to {needed!r} (nats stream edit {self.name}), or "
+        cure = f"{edit}give the bus another name"
         return Finding(f"{name} of stream {self.name}", repr(found), repr(needed), promise, cure)
 
     # ------------------------------------------------------------------------------------------------- watching
@@ -268,8 +271,11 @@ class Stream:
 
 
 async def info_of(link: Link, name: str) -> Info:
-    """What the server says of any stream. Raises what `ask` does."""
-    return await ask(link, f"STREAM.INFO.{name}", None, Info)
+    """What the server says of any stream that is there."""
+    try:
+        return await ask(link, f"STREAM.INFO.{name}", None, Info)
+    except ApiError as error:
+        raise refusal(error, link, f"stream {name}") from error
 
 
 def streams_of(link: Link) -> tuple[Stream, Stream, Stream, Stream]:

@@ -16,6 +16,7 @@ from cauce.backends.health import DURABLE, ONE_ORDER, PRIVATE, Finding, Health
 from cauce.backends.sqlite.file import connect, folder_of, translate
 from cauce.backends.sqlite.peek import looking, own_name, peek, wal_of
 from cauce.clock import Clock
+from cauce.errors import Refused
 
 __all__ = ["examine", "health_of"]
 
@@ -53,25 +54,25 @@ def health_of(path: Path, connection: apsw.Connection, *, writes: bool = True) -
     Parameters:
         writes: whether the connection is set up as those that write.
     """
-    version = apsw.sqlitelibversion()
-    seen: dict[str, str | int] = {"SQLite": version}
-    findings = list(_library(version))
+    seen: dict[str, str | int] = {"SQLite": apsw.sqlitelibversion()}
+    findings = list(_library(apsw.sqlitelibversion()))
     try:
         for setting, is_, found in _settings(connection, path, writes):
             seen[setting] = is_
             findings += found
+        for place, mode in _modes(path):
+            seen[f"mode of {place.name}"] = f"{mode:04o}"
+            findings += _mode(place, mode)
+        findings += _parent(path.parent)
+        seen["file system"] = (kind := file_system(path)) or "unknown"
+        findings += _file_system(path, kind)
+        disk = os.statvfs(path)
+        seen["free bytes"] = free = disk.f_bavail * disk.f_frsize
+        findings += _room(path, free)
     except apsw.Error as error:
         raise translate(error, path) from error
-    for place, mode in _modes(path):
-        seen[f"mode of {place.name}"] = f"{mode:04o}"
-        findings += _mode(place, mode)
-    findings += _parent(path.parent)
-    kind = file_system(path)
-    seen["file system"] = kind or "unknown"
-    findings += _file_system(path, kind)
-    free = os.statvfs(path)
-    seen["free bytes"] = free.f_bavail * free.f_frsize
-    findings += _room(path, free.f_bavail * free.f_frsize)
+    except OSError as error:
+        raise Refused(f"{path} cannot be looked at: {error.strerror}: change the mode or owner of its folder") from None
     return Health(f"sqlite:///{path}", "sqlite", seen, tuple(findings))
 
 
