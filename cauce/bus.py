@@ -494,7 +494,8 @@ async def keep(facts: Log, service: str, store: str, place: str, fresh: bool, cl
         if known and not (fresh and known.get("place") == place):
             raise Refused(
                 f"service {service!r} keeps its data in store {known.get('store')} at {known.get('place')}, this one is {store} at {place}: "
-                "use that one, or remove this one's file to begin anew"
+                "start it with the store it had (--store sqlite:///folder, --store postgresql://host/database, or none for the "
+                "one at the bus), on the machine that has it; to begin anew, take away what is kept there, and start it there"
             )
         body = _encode({"store": store, "place": place})
         entry = sealed(stream, "Kept", clock.id(), Meta(clock.now()), body)

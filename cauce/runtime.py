@@ -13,6 +13,7 @@ import msgspec
 
 from cauce.accept import SLOTS, check_body, check_value, slot_of
 from cauce.backends import Backend, open_backend, stores_at
+from cauce.backends.health import warn
 from cauce.bus import Ask, Bus, Cause, Context, Reply, correlation, error_name, keep, own, owned
 from cauce.carried import LastOfEach, Superseded, carried
 from cauce.clock import Clock, SystemClock, uuid7
@@ -95,6 +96,7 @@ async def running(
     async with AsyncExitStack() as stack:
         backend = await open_backend(bus, clock)
         stack.push_async_callback(backend.close)
+        await warn(backend)
         stores = backend.stores if store is None else await stack.enter_async_context(stores_at(store, clock))
         face = _bus(backend, clock)
         tasks = _Tasks(face.failed)

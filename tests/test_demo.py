@@ -77,7 +77,8 @@ def where(backend: str, request: pytest.FixtureRequest) -> Iterator[list[str]]:
         assert postgres.sql("select nspname from pg_namespace where nspname like 'shared%'") == []
     else:
         nats: Nats = request.getfixturevalue("nats")
-        yield ["--bus", nats.url("shared")]
+        # It does flush, but cannot say so.
+        yield ["--bus", f"{nats.url('shared')}?sync=always"]
         assert [stream for stream in nats.streams() if "shared" in stream] == []
 
 

@@ -7,7 +7,7 @@ that they are still called. Everything else is used by its public face.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nats import errors
@@ -54,6 +54,24 @@ class Client(PlainClient):
         writer = getattr(self._transport, "_io_writer", None)
         connection = None if writer is None else writer.get_extra_info("socket")
         return -1 if connection is None else int(connection.fileno())
+
+    @property
+    def told(self) -> Mapping[str, Any]:
+        """What the server said of itself when it was connected."""
+        return self._server_info
+
+    @property
+    def peer(self) -> str:
+        """The address at the other end of the connection, empty if there is none."""
+        writer = getattr(self._transport, "_io_writer", None)
+        found = None if writer is None else writer.get_extra_info("peername")
+        return str(found[0]) if found else ""
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether what goes over the connection is."""
+        writer = getattr(self._transport, "_io_writer", None)
+        return writer is not None and writer.get_extra_info("ssl_object") is not None
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
         tap = self.taps.get(sid)
