@@ -137,7 +137,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def each_bus(backend: str, request: pytest.FixtureRequest) -> str:
-    """The address of an empty bus on each backend in turn."""
-    return str(
-        request.getfixturevalue({"sqlite": "bus_url", "postgresql": "postgres_bus", "nats": "nats_bus"}[backend])
-    )
+    """The address of an empty bus on each backend in turn; what its services keep goes with it."""
+    name = {"sqlite": "bus_url", "postgresql": "postgres_bus", "nats": "nats_bus"}[backend]
+    url = str(request.getfixturevalue(name))
+    return url if backend != "nats" else f"{url}?files={request.getfixturevalue('tmp_path')}"
