@@ -117,7 +117,7 @@ def bus_name() -> str:
 
 @pytest.fixture
 def postgres_bus(postgres: Postgres, bus_name: str) -> str:
-    """The address of an empty bus on PostgreSQL: a schema of its own, which goes with the server: to drop it takes long."""
+    """The address of an empty bus on PostgreSQL: a schema of its own, which goes with the server; a drop takes long."""
     return postgres.url(schema=bus_name)
 
 
