@@ -229,7 +229,10 @@ class Stores(Protocol):
         ...
 
     async def letters(self, service: str = "") -> list[Letter]:
-        """The dead letters of one service, or of all, oldest first. Raises `Refused` for a service without a store."""
+        """The dead letters of one service, or of one after the other, oldest first.
+
+        Raises `Refused` for a service without a store.
+        """
         ...
 
     async def retry(self, service: str, consumer: str, position: int) -> None:

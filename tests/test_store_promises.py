@@ -5,21 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cauce.backends.postgres.link import Link
-from cauce.backends.postgres.stores import PostgresStores
-from cauce.backends.sqlite.stores import SQLiteStores
-from cauce.clock import SystemClock
 from cauce.errors import Damaged, Fenced, Refused
 from cauce.store import BadStatement, Share, Store, Stores, Unit, Waiting
+from tests.kept import stores_of
 
-KINDS = ("sqlite", "postgresql")
 WITH_TABLES = ("sqlite", "postgresql")
-"""Those in which a service may keep tables of its own."""
+"""Those in which a service may keep tables of its own; on NATS one that does is given files."""
 
 EFFECTS = "create table effects (name text, n integer)"
 ADD = "insert into effects values (?, ?)"
@@ -27,30 +22,15 @@ ADD = "insert into effects values (?, ?)"
 Fresh = Callable[[], Awaitable[Stores]]
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
-async def fresh(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Fresh]:
+async def fresh(each_bus: str) -> AsyncIterator[Fresh]:
     """Makes the stores of one bus, each time as another process would."""
     async with AsyncExitStack() as undo:
-        url = request.getfixturevalue("postgres_bus") if kind == "postgresql" else ""
 
         async def stores() -> Stores:
-            if kind == "sqlite":
-                return SQLiteStores(tmp_path / "bus.d", SystemClock())
-            link = Link(url, SystemClock())
-            await link.open()
-            undo.push_async_callback(link.close)
-            return PostgresStores(link, link.clock)
+            return await undo.enter_async_context(stores_of(each_bus))
 
         yield stores
-    if kind == "postgresql":
-        server = request.getfixturevalue("postgres")
-        for (name,) in server.sql(f"select nspname from pg_namespace where nspname like '{url.rpartition('=')[2]}%'"):
-            server.drop(name)
 
 
 @pytest.fixture
@@ -59,7 +39,7 @@ async def opened(fresh: Fresh) -> AsyncIterator[Callable[..., Awaitable[Store]]]
     async with AsyncExitStack() as undo:
 
         async def one(*migrations: str, service: str = "s") -> Store:
-            store = await (await fresh()).open(service, migrations)
+            store = await (await fresh()).open(service, migrations, keeps=bool(migrations))
             undo.push_async_callback(store.close)
             return store
 
@@ -99,7 +79,9 @@ async def test_a_store_is_fresh_until_something_was_ever_held_and_keeps_its_id(o
 
 async def test_a_beat_counts_and_who_never_joined_is_not_alive(opened: Opened) -> None:
     store = await opened()
-    assert not (await store.tick("me", ())).alive
+    for _ in range(2):
+        standing = await store.tick("me", ())
+        assert (standing.alive, standing.instances) == (False, {})
     beats = [(await store.tick("me", (), join=True)).instances["me"] for _ in range(3)]
     assert beats[1] - beats[0] == beats[2] - beats[1] == 1
 
@@ -110,8 +92,8 @@ async def test_what_is_free_is_taken_in_the_order_asked_and_what_is_held_is_not(
     await two.tick("two", (), join=True)
     assert await two.take("stranger", ["slot/1"]) == []
     taken = await one.take("one", ["slot/7", "slot/1", "lead"])
-    assert [(each.name, each.fence, each.clean, each.before) for each in taken] == [
-        ("slot/7", 1, True, ""), ("slot/1", 1, True, ""), ("lead", 1, True, ""),
+    assert [(each.name, each.clean, each.before) for each in taken] == [
+        ("slot/7", True, ""), ("slot/1", True, ""), ("lead", True, ""),
     ]  # fmt: skip
     assert [each.name for each in await two.take("two", ["slot/1", "slot/2"])] == ["slot/2"]
     assert (await two.tick("two", ())).holders == {
@@ -119,9 +101,9 @@ async def test_what_is_free_is_taken_in_the_order_asked_and_what_is_held_is_not(
     }  # fmt: skip
     await one.release(taken[:2], owner="one")
     (share,) = await two.take("two", ["slot/1"])
-    assert (share.fence, share.clean, share.before) == (2, True, "")
+    assert (share.fence > taken[1].fence, share.clean, share.before) == (True, True, "")
     (lead,) = await two.take("two", ["lead"])
-    assert (lead.fence, lead.clean, lead.before) == (2, False, "one")
+    assert (lead.fence > taken[2].fence, lead.clean, lead.before) == (True, False, "one")
     assert (await two.tick("two", ())).instances.keys() == {"two"}
 
 
@@ -159,7 +141,7 @@ async def test_who_was_struck_off_cannot_store_anything(opened: Opened) -> None:
     assert await two.take("two", ["slot/3"]) == []
     await two.tick("two", [("one", standing.instances["one"])])
     (later,) = await two.take("two", ["slot/3"])
-    assert (later.fence, later.clean, later.before) == (share.fence + 1, False, "one")
+    assert (later.fence > share.fence, later.clean, later.before) == (True, False, "one")
     stale = unit(share)
     stale.timer = "stale", 1
     with pytest.raises(Fenced, match="slot/3"):
@@ -261,6 +243,9 @@ async def test_a_number_of_the_outbox_is_never_used_again(opened: Opened) -> Non
     assert numbers == sorted(set(numbers)), "a relay under way would take a later one for an earlier one"
 
 
+SAID = 40
+
+
 async def test_who_reads_the_outbox_never_passes_over_a_smaller_number(opened: Opened) -> None:
     stores = [await opened() for _ in range(3)]
     reader = await opened()
@@ -268,7 +253,7 @@ async def test_who_reads_the_outbox_never_passes_over_a_smaller_number(opened: O
 
     async def says(store: Store, who: int) -> None:
         nonlocal said
-        for n in range(60):
+        for n in range(SAID):
             mine = unit(None)
             mine.said = [("react", 1, b"%d/%d" % (who, n))]
             await store.commit(mine)
@@ -277,7 +262,7 @@ async def test_who_reads_the_outbox_never_passes_over_a_smaller_number(opened: O
     async def reads() -> None:
         after = 0
         async with asyncio.timeout(60):
-            while len(read) < 3 * 2 * 60:
+            while len(read) < 3 * 2 * SAID:
                 for number, _, _, text in await reader.outbox(after, 7):
                     assert number > after
                     after = number
@@ -287,7 +272,7 @@ async def test_who_reads_the_outbox_never_passes_over_a_smaller_number(opened: O
     await asyncio.gather(reads(), *(says(store, 2 * n + m) for n, store in enumerate(stores) for m in (0, 1)))
     assert len(set(read)) == len(read) == said
     for who in range(6):
-        assert [text for text in read if text.startswith(b"%d/" % who)] == [b"%d/%d" % (who, n) for n in range(60)]
+        assert [text for text in read if text.startswith(b"%d/" % who)] == [b"%d/%d" % (who, n) for n in range(SAID)]
 
 
 async def test_an_instance_is_told_when_another_said_something_or_a_person_decided(
@@ -350,14 +335,14 @@ async def test_dead_letters_of_all_services_are_listed_and_decided(opened: Opene
     for decide in (stores.retry, stores.discard):
         with pytest.raises(Refused, match="no dead letter 3 of react"):
             await decide("a_b", "react", 3)
-    with pytest.raises(Refused, match="'nobody' has no store here: there are a-b, a__b, a_b"):
+    with pytest.raises(Refused, match="'nobody' has no store here: .*there are a-b, a__b, a_b"):
         await stores.letters("nobody")
 
 
 # -------------------------------------------------------------------------------------------------- tables of its own
 
 
-tables = pytest.mark.parametrize("kind", WITH_TABLES, indirect=True)
+tables = pytest.mark.parametrize("backend", WITH_TABLES)
 
 
 @tables

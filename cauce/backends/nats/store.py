@@ -107,18 +107,21 @@ class NatsStore:
             self._beats[owner] = await self._bucket.write([Put(_instance(owner), owner.encode())])
             return True
         for _ in range(_TRIES):
-            known = self._beats.get(owner, 0)
-            try:
-                self._beats[owner] = await self._bucket.write([Put(_instance(owner), owner.encode(), expected=known)])
-                return True
-            except Unsure:
-                continue
-            except Stale:
-                # Struck off; or an answer got lost, or another handle beats under this name.
-                stands = await self._bucket.one(_instance(owner))
-                if stands is None:
-                    return False
-                self._beats[owner] = stands.sequence
+            if known := self._beats.get(owner, 0):
+                try:
+                    self._beats[owner] = await self._bucket.write(
+                        [Put(_instance(owner), owner.encode(), expected=known)]
+                    )
+                    return True
+                except Unsure:
+                    continue
+                except Stale:
+                    pass
+            # It never joined or was struck off; or an answer got lost, or another handle beats under this name.
+            stands = await self._bucket.one(_instance(owner))
+            if stands is None:
+                return False
+            self._beats[owner] = stands.sequence
         raise Unavailable(f"{owner} could not beat in {self.place}: it is tried again")
 
     async def _instances(self) -> dict[str, int]:

@@ -59,7 +59,7 @@ class NatsStores:
                 found += await self._files.letters(service)
             except Refused:
                 raise self._unknown(service, names) from None
-        return sorted(found, key=lambda letter: letter.position)
+        return sorted(found, key=lambda letter: (letter.service, letter.position))
 
     async def _letters(self, service: str) -> list[Letter]:
         waiting = [
