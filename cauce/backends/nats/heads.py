@@ -40,6 +40,9 @@ class Heads:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
+        self.alone = stream.head == 0
+        """Whether all that was written is known here: nothing was there before, and nobody else was noticed."""
+
         self._heads: dict[str, Head] = {}
         self.slots: dict[str, int] = {}
         self.fences: dict[str, int] = {}
@@ -84,10 +87,12 @@ class Heads:
     def note(self, subject: str, head: Head) -> None:
         if len(self._heads) >= _CACHED:
             self._heads.clear()
+            self.alone = False
         self._heads[subject] = head
 
     def forget(self, subjects: Collection[str]) -> None:
         """Another has written: what was known of these streams, and of all slots and claims, is looked up again."""
+        self.alone = False
         for subject in subjects:
             self._heads.pop(subject, None)
         self.slots.clear()
