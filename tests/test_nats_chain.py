@@ -9,6 +9,7 @@ import pytest
 from cauce.backends import nats as backend
 from cauce.backends.nats import NatsBus
 from cauce.backends.nats.chain import Pace
+from cauce.backends.nats.stream import Stream
 from cauce.clock import SystemClock
 from cauce.codec import Entry, Meta, sealed
 from cauce.errors import Conflict
@@ -66,3 +67,21 @@ async def test_what_another_wrote_into_a_log_that_was_empty_when_it_was_opened_i
         await one.facts.append("things/2", [fact("things/2")], expect=0)
     await one.close()
     await other.close()
+
+
+async def test_where_many_streams_end_is_asked_at_once_when_a_log_is_opened_again(
+    nats_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = [f"things/{n}" for n in range(40)]
+    one = await backend.open(nats_bus)
+    await told(one, streams, None)
+    await one.close()
+
+    async def last_of(stream: Stream, subject: str) -> None:
+        raise AssertionError(f"{subject} was looked for alone")
+
+    monkeypatch.setattr(Stream, "last_of", last_of)
+    again = await backend.open(nats_bus)
+    verdicts = await told(again, [*streams, "things/new", "things/Ünïcode *.>"], None)
+    assert [each.version for each in verdicts if isinstance(each, Appended)] == [2] * 40 + [1, 1]
+    await again.close()

@@ -33,7 +33,7 @@ def measure(run: Run) -> Found:
         ratios += wanted
         place = partial(nats_bus, run.bus, run.ground.folder, flushed=flushed)
         run.say("deliver: looking for the best subscriber of FastStream")
-        way = jetstream.best(place, run.load, _CALLERS, run.seconds / 4)
+        way = jetstream.best(place, run.load, _CALLERS, run.seconds / 2)
         found.settings[f"faststream deliver{end}"] = way
 
         def ours(turn: Turn, place: jetstream.Place = place) -> Sample:

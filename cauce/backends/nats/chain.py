@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Pace"]
 
-_TRY = 64
+_TRY = 256
 """After so many groups the other way is tried again."""
 
 _SPOILT = 32

@@ -44,7 +44,7 @@ class Plan:
             position = base + number
             before = heads.head(job.subject) or NOTHING
             heads.note(job.subject, Head(version, position))
-            if not job.version:
+            if not job.version and heads.reads(job.subject):
                 heads.wrote(job.subject, before.position, [entry.id for entry in job.entries], position)
             self.verdicts.append((job, Appended(version, position)))
         for pattern, begin in self.slots.items():
@@ -129,7 +129,7 @@ class _Drawing:
                 return
             first = job.version
         else:
-            first = await self._expected(job) + 1
+            first = 1 + (self._version(job) if job.expect is None else await self._expected(job))
         for entry in job.entries:
             if entry.type not in self._heads.types:
                 self._heads.types.add(check_name(entry.type))
@@ -142,7 +142,8 @@ class _Drawing:
         for number, (head, payload) in enumerate(lines):
             self._message(job.subject, head, payload, checks[number] if number < len(checks) else None)
         self._staged[job.subject] = version = first + len(lines) - 1
-        self._ids.update((job.subject, entry.id) for entry in job.entries)
+        for entry in job.entries:
+            self._ids.add((job.subject, entry.id))
         self._plan.written.append((job, version, len(self._plan.messages)))
 
     # ------------------------------------------------------------------------------------------------- versions

@@ -48,6 +48,8 @@ class _Step:
     def __init__(self, work: Callable[[], Awaitable[Any]]) -> None:
         self.work, self.size = work, 0
         self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        # Who stopped waiting does not ask how it went.
+        self.future.add_done_callback(lambda future: future.cancelled() or future.exception())
 
 
 class Writer:
