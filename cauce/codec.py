@@ -24,6 +24,7 @@ __all__ = [
     "digest",
     "digest_at",
     "from_cloudevent",
+    "is_moment",
     "micros",
     "moment",
     "schema_in",
@@ -196,6 +197,11 @@ def moment(time: int) -> datetime:
     A log that holds such a time must stay readable, and `verify` says what is not as it was written.
     """
     return _EPOCH + timedelta(microseconds=min(max(time, _FIRST), _LAST))
+
+
+def is_moment(time: int) -> bool:
+    """Whether microseconds since 1970 lie in the years 1 to 9999, so that `moment` is exact."""
+    return _FIRST <= time <= _LAST
 
 
 def micros(when: datetime) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 
 import msgspec
 
@@ -12,7 +13,7 @@ from cauce.backends.nats.many import Many, stored
 from cauce.backends.nats.stream import Stream
 from cauce.codec import moment
 
-__all__ = ["Message", "fetch", "first_since"]
+__all__ = ["Message", "ends", "fetch", "first_since"]
 
 _BYTES = 8 * 1024 * 1024
 
@@ -48,6 +49,28 @@ async def first_since(stream: Stream, pattern: str, time: int) -> int:
     question = {"start_time": moment(time), "next_by_subj": pattern, "batch": 1}
     some, _ = await _ask(stream.link, stream, f"$JS.API.DIRECT.GET.{stream.name}", msgspec.json.encode(question))
     return some[0].position if some else 0
+
+
+async def ends(stream: Stream, subjects: Collection[str]) -> dict[str, Message | None]:
+    """The last message on each of these subjects, all asked for at once; those are left out to which no answer came.
+
+    What a follower of a cluster answers may not be the last that the leader has.
+    """
+    link, skip = stream.link, len(stream.everything) - 1
+    asked = {subject: link.call(f"$JS.API.DIRECT.GET.{stream.name}.{subject}") for subject in subjects}
+    await link.client.kick()
+    await asyncio.wait(asked.values(), timeout=link.turn)
+    found: dict[str, Message | None] = {}
+    for subject, answer in asked.items():
+        if not answer.done():
+            answer.cancel()
+        elif answer.exception() is None:
+            reply = answer.result()
+            if reply.status == 404:
+                found[subject] = None
+            elif not reply.status:
+                found[subject] = _message(reply.block, reply.data, skip)
+    return found
 
 
 async def _ask(link: Link, stream: Stream, subject: str, question: bytes) -> tuple[list[Message], bool]:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 import msgspec
 
 from cauce.accept import SLOTS, check_stream, slot_of
-from cauce.backends.nats.direct import fetch
+from cauce.backends.nats.direct import ends, fetch
 from cauce.backends.nats.events import id_of, version_of
 from cauce.backends.nats.names import token
 from cauce.backends.nats.stream import Stream
@@ -40,6 +40,9 @@ class Heads:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
+        self.alone = stream.head == 0
+        """Whether all that was written is known here: nothing was there before, and nobody else was noticed."""
+
         self._heads: dict[str, Head] = {}
         self.slots: dict[str, int] = {}
         self.fences: dict[str, int] = {}
@@ -84,10 +87,12 @@ class Heads:
     def note(self, subject: str, head: Head) -> None:
         if len(self._heads) >= _CACHED:
             self._heads.clear()
+            self.alone = False
         self._heads[subject] = head
 
     def forget(self, subjects: Collection[str]) -> None:
         """Another has written: what was known of these streams, and of all slots and claims, is looked up again."""
+        self.alone = False
         for subject in subjects:
             self._heads.pop(subject, None)
         self.slots.clear()
@@ -100,7 +105,11 @@ class Heads:
             stored = await self._stream.last_of(subject)
             self.note(subject, NOTHING if stored is None else Head(version_of(stored.hdrs), stored.seq))
         elif subjects:
-            await asyncio.gather(*(self.load((subject,)) for subject in subjects))
+            # Where one server is all there is, what answers soonest is right.
+            found = await ends(self._stream, subjects) if self._stream.replicas == 1 else {}
+            for subject, message in found.items():
+                self.note(subject, NOTHING if message is None else Head(version_of(message.head), message.position))
+            await asyncio.gather(*(self.load((subject,)) for subject in subjects if subject not in found))
 
     async def last(self, subject: str) -> int:
         """The last position on a subject or pattern, as the leader has it; 0 where nothing is."""
@@ -136,6 +145,10 @@ class Heads:
         known.first.setdefault(id_of(head), position)
         known.upto = position
         self._counted += 1
+
+    def reads(self, subject: str) -> bool:
+        """Whether the ids of this stream are known, so that `wrote` has to be told of more."""
+        return subject in self._ids
 
     def wrote(self, subject: str, after: int, ids: Collection[str], position: int) -> None:
         """This handle wrote these ids, the last at a position, behind another."""

@@ -37,14 +37,6 @@ class Plan:
         """Whether each job is one message, so that some may stand without the others."""
         return len(self.written) == len(self.messages)
 
-    def cut(self, count: int) -> set[str]:
-        """Only so many messages stand: what comes behind is as if it had not been taken in. Gives its subjects."""
-        place = self.jobs.index(self.written[count][0])
-        behind, subjects = set(map(id, self.jobs[place:])), {job.subject for job in self.jobs[place:]}
-        del self.jobs[place:], self.messages[count:], self.written[count:]
-        self.verdicts = [each for each in self.verdicts if id(each[0]) not in behind]
-        return subjects
-
     def settle(self, last: int, heads: Heads) -> None:
         """The messages stand, the last at this position."""
         base = last - len(self.messages)
@@ -52,7 +44,7 @@ class Plan:
             position = base + number
             before = heads.head(job.subject) or NOTHING
             heads.note(job.subject, Head(version, position))
-            if not job.version:
+            if not job.version and heads.reads(job.subject):
                 heads.wrote(job.subject, before.position, [entry.id for entry in job.entries], position)
             self.verdicts.append((job, Appended(version, position)))
         for pattern, begin in self.slots.items():
@@ -116,11 +108,14 @@ class _Drawing:
         unknown = dict.fromkeys(
             job.subject
             for job in jobs
-            if self._heads.head(job.subject) is None
-            and not (self._trusting and job.expect == 0 and not job.repeat and job.tried is None)
+            if self._heads.head(job.subject) is None and not (self._trusting and self._new(job))
         )
         await self._heads.load(unknown)
         self._fresh.update(unknown)
+
+    def _new(self, job: Job) -> bool:
+        """Whether its stream is taken not to be there yet without a look."""
+        return job.tried is None and (self._heads.alone or (job.expect == 0 and not job.repeat))
 
     async def _take(self, job: Job) -> None:
         if job.fence is not None:
@@ -134,7 +129,7 @@ class _Drawing:
                 return
             first = job.version
         else:
-            first = await self._expected(job) + 1
+            first = 1 + (self._version(job) if job.expect is None else await self._expected(job))
         for entry in job.entries:
             if entry.type not in self._heads.types:
                 self._heads.types.add(check_name(entry.type))
@@ -147,7 +142,8 @@ class _Drawing:
         for number, (head, payload) in enumerate(lines):
             self._message(job.subject, head, payload, checks[number] if number < len(checks) else None)
         self._staged[job.subject] = version = first + len(lines) - 1
-        self._ids.update((job.subject, entry.id) for entry in job.entries)
+        for entry in job.entries:
+            self._ids.add((job.subject, entry.id))
         self._plan.written.append((job, version, len(self._plan.messages)))
 
     # ------------------------------------------------------------------------------------------------- versions

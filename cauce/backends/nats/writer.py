@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from cauce.backends.nats.api import CHANGED, LATER, ApiError, refusal, told
-from cauce.backends.nats.chain import Acks, Pace
+from cauce.backends.nats.chain import Pace
 from cauce.backends.nats.heads import Heads
 from cauce.backends.nats.job import Job
 from cauce.backends.nats.link import Lost, Reply
@@ -48,6 +48,8 @@ class _Step:
     def __init__(self, work: Callable[[], Awaitable[Any]]) -> None:
         self.work, self.size = work, 0
         self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        # Who stopped waiting does not ask how it went.
+        self.future.add_done_callback(lambda future: future.cancelled() or future.exception())
 
 
 class Writer:
@@ -251,27 +253,32 @@ class Writer:
         """One message after the other, without waiting: each is taken only right behind the one before it."""
         link, count, before = self._link, len(plan.messages), self._stream.head
         began = asyncio.get_running_loop().time()
-        acks = Acks([each[0] for each in plan.messages])
-        inbox = link.expect(acks)
         name = b""
-        for subject, lines, payload in plan.messages:
-            self._batches += 1
-            behind = b"Nats-Expected-Last-Msg-Id: %b\r\n" % name if name else b""
-            name = b"%b-%d" % (self._batch, self._batches)
-            link.publish(subject, payload, b"NATS/1.0\r\nNats-Msg-Id: %b\r\n%b%b\r\n" % (name, behind, lines), inbox)
+        for subject, lines, payload in plan.messages[:-1]:
+            name, head = self._link_in_chain(name, lines)
+            link.publish(subject, payload, head)
+        subject, lines, payload = plan.messages[-1]
+        future = link.call(
+            subject, payload, self._link_in_chain(name, lines)[1], [each[0] for each in plan.messages[:-1]]
+        )
         await link.client.kick()
         async with asyncio.timeout(link.turn):
-            await acks.future
-        good = acks.good()
-        if good == count:
-            self._pace.chain(count, asyncio.get_running_loop().time() - began)
-            return await self._position(Reply(acks.replies[-1]), count, before)
-        self._pace.broke()
-        if good:
-            last = await self._position(Reply(acks.replies[good - 1]), good, before)
-            self._heads.forget(plan.cut(good))
-            return last
-        return await self._position(Reply(acks.replies[0]), count, before)
+            reply = await future
+        try:
+            last = await self._position(reply, count, before)
+        except ApiError as error:
+            # Only the last is answered: it stands if all do, else a beginning of them may.
+            self._pace.broke()
+            raise Lost(f"a chain to {self._stream.name} broke ({error})") from None
+        self._pace.chain(count, asyncio.get_running_loop().time() - began)
+        return last
+
+    def _link_in_chain(self, before: bytes, lines: bytes) -> tuple[bytes, bytes]:
+        """The name of the next message of a chain, and its header block."""
+        self._batches += 1
+        name = b"%b-%d" % (self._batch, self._batches)
+        behind = b"Nats-Expected-Last-Msg-Id: %b\r\n" % before if before else b""
+        return name, b"NATS/1.0\r\nNats-Msg-Id: %b\r\n%b%b\r\n" % (name, behind, lines)
 
     async def _send_whole(self, plan: Plan) -> int:
         link, count, before = self._link, len(plan.messages), self._stream.head
