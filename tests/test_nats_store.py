@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cauce.backends.nats.link import Lost, connect
+from cauce.backends.nats.call import Lost
+from cauce.backends.nats.link import connect
 from cauce.backends.nats.store import NatsStore
 from cauce.backends.nats.stores import NatsStores
 from cauce.backends.sqlite.stores import SQLiteStores

@@ -14,7 +14,8 @@ from typing import Any
 
 import msgspec
 
-from cauce.backends.nats.link import Link, Lost, Reply
+from cauce.backends.nats.call import Lost, Reply
+from cauce.backends.nats.link import Link
 from cauce.backends.nats.many import Many, stored
 from cauce.errors import Damaged, NoAnswer, Refused, StorageFull, Unreachable
 

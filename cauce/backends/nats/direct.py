@@ -7,7 +7,8 @@ import asyncio
 import msgspec
 
 from cauce.backends.nats.api import away
-from cauce.backends.nats.link import Link, Lost, Reply
+from cauce.backends.nats.call import Lost, Reply
+from cauce.backends.nats.link import Link
 from cauce.backends.nats.many import Many, stored
 from cauce.backends.nats.stream import Stream
 from cauce.codec import moment
@@ -61,7 +62,10 @@ async def _ask(link: Link, stream: Stream, subject: str, question: bytes) -> tup
         try:
             async with asyncio.timeout(min(left, link.turn)):
                 end = Reply(b"", await many.future)
-        except (Lost, TimeoutError):
+        except TimeoutError:
+            link.doubt()
+            continue
+        except Lost:
             continue
         if end.status in (204, 404):
             skip = len(stream.everything) - 1

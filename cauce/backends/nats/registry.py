@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from cauce.backends.nats.link import Link, Reply
+from cauce.backends.nats.call import Reply
+from cauce.backends.nats.link import Link
 from cauce.backends.nats.many import Many
 from cauce.clock import Clock
 from cauce.errors import NoAnswer, Refused, Unavailable
