@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -10,7 +11,7 @@ __all__ = ["Late"]
 
 
 class Late:
-    """A relay to a port of loopback. `held` is what was sent since `hold`, `answers` what came back since `arrive`."""
+    """A relay to a port of loopback. `held` is what was sent since `hold`, `answers` what came back to it."""
 
     def __init__(self, port: int) -> None:
         self._port, self.held = port, b""
@@ -71,12 +72,15 @@ class Late:
         self._latest[0].transport.abort()
 
     async def arrive(self) -> None:
-        """Let it arrive, and wait for what the server says."""
+        """Let it arrive, and wait for the answer to its last question; those to others are heard here, too."""
         assert self._holding is not None
-        self.answers = b""
+        inbox = re.findall(rb"_INBOX\.[\w.]+", self.held)[-1]
         self._holding.write(self.held)
         async with asyncio.timeout(10.0):
-            await self._until(lambda: b'"seq":' in self.answers or b'"err_code":' in self.answers)
+            await self._until(
+                lambda: re.search(rb"MSG %b [^\n]*\n[^\n]+\n" % re.escape(inbox), self.answers) is not None
+            )
+        self.answers = self.answers[self.answers.index(inbox) :]
 
     async def _until(self, done: Callable[[], bool]) -> None:
         while not done():

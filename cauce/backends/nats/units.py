@@ -2,8 +2,8 @@
 
 One batch is under way at a time, so that units stand in the order in which they were given. The first message of each
 share in it carries the share's fence. If the server refuses a batch, the fences are looked up: units of a share that
-has another holder are `Fenced`, the others go again. If it does not say whether it wrote, the fences rise first, then that is looked
-up, too.
+has another holder are `Fenced`, the others go again. If it does not say whether it wrote, the fences rise, then that is
+looked up, too.
 """
 
 from __future__ import annotations
