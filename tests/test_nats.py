@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -11,10 +13,13 @@ from typing import Any
 import msgspec
 import nats as plain
 import pytest
+from nats.aio.client import Client as PlainClient
+from nats.protocol.parser import Parser
 
 from cauce.accept import ENTRY_BYTES, slot_of
 from cauce.backends import nats as backend
 from cauce.backends.nats import NatsBus
+from cauce.backends.nats.client import Client
 from cauce.backends.nats.link import OLDEST
 from cauce.backends.nats.names import text, token
 from cauce.clock import SystemClock
@@ -373,6 +378,19 @@ async def test_a_plain_client_reads_facts_as_cloudevents_in_binary_mode(nats: Na
             "ce-streamversion": "1", "ce-digest": headers["ce-digest"], "ce-correlation": entry.id,
             "ce-causation": "c", "ce-by": "crm:jo%C3%A9", "ce-wish": "eyJ0eXBlIjoiRG8iLCJib2R5Ijp7fX0=",
         }  # fmt: skip
+
+
+def test_nats_py_still_calls_what_our_client_changes_in_it() -> None:
+    source = inspect.getsource(PlainClient) + inspect.getsource(Parser)
+    changed = [name for name in vars(Client) if name.startswith("_process") or name == "_attempt_reconnect"]
+    assert len(changed) == 4
+    for name in changed:
+        assert inspect.iscoroutinefunction(getattr(PlainClient, name))
+        assert (
+            inspect.signature(getattr(PlainClient, name)).parameters.keys()
+            == inspect.signature(getattr(Client, name)).parameters.keys()
+        )
+        assert re.search(rf"(self|self\.nc)\.{name}\(", source)
 
 
 async def test_without_a_name_of_the_bus_subjects_have_no_prefix(own_nats: Nats) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import msgspec
 
 from cauce.backends.nats.api import CHANGED, LATER, ApiError, refusal, told
+from cauce.backends.nats.call import Lost
 from cauce.backends.nats.heads import Heads
-from cauce.backends.nats.link import Lost
 from cauce.backends.nats.names import token
 from cauce.backends.nats.stream import Stored, Stream
 from cauce.errors import Fenced, Held, Unreachable

@@ -118,9 +118,11 @@ class _Drawing:
         return job.tried is None and (self._heads.alone or (job.expect == 0 and not job.repeat))
 
     async def _take(self, job: Job) -> None:
+        if await self._went_through(job):
+            return
         if job.fence is not None:
             await self._check_fence(job.subject, job.fence.name, job.fence.fence)
-        if await self._stands(job):
+        if await self._repeats(job):
             return
         if job.version:
             version = self._head(job).version
@@ -166,19 +168,22 @@ class _Drawing:
 
     # ------------------------------------------------------------------------------------------------- repeats
 
-    async def _stands(self, job: Job) -> bool:
-        """Whether the job stands already, because it is a repeat, or because it was sent before."""
+    async def _went_through(self, job: Job) -> bool:
+        """Whether it stands because it was sent before, whatever has changed since."""
         head = self._head(job)
-        if not head.position:
+        if job.tried is None or head.position <= job.tried:
             return False
-        if job.tried is not None and head.position > job.tried:
-            position = await self._sent(job, head)
-            if position:
-                number = len(job.entries) - 1
-                version = job.version or await self._version_at(job, position + number)
-                self._plan.verdicts.append((job, Appended(version, position + number)))
-                return True
-        if not job.repeat:
+        position = await self._sent(job, head)
+        if position:
+            number = len(job.entries) - 1
+            version = job.version or await self._version_at(job, position + number)
+            self._plan.verdicts.append((job, Appended(version, position + number)))
+        return bool(position)
+
+    async def _repeats(self, job: Job) -> bool:
+        """Whether it stands because somebody appended the same before."""
+        head = self._head(job)
+        if not job.repeat or not head.position:
             return False
         position = await self._heads.first(job.subject, job.entries[0].id, head.position)
         if not position:

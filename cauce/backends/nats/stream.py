@@ -11,13 +11,16 @@ import msgspec
 from cauce.backends.health import DURABLE, NOTHING_LOST, ONE_ORDER, Finding
 from cauce.backends.nats.api import NAME_IN_USE, NO_MESSAGE, NOT_FOUND, ApiError, ask, refusal
 from cauce.backends.nats.link import Link
-from cauce.errors import Damaged, Refused
+from cauce.errors import CauceError, Damaged, Refused, Unreachable
 
 __all__ = ["Cluster", "Config", "Info", "Peer", "State", "Stored", "Stream", "info_of", "streams_of"]
 
 _ID = "cauce-id"
 _LIMITS = ("retention", "max_msgs", "max_bytes", "max_age", "max_msgs_per_subject")
 """Settings by which a server drops what it took."""
+
+_LAGS = 30.0
+"""Seconds in which a server that was cut off or stood still learns that it leads no more; it does so after 10."""
 
 
 class State(msgspec.Struct, frozen=True):
@@ -110,6 +113,7 @@ class Stream:
         self.broken: Damaged | None = None
         self.head = 0
         self._created = ""
+        self._lags = 0.0
         self._asking: asyncio.Future[State] | None = None
 
     # ------------------------------------------------------------------------------------------------- opening
@@ -225,11 +229,23 @@ class Stream:
             raise self.refusal(error) from error
         if info.created != self._created:
             raise self.stop("was deleted and made anew")
-        if info.state.last_seq < before:
-            raise self.stop(f"ends at {info.state.last_seq:,}, but had {before:,} entries")
         self.replicas = info.config.num_replicas
+        if info.state.last_seq < before:
+            raise self._behind(info.state.last_seq, before)
+        self._lags = 0.0
         self._note(info.state)
         return info.state
+
+    def _behind(self, last: int, known: int) -> CauceError:
+        """What it means that fewer are there than were. In a cluster one may answer that leads no more, for a while."""
+        now = asyncio.get_running_loop().time()
+        self._lags = self._lags or now
+        if self.replicas == 1 or now - self._lags > _LAGS:
+            return self.stop(f"ends at {last:,}, but had {known:,} entries")
+        self.link.doubt()
+        return Unreachable(
+            f"a server of {self.link} has {last:,} of {known:,} entries of {self.name}: it is tried again"
+        )
 
     def _note(self, state: State) -> None:
         self.head = max(self.head, state.last_seq)

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import msgspec
 
 from cauce.backends.nats.api import CHANGED, LATER, ApiError, refusal, told
+from cauce.backends.nats.call import Lost, Reply
 from cauce.backends.nats.chain import Pace
 from cauce.backends.nats.heads import Heads
 from cauce.backends.nats.job import Job
-from cauce.backends.nats.link import Lost, Reply
 from cauce.backends.nats.plan import Plan, draw
 from cauce.backends.nats.stream import Stream
 from cauce.errors import NotPermitted, OutcomeUnknown, Overloaded, Unreachable
@@ -162,16 +162,23 @@ class Writer:
                 if plan.messages:
                     await self._connected(plan)
                     plan.settle(await self._send(plan), self._heads)
+                    self._link.trust()
             except ApiError as error:
                 tries += 1
+                if self._stream.replicas > 1:
+                    # One that still believes to lead may refuse what another takes: its answer proves nothing.
+                    self._note_tried(jobs)
+                self._link.doubt()
                 if error.code not in CHANGED and error.code not in LATER:
                     if len(jobs) == 1:
                         raise refusal(error, self._link, f"append to {jobs[0].stream}") from None
                     tries = 3
                 with suppress(Unreachable):
                     await self._again(jobs, error.code in CHANGED)
-            except (Lost, TimeoutError):
+            except (Lost, TimeoutError) as error:
                 tries += 1
+                if isinstance(error, TimeoutError):
+                    self._link.doubt()
                 self._note_tried(jobs)
                 await self._again(jobs, False)
             except Unreachable:
@@ -302,6 +309,9 @@ class Writer:
         if not reply.data:
             # Nobody took it: the stream is gone, or its server is.
             await self._stream.state()
+            self._link.doubt()
+            if self._stream.replicas > 1:
+                raise Lost(f"stream {self._stream.name} on {self._link} changes its leader")
             raise Unreachable(f"stream {self._stream.name} on {self._link} takes nothing now: it is tried again")
         last = told(reply, _Ack).seq
         if last - count < before:
