@@ -11,7 +11,8 @@ import msgspec
 from cauce.accept import ENTRY_BYTES
 from cauce.backends.health import DURABLE, ONE_WRITER, PRIVATE, Finding, Health
 from cauce.backends.nats.bucket import buckets
-from cauce.backends.nats.link import Link, Lost, connect
+from cauce.backends.nats.call import Lost
+from cauce.backends.nats.link import Link, connect
 from cauce.backends.nats.stream import Info, info_of, streams_of
 from cauce.clock import Clock
 from cauce.errors import CauceError
