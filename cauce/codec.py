@@ -22,7 +22,6 @@ __all__ = [
     "Wish",
     "derive_id",
     "digest",
-    "digest_at",
     "from_cloudevent",
     "micros",
     "moment",
@@ -139,18 +138,6 @@ def digest(entry: Entry, version: int) -> int:
     if entry.wish is None:
         return crc32(b"".join((head, entry.raw, b"\0\0", entry.body or b"")))
     return crc32(b"".join((head, entry.raw, b"\0", entry.wish, b"\0", entry.body or b"")))
-
-
-def digest_at(entry: Entry, version: int) -> int:
-    """The digest of an entry that is about to be written. Raises `Refused` for an id that not every log can keep."""
-    try:
-        if "\0" not in entry.id:
-            return digest(entry, version)
-    except UnicodeEncodeError:
-        pass
-    raise Refused(
-        f"id {entry.id!r} in {entry.stream} is no text of Unicode, or holds NUL: use an id of the clock, or a derived one"
-    )
 
 
 class _OnlySchema(msgspec.Struct):

@@ -29,7 +29,7 @@ from typing import Literal, ParamSpec, Protocol, TypeVar
 
 import msgspec
 
-from cauce.accept import APPEND_ENTRIES, ENTRY_BYTES, slot_of
+from cauce.accept import APPEND_BYTES, APPEND_ENTRIES, ENTRY_BYTES, ID_BYTES, slot_of
 from cauce.clock import SystemClock
 from cauce.codec import Entry, Meta, derive_id, sealed
 from cauce.errors import CauceError, Conflict, Fenced, Held, IdReused, Refused
@@ -438,6 +438,30 @@ async def after_every_refusal_the_next_append_works(open: Open) -> None:
         await _nothing_but(log, *_facts("things/1", *range(len(wrong) + 1)))
 
 
+@_promise
+async def of_several_things_that_are_wrong_the_first_is_told(open: Open) -> None:
+    """What no log takes, then a stale fence, then an id that is used, then the version; a put asks the first only."""
+    async with open("all") as log, open("last") as last:
+        await _add(log, "things/1", 1)
+        await _put(last, "things/1", 5)
+        old = await log.claim("slot", "a")
+        await log.claim("slot", "b", over=old)
+        used = _fact("things/1", 1, body=b"1")
+        unlawful: list[dict[str, object]] = [
+            {"stream": "things"}, {"stream": "things/a\nb"}, {"type": ""}, {"type": " a"}, {"id": ""}, {"id": "a\0b"},
+            {"body": b"x" * (ENTRY_BYTES + 1)},
+        ]  # fmt: skip
+        for change in unlawful:
+            entry = msgspec.structs.replace(used, **change)
+            await _raises(Refused, log.append, entry.stream, [entry], expect=7, fence=old, repeat=True)
+            await _raises(Refused, last.put, entry.stream, 4, entry)
+        await _raises(Fenced, log.append, "things/1", [used], expect=7, fence=old, repeat=True)
+        await _raises(IdReused, log.append, "things/1", [used], expect=7, repeat=True)
+        await _raises(Conflict, log.append, "things/1", [used], expect=7)
+        await _nothing_but(log, _fact("things/1", 1))
+        await _nothing_but(last, _fact("things/1", 5))
+
+
 # ------------------------------------------------------------------------------------------------------- repeat
 
 
@@ -608,6 +632,24 @@ async def a_stale_fence_writes_nothing(open: Open) -> None:
         await _add(log, "things/1", 2, expect=1, fence=new)
         await _raises(Fenced, _add, log, "things/1", 3, fence=Claim("never claimed", "a", 1))
         await _nothing_but(log, *_facts("things/1", 1, 2))
+
+
+@_promise
+async def a_claim_that_no_log_gave_is_fenced(open: Open) -> None:
+    """Whatever it names and counts: nothing is written under it, it does not beat, and to let go of it does nothing."""
+    async with open("all") as log:
+        stands = await log.claim("slot", "a")
+        await _add(log, "things/1", 1, fence=stands)
+        names = ("", "a\0b", "a\nb", "\ud800", "e\u0301", "x" * 257, "x" * 100_000, "slot/1", "things/1", *HOSTILE[:20])
+        numbers = (0, -1, stands.fence + 1, 2**63 - 1, 2**63, 2**64, -(2**63) - 1)
+        forged = [Claim(name, "a", stands.fence) for name in names] + [Claim("slot", "a", number) for number in numbers]
+        for claim in (*forged, Claim("slot", "a", stands.fence, 2**63 - 1), Claim("slot", "a", stands.fence, -1)):
+            await _raises(Fenced, log.beat, claim)
+            await log.release(claim)
+            if claim.fence != stands.fence or claim.name != "slot":
+                await _raises(Fenced, _add, log, "things/1", 2, fence=claim)
+        await _add(log, "things/1", 2, expect=1, fence=stands)
+        _same((await _raises(Held, log.claim, "slot", "b")).claim, stands, "the claim that stands")
 
 
 @_promise
@@ -1047,12 +1089,48 @@ async def the_largest_is_taken_whole_and_nothing_larger(open: Open) -> None:
         await _raises(Refused, log.append, "things/1", [entry, bigger])
         await _raises(Refused, last.put, "things/1", 1, bigger)
         await _raises(Refused, _add, log, "things/2", *range(APPEND_ENTRIES + 1))
+        whole, part = divmod(APPEND_BYTES, ENTRY_BYTES)
+        rest = msgspec.structs.replace(big, body=b"1" * (part - len(entry.raw)))
+        await _raises(Refused, log.append, "things/3", [*[big] * whole, rest, entry])
         await log.append("things/1", [big], expect=0)
         await last.put("things/1", 1, big)
         many = _facts("things/2", *range(APPEND_ENTRIES))
         _same((await log.append("things/2", many, expect=0)).version, APPEND_ENTRIES, "the version")
         await _nothing_but(log, big, *many)
         await _nothing_but(last, big)
+        heaviest = [msgspec.structs.replace(each, stream="things/3") for each in (*[big] * whole, rest)]
+        _same((await log.append("things/3", heaviest, expect=0)).version, whole + 1, "the version")
+        found = await _read(log, Filter("things/3"), limit=1)
+        _same([_content(each) for each in found], [_content(each) for each in heaviest], "the heaviest append")
+
+
+@_promise
+async def an_id_is_any_text_within_its_bound(open: Open) -> None:
+    """Kept as it is and found by a repeat, however hostile; refused where it is no text, empty or too long."""
+    legal = (
+        *HOSTILE,
+        "a\nb",
+        "\x1b[31m",
+        "e\u0301",
+        "x" * ID_BYTES,
+        "\u00fc" * (ID_BYTES // 2),
+        "\U0001f980" * (ID_BYTES // 4),
+    )
+    illegal = ("", "\0", "a\0b", "\ud800", "a\udfff", "x" * (ID_BYTES + 1), "\u00fc" * (ID_BYTES // 2) + "x")
+    entries = [msgspec.structs.replace(_fact("things/1", n), id=id) for n, id in enumerate(legal)]
+    async with open("all") as log, open("last") as last:
+        done = await log.append("things/1", entries)
+        for n, entry in enumerate(entries, 1):
+            again = await log.append("things/1", [entry], repeat=True)
+            _same((again.version, again.repeated), (n, True), f"the repeat of {entry.id!r}")
+        for id in illegal:
+            wrong = msgspec.structs.replace(entries[0], id=id)
+            await _raises(Refused, log.append, "things/1", [entries[0], wrong])
+            await _raises(Refused, log.append, "things/1", [wrong], repeat=True)
+            await _raises(Refused, last.put, "things/1", 1, wrong)
+        await last.put("things/1", 1, entries[-1])
+        _same((await log.head(), [each.id for each in await _read(log)]), (done.position, list(legal)), "what stands")
+        await _nothing_but(last, entries[-1])
 
 
 @_promise
@@ -1185,6 +1263,7 @@ async def a_put_wakes_who_waits_for_it(open: Open) -> None:
 HOSTILE = (
     "..", ".", "../x", "../../etc/passwd", "/", "//", "a/b", "a//b", "*", ">", "a.*", "a.>", "a.b", "a.b.", ".a", "a..b", "$claim", "$claim.1", "$JS.API.INFO", "_INBOX.1",
     " ", "  ", " a", "a ", "a  b", "%", "%2E", "a%2Eb", "a%20b", "=", "a=b", "=2E", "a:b", "a?b", "a#b", "~", "@", "-", "--", "-- drop", "'", '"', "''", "a\\b", "\\", "\\n", "a;b", "`id`", "$(id)",
+    "'; drop table facts; --", "' or '1'='1", "$$", "$mark", "$claim.x", "a_b", "a%b", "_", "%s", "{0}", "?", ":1", "$1", "a,b", "a|b", "a&b", "(a)", "[a]", "^", "..a", "a..", "> *",
     "null", "None", "true", "0", "00", "-1", "+1", "1e3", "1_000", "\u0660", "a", "A", "aa", "AA", "\u00e4", "\u00c4", "\u00df", "ss", "\ufb01", "fi", "\u00e9", "\u00e9\u0301",
     "\u4e2d\u6587", "\U0001f980", "\U0001f469\u200d\U0001f680", "\u200b", "\u200bx", "x\u200b", "\u202ex", "\u2028", "\ufeff", "\ufeffa", "a\u00a0b", "\u3000", "\uffff", "\U0010ffff", "\ue000", "\u1ea1\u0307",
     "x" * 255, "x" * 256, "x" * 255 + "y", "." * 256, "*" * 256, " " * 256, "\u00fc" * 128, "\U0001f980" * 64, "\uffff" * 85,
@@ -1213,6 +1292,8 @@ async def two_names_never_collide(open: Open) -> None:
         _same(len(set(streams)), len(streams), "the number of different names tried")
         await asyncio.gather(*(_add(log, stream, 1, expect=0) for stream in streams))
         await asyncio.gather(*(_add(log, stream, 2, expect=1) for stream in streams))
+        again = await asyncio.gather(*(_add(log, stream, 1, repeat=True) for stream in streams))
+        _same({(done.version, done.repeated) for done in again}, {(1, True)}, "the repeats")
         await asyncio.gather(*(_put(last, stream, 1) for stream in streams))
         for stream in streams:
             _same(
@@ -1235,6 +1316,22 @@ async def two_names_never_collide(open: Open) -> None:
         _same(
             len(await _read(log, Filter(domains=frozenset({"things"})))), 2 * len(HOSTILE), "the entries of the domain"
         )
+
+
+@_promise
+async def who_waits_for_a_hostile_name_is_woken_by_it_alone(open: Open) -> None:
+    """Each waits for a thing of its own, in both kinds of log; what others write does not come to it."""
+    streams = [f"things/{key}" for key in HOSTILE]
+    async with open("all") as log, open("last") as last:
+        waits = [each.read(Filter(stream), wait=_SOON) for stream in streams for each in (log, last)]
+        waiting = [asyncio.create_task(each) for each in waits]
+        await SystemClock().sleep(_SHORT / 10)
+        _holds(not any(task.done() for task in waiting), "a reader of what is not yet did not wait")
+        await asyncio.gather(*(_add(log, stream, 1) for stream in streams))
+        await asyncio.gather(*(_put(last, stream, 1) for stream in streams))
+        pages = await asyncio.gather(*waiting)
+        for stream, found, held in zip(streams, pages[::2], pages[1::2], strict=True):
+            _same([entry.stream for entry in (*found.entries, *held.entries)], [stream] * 2, f"what {stream!r} woke")
 
 
 @_promise

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import msgspec
 
-from cauce.accept import APPEND_ENTRIES, ENTRY_BYTES, check_name, check_stream
+from cauce.accept import APPEND_BYTES, APPEND_ENTRIES, ENTRY_BYTES, check_id, check_key, check_name, check_stream
 from cauce.codec import Entry
-from cauce.errors import Refused
+from cauce.errors import Fenced, Refused
 
 __all__ = [
     "EVERYTHING",
@@ -23,6 +23,7 @@ __all__ = [
     "Log",
     "Page",
     "check_append",
+    "check_claim",
     "check_filter",
     "check_put",
     "filter_of",
@@ -47,6 +48,9 @@ class Filter(msgspec.Struct, frozen=True):
 
 
 EVERYTHING = Filter()
+
+_MOST = 2**63 - 2**20
+"""Beyond it no fence and no beat is counted: the next ones would not fit 64 bits."""
 
 
 def filter_of(wants: Iterable[Mapping[str, frozenset[str]]]) -> Filter:
@@ -106,6 +110,9 @@ class Log(Protocol):
         Appends take place in the order of the calls, and so do puts, claims, beats and releases among them. To stop
         waiting for the future does not take the append back.
 
+        Of several things that are wrong the first is told, in this order: what no log takes (`Refused`), the `fence`,
+        the `repeat` with its `IdReused`, then `expect`. So a stale holder learns that it is one, whatever it expects.
+
         Parameters:
             expect: the version the stream must be at (0: it must not be yet), else `Conflict`.
             fence: the claim under which is written; if another holds the name by now, `Fenced`.
@@ -164,22 +171,37 @@ class Log(Protocol):
 
 
 def check_append(stream: str, entries: Sequence[Entry]) -> int:
-    """How many bytes an append has. Raises `Refused` for what no log takes, whatever names and ids it bears."""
+    """How many bytes an append has. Raises `Refused` for what no log takes, before anything else is looked at."""
+    check_stream(stream)
     if not 0 < len(entries) <= APPEND_ENTRIES:
         raise Refused(f"an append to {stream} of {len(entries)} entries: 1 to {APPEND_ENTRIES} are taken at once")
     size = 0
     for entry in entries:
         size += _size(stream, entry)
+    if size > APPEND_BYTES:
+        raise Refused(f"an append to {stream} of {size:,} bytes: at most {APPEND_BYTES:,}, so append it in parts")
     return size
 
 
 def check_put(stream: str, version: int, entry: Entry) -> int:
-    """How many bytes a put has. Raises `Refused` for what no log takes, whatever names and id it bears."""
+    """How many bytes a put has. Raises `Refused` for what no log takes, before anything else is looked at."""
+    check_stream(stream)
     if not 0 < version < 2**63:
         raise Refused(
             f"{stream} cannot be put at version {version}: versions are whole numbers from 1 that fit 64 bits"
         )
     return _size(stream, entry)
+
+
+def check_claim(claim: Claim) -> None:
+    """Raises `Fenced` for a claim that no log gave, because none takes such a name or such numbers."""
+    try:
+        check_key(claim.name)
+        possible = 0 < claim.fence < _MOST and 0 <= claim.beat < _MOST
+    except Refused:
+        possible = False
+    if not possible:
+        raise Fenced(f"no log gave the claim {claim!r:.200}: claim the name, and write under what is given")
 
 
 def check_filter(filter: Filter) -> None:
@@ -195,6 +217,8 @@ def _size(stream: str, entry: Entry) -> int:
         raise Refused(
             f"an entry for {entry.stream!r}, or one read without its body, cannot be written to {stream!r}: seal it for that stream"
         )
+    check_name(entry.type)
+    check_id(entry.id)
     size = len(entry.body) + len(entry.raw) + (0 if entry.wish is None else len(entry.wish))
     if size > ENTRY_BYTES:
         raise Refused(

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import msgspec
 
-from cauce.accept import SLOTS, check_stream, slot_of
+from cauce.accept import SLOTS, slot_of
 from cauce.backends.nats.direct import fetch
 from cauce.backends.nats.events import id_of, version_of
 from cauce.backends.nats.names import token
@@ -46,16 +46,14 @@ class Heads:
         self._ids: dict[str, _Ids] = {}
         self._counted = 0
         self._subjects: dict[str, str] = {}
-        self.types: set[str] = set()
-        """Names of types that were looked at and are legal."""
 
     # ------------------------------------------------------------------------------------------------- names
 
     def subject(self, stream: str) -> str:
-        """The subject of a stream, `facts.users.3.42`. Raises `Refused` for a name that no log takes."""
+        """The subject of a stream, `facts.users.3.42`."""
         found = self._subjects.get(stream)
         if found is None:
-            domain, _, key = check_stream(stream).partition("/")
+            domain, _, key = stream.partition("/")
             if len(self._subjects) >= _CACHED:
                 self._subjects.clear()
             found = self._stream.link.subject(self._stream.log, domain, str(slot_of(key)), token(key))
