@@ -28,6 +28,7 @@ __all__ = [
     "schema_in",
     "seal",
     "sealed",
+    "time_in",
     "to_cloudevent",
 ]
 
@@ -138,6 +139,21 @@ def digest(entry: Entry, version: int) -> int:
     if entry.wish is None:
         return crc32(b"".join((head, entry.raw, b"\0\0", entry.body or b"")))
     return crc32(b"".join((head, entry.raw, b"\0", entry.wish, b"\0", entry.body or b"")))
+
+
+class _OnlyTime(msgspec.Struct):
+    time: int
+
+
+_decode_time = msgspec.json.Decoder(_OnlyTime).decode
+
+
+def time_in(raw: bytes) -> int:
+    """The time in an encoded envelope, when that is all that is asked. Raises `Damaged`."""
+    try:
+        return _decode_time(raw).time
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        raise Damaged("an envelope whose age is asked for cannot be read: run cauce verify") from None
 
 
 class _OnlySchema(msgspec.Struct):

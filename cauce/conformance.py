@@ -8,13 +8,14 @@ It needs no test framework, and nothing in it can skip. A backend's own test is 
         async def open(keeps: Keeps) -> AsyncIterator[Log]:
             bus = await our_backend.open(tmp_path / "bus")
             try:
-                yield bus.facts if keeps == "all" else bus.records
+                yield {"all": bus.facts, "undecided": bus.commands, "last": bus.records}[keeps]
             finally:
                 await bus.close()
 
         await promise(open)
 
-Each promise starts on two empty logs, one that keeps all and one that keeps the last of each stream. What is opened
+Each promise starts on three empty logs: one that keeps all, one that keeps all until it is decided and old, and one
+that keeps the last of each stream. What is opened
 twice is the same log again, with a second handle such as another process would have. This file is long because the
 contract is: it is a list, to be read from anywhere.
 """
@@ -37,8 +38,8 @@ from cauce.log import EVERYTHING, Appended, Claim, Filter, Log, Page
 
 __all__ = ["HOSTILE", "ILLEGAL", "PROMISES", "Broken", "Keeps", "Open", "Promise"]
 
-Keeps = Literal["all", "last"]
-"""What a log keeps of each stream."""
+Keeps = Literal["all", "undecided", "last"]
+"""What a log keeps of each stream: facts all, commands what is not decided and old, records the last."""
 
 
 class Open(Protocol):
@@ -932,6 +933,122 @@ async def what_keeps_all_takes_no_put_and_what_keeps_the_last_no_append(open: Op
         await _raises(Refused, _put, last, "things/2", 0)
         await _nothing_but(everything, _fact("things/1", 1))
         await _nothing_but(last, _fact("things/1", 5))
+
+
+# ------------------------------------------------------------------------------------------------------- forget
+
+_BEGAN = 1_700_000_000_000_000
+
+
+async def _wishes(log: Log) -> list[Entry]:
+    """Ninety entries of two domains and nine keys, each a second after the one before it."""
+    for n in range(90):
+        stream = f"{('apples', 'pears')[n % 2]}/{n % 9}"
+        await log.append(stream, [_fact(stream, n, time=_BEGAN + n * 1_000_000)])
+    return await _read(log)
+
+
+def _in_slot(entry: Entry, domain: str, slot: int) -> bool:
+    return entry.domain == domain and slot_of(entry.key) == slot
+
+
+@_promise
+async def what_is_decided_and_old_is_forgotten_and_nothing_else(open: Open) -> None:
+    """Of one domain and slot, at or below a place and older than a time; the rest stands as and where it stood."""
+    async with open("undecided") as log, open("undecided") as other:
+        entries = await _wishes(log)
+        _same(len(entries), 90, "the number of entries")
+        head, slot = await log.head(), slot_of("3")
+        cases = ((70, 30), (40, 60), (70, 60), (70, 60))
+        for (upto, old), forgets in zip(cases, (log, other, log, other), strict=True):
+            place, before = entries[upto].position, _BEGAN + old * 1_000_000
+            left = [
+                entry
+                for n, entry in enumerate(entries)
+                if not (_in_slot(entry, "apples", slot) and n <= upto and entry.meta.time < before)
+            ]
+            stood = await _read(other)
+            removed = await forgets.forget("apples", slot, place, before)
+            kept = await _read(other)
+            _same(removed, len(stood) - len(kept), "what was removed")
+            _same([entry for entry in stood if entry not in left], [e for e in stood if e not in kept], "what is gone")
+        kept = await _read(log)
+        _holds(0 < len(kept) < 90, f"{len(kept)} of 90 entries are left")
+        for handle, limit in product((log, other), (1, 7, 1000)):
+            _same(await _read(handle, limit=limit), kept, f"what is left, in pages of {limit}")
+            _same(await handle.head(), head, "the head")
+            for stream in sorted({entry.stream for entry in entries}):
+                own = [entry for entry in kept if entry.stream == stream]
+                _same(await _read(handle, Filter(stream), limit=limit), own, f"what is left of {stream}")
+            for after in (entries[20].position, entries[50].position):
+                rest = [entry for entry in kept if entry.position > after]
+                _same(await _read(handle, after=after, limit=limit), rest, f"what is left behind {after}")
+
+
+@_promise
+async def what_lies_behind_the_first_that_is_not_old_stays(open: Open) -> None:
+    """Whatever a clock said: a stream loses its beginning only, so that its versions have no holes."""
+    async with open("undecided") as log:
+        times = (10, 20, 90, 30, 95, 40)
+        for n, time in enumerate(times):
+            await log.append("things/1", [_fact("things/1", n, time=time)])
+        await _add(log, "things/2", 1)
+        _same(await log.forget("things", slot_of("1"), 100, 50), 2, "what was removed")
+        _same([entry.version for entry in await _read(log, Filter("things/1"))], [3, 4, 5, 6], "the versions")
+        _same((await _add(log, "things/1", 9, expect=6)).version, 7, "the version of the next")
+
+
+@_promise
+async def a_stream_of_which_nothing_is_left_begins_again(open: Open) -> None:
+    """At version 1, for every handle, whatever it knew; and an id that is gone may be given again."""
+    async with open("undecided") as log, open("undecided") as other:
+        for handle, n in product((log, other), (1, 2)):
+            await _add(handle, "things/1", n, repeat=True)
+        await _add(other, "things/1", 1, repeat=True)
+        await _add(log, "pears/1", 1, 2)
+        _same(await other.forget("things", slot_of("1"), await log.head(), 2**62), 2, "what was removed")
+        for n, handle in enumerate((log, other, log, other)):
+            done = await _add(handle, "things/1", (2, 2, 1, 1)[n], repeat=True)
+            _same((done.version, done.repeated), (n // 2 + 1, bool(n % 2)), "what is appended again")
+        _same((await _add(other, "things/1", 3, expect=2)).version, 3, "the version of the next")
+        for handle in (log, other):
+            await _nothing_but(handle, *_facts("pears/1", 1, 2), *_facts("things/1", 2, 1, 3))
+            _same([entry.version for entry in await _read(handle, Filter("things/1"))], [1, 2, 3], "the versions")
+    async with open("undecided") as log:
+        await _nothing_but(log, *_facts("pears/1", 1, 2), *_facts("things/1", 2, 1, 3))
+        _same((await _add(log, "things/1", 4)).version, 4, "the version after a new start")
+
+
+@_promise
+async def the_last_entry_is_never_forgotten(open: Open) -> None:
+    """It holds the place of the head: positions go on from there, also after a new start."""
+    async with open("undecided") as log:
+        await _add(log, "things/1", 1, 2)
+        done = await _add(log, "things/1", 3)
+        _same(await log.forget("things", slot_of("1"), 2**63 - 1, 2**62), 2, "what was removed")
+        _same(await log.forget("things", slot_of("1"), 2**63 - 1, 2**62), 0, "what was removed again")
+        await _nothing_but(log, _fact("things/1", 3))
+    async with open("undecided") as log:
+        _same(await log.head(), done.position, "the head after a new start")
+        waiting = await _waiting(log, after=done.position)
+        later = await _add(log, "things/1", 4)
+        _same((later.version, later.position > done.position), (4, True), "what is appended then")
+        _same([entry.position for entry in (await waiting).entries], [later.position], "what woke the reader")
+        _same(await log.forget("things", slot_of("1"), 2**63 - 1, 2**62), 1, "what was removed then")
+        await _nothing_but(log, _fact("things/1", 4))
+
+
+@_promise
+async def facts_and_records_are_never_forgotten(open: Open) -> None:
+    """They are kept for good, whoever asks."""
+    async with open("all") as everything, open("last") as last:
+        await _add(everything, "things/1", 1, 2)
+        await _put(last, "things/1", 1)
+        await _put(last, "things/1", 2)
+        for log in (everything, last):
+            await _raises(Refused, log.forget, "things", slot_of("1"), 2**63 - 1, 2**62)
+        await _nothing_but(everything, *_facts("things/1", 1, 2))
+        await _nothing_but(last, _fact("things/1", 2))
 
 
 # --------------------------------------------------------------------------------------------------------- read

@@ -169,6 +169,24 @@ class Log(Protocol):
         """The last position, 0 in an empty log."""
         ...
 
+    async def forget(self, domain: str, slot: int, upto: int, before: int) -> int:
+        """Remove what is decided and old from a log of commands; gives how many entries that were.
+
+        Of this domain and slot, in their order, those at or below `upto`, up to the first that is not older than
+        `before`; never the last entry of the log. Nothing else changes: positions and versions of the others stay, and
+        a reader passes over what is gone as over any hole, because a log tells it apart from what is lost. A stream of
+        which nothing is left begins again at version 1; an id that is gone may be given again. Where a claim is kept
+        among the entries that it fences, what lies behind it may stay until the next holder.
+
+        Parameters:
+            upto: the place of the one who decides; what lies behind it is not decided yet.
+            before: in microseconds since 1970, as in the envelopes.
+
+        Raises `Refused` where all is kept for good, as facts are and the last of each stream; `Busy` while another
+        removes.
+        """
+        ...
+
 
 def check_append(stream: str, entries: Sequence[Entry]) -> int:
     """How many bytes an append has. Raises `Refused` for what no log takes, before anything else is looked at."""

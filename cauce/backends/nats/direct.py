@@ -10,9 +10,8 @@ from cauce.backends.nats.api import away
 from cauce.backends.nats.link import Link, Lost, Reply
 from cauce.backends.nats.many import Many, stored
 from cauce.backends.nats.stream import Stream
-from cauce.codec import moment
 
-__all__ = ["Message", "fetch", "first_since"]
+__all__ = ["Message", "fetch"]
 
 _BYTES = 8 * 1024 * 1024
 
@@ -41,13 +40,6 @@ async def fetch(stream: Stream, pattern: str, after: int, limit: int) -> list[Me
             break
         after = some[-1].position
     return found
-
-
-async def first_since(stream: Stream, pattern: str, time: int) -> int:
-    """The position of the first message on a pattern stored at or after a time, in microseconds since 1970; 0: none."""
-    question = {"start_time": moment(time), "next_by_subj": pattern, "batch": 1}
-    some, _ = await _ask(stream.link, stream, f"$JS.API.DIRECT.GET.{stream.name}", msgspec.json.encode(question))
-    return some[0].position if some else 0
 
 
 async def _ask(link: Link, stream: Stream, subject: str, question: bytes) -> tuple[list[Message], bool]:

@@ -19,7 +19,7 @@ from cauce.backends.nats.names import text
 from cauce.codec import Entry, Meta, micros, moment
 from cauce.errors import CauceError, Damaged
 
-__all__ = ["decode", "encode", "id_of", "type_of", "version_of"]
+__all__ = ["decode", "encode", "id_of", "time_of", "type_of", "version_of"]
 
 _LONG = 24 * 1024
 """So many bytes of wish or envelope go into headers at most, and, encoded, twice as many of all there is."""
@@ -186,6 +186,14 @@ def id_of(head: bytes) -> str:
 def type_of(head: bytes) -> str:
     begin = head.find(b"\r\nce-type: ")
     return _text(head[begin + 11 : head.find(b"\r\n", begin + 11)]) if begin >= 0 else ""
+
+
+def time_of(head: bytes) -> int:
+    """When it was said, in microseconds since 1970; never, where that is not told."""
+    begin = head.find(b"\r\nce-time: ")
+    if begin < 0:
+        return 2**63
+    return micros(datetime.fromisoformat(head[begin + 11 : head.find(b"\r\n", begin + 11)].decode()))
 
 
 def _value(text: str) -> bytes:

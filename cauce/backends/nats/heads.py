@@ -130,6 +130,11 @@ class Heads:
                 self._add(known, message.head, message.position)
         return known.first.get(id, 0)
 
+    def forget_ids(self, subject: str) -> None:
+        """Some of them are gone: they are read again."""
+        known = self._ids.pop(subject, None)
+        self._counted -= 0 if known is None else len(known.first)
+
     def _add(self, known: _Ids, head: bytes, position: int) -> None:
         known.first.setdefault(id_of(head), position)
         known.upto = position

@@ -179,9 +179,14 @@ class _Drawing:
         if not job.repeat:
             return False
         position = await self._heads.first(job.subject, job.entries[0].id, head.position)
+        entries = await self._entries(job, position) if position else []
+        if position and (not entries or entries[0].position != position):
+            # It was forgotten since, and perhaps stands again.
+            self._heads.forget_ids(job.subject)
+            position = await self._heads.first(job.subject, job.entries[0].id, head.position)
+            entries = await self._entries(job, position) if position else []
         if not position:
             return False
-        entries = await self._entries(job, position)
         # The entries of one append lie side by side.
         if [each.position for each in entries] != list(range(position, position + len(job.entries))) or any(
             (one.type, one.meta.schema, one.body) != (two.type, two.meta.schema, two.body)

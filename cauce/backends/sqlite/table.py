@@ -10,7 +10,7 @@ import apsw
 import msgspec
 
 from cauce.accept import slot_of
-from cauce.backends.sqlite.chain import TAIL, first_of, last_of, write_chapters, written_upto
+from cauce.backends.sqlite.chain import TAIL, forgotten, last_of, remove, write_chapters, written_upto
 from cauce.codec import Entry, digest, schema_in
 from cauce.errors import Conflict, Fenced, Held, IdReused
 from cauce.log import Appended, Claim, check_claim
@@ -115,7 +115,7 @@ class Table:
         self._connection, self._names, self.name, self.last = connection, names, name, last
         self._insert = f"insert {'or replace ' if last else ''}into {name} values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
         self._heads: dict[int, _Head] = {}
-        self._first = 0
+        self._forgot = 0
         self._rows: list[tuple[Any, ...]] = []
         self._flushed: list[tuple[Any, ...]] = []
         self._ids: dict[str, int] = {}
@@ -141,14 +141,14 @@ class Table:
             return
         position = self._connection.execute(f"select coalesce(max(position), 0) from {self.name}").get
         self._chapters = position if self.last else written_upto(self._connection, self.name)
-        first = first_of(self._connection, self.name)
-        if self.position < self._chapters or full or first != self._first:
+        forgot = forgotten(self._connection, self.name)
+        if self.position < self._chapters or full or forgot != self._forgot:
             # The rows between say too little: a stream may have moved on before them, and its row be gone since.
             self._heads.clear()
             self._know(self._chapters)
         else:
             self._know(self.position)
-        self.position, self._first = position, first
+        self.position, self._forgot = position, forgot
 
     def _know(self, after: int) -> None:
         """Where the streams stand that have rows behind a position."""
@@ -174,7 +174,7 @@ class Table:
             return True
         if others:
             head = self._connection.execute(f"select coalesce(max(position), 0) from {self.name}").get
-            if head - self.position > _FEW or first_of(self._connection, self.name) != self._first:
+            if head - self.position > _FEW or forgotten(self._connection, self.name) != self._forgot:
                 return True
         return not self.last and self.position - self._chapters >= TAIL - _FEW
 
@@ -244,7 +244,7 @@ class Table:
                 f"select version, position from {self.name} where stream = ?", (id,)
             ).fetchone()
         else:
-            row = last_of(self._connection, self.name, id, self._first)
+            row = last_of(self._connection, self.name, id)
         head = self._heads[id] = _Head(*row) if row else _Head()
         return head
 
@@ -274,6 +274,15 @@ class Table:
                 f"{stream} holds id {first} with another type, schema or body: use a fresh id for another message"
             )
         return Appended(rows[-1][1], rows[-1][0], True)
+
+    def remove(self, gone: Sequence[tuple[int, int]]) -> int:
+        """Remove these entries, each a position and its stream, the first of what is left of that stream."""
+        self.flush()
+        removed = remove(self._connection, self.name, gone)
+        self._heads.clear()
+        self._know(self._chapters)
+        self._forgot += removed
+        return removed
 
     def claim(self, name: str, owner: str, over: Claim | None) -> Claim:
         row = self._connection.execute(
