@@ -29,6 +29,7 @@ __all__ = [
     "seal",
     "sealed",
     "time_in",
+    "time_of",
     "to_cloudevent",
 ]
 
@@ -139,6 +140,17 @@ def digest(entry: Entry, version: int) -> int:
     if entry.wish is None:
         return crc32(b"".join((head, entry.raw, b"\0\0", entry.body or b"")))
     return crc32(b"".join((head, entry.raw, b"\0", entry.wish, b"\0", entry.body or b"")))
+
+
+def time_of(id: str) -> int:
+    """When an id was made, in microseconds since 1970, or the one that it was derived from; 0 where no id tells."""
+    first, middle = id[:8], id[9:13]
+    if len(id) != 36 or id[8] != "-" or not (first + middle).isalnum() or id[14] not in "78":
+        return 0
+    try:
+        return int(first + middle, 16) * 1000
+    except ValueError:
+        return 0
 
 
 class _OnlyTime(msgspec.Struct):

@@ -33,6 +33,7 @@ FLOORS = (
     ("fold", "lease", "sql", "threads", "bus", "shares", "consumer"),  # delivery
     (
         "records",
+        "audit",
         "commander",
         "derived_file",
         "derived",
