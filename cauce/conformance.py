@@ -1040,13 +1040,25 @@ async def the_last_entry_is_never_forgotten(open: Open) -> None:
 
 @_promise
 async def facts_and_records_are_never_forgotten(open: Open) -> None:
-    """They are kept for good, whoever asks."""
-    async with open("all") as everything, open("last") as last:
+    """They are kept for good, whoever asks; of commands nothing goes where domain or slot cannot be."""
+    async with open("all") as everything, open("last") as last, open("undecided") as log:
+        await _add(log, "things/1", 1, 2)
+        for domain, slot in (
+            ("*", slot_of("1")),
+            (">", 1),
+            ("", 1),
+            ("Things", 1),
+            ("th/ings", 1),
+            ("things", 16),
+            ("things", -1),
+        ):
+            await _raises(Refused, log.forget, domain, slot, 2**63 - 1, 2**62)
+        await _nothing_but(log, *_facts("things/1", 1, 2))
         await _add(everything, "things/1", 1, 2)
         await _put(last, "things/1", 1)
         await _put(last, "things/1", 2)
-        for log in (everything, last):
-            await _raises(Refused, log.forget, "things", slot_of("1"), 2**63 - 1, 2**62)
+        for kept in (everything, last):
+            await _raises(Refused, kept.forget, "things", slot_of("1"), 2**63 - 1, 2**62)
         await _nothing_but(everything, *_facts("things/1", 1, 2))
         await _nothing_but(last, _fact("things/1", 2))
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import msgspec
 
-from cauce.accept import APPEND_BYTES, APPEND_ENTRIES, ENTRY_BYTES, check_id, check_key, check_name, check_stream
+from cauce.accept import APPEND_BYTES, APPEND_ENTRIES, ENTRY_BYTES, SLOTS, check_id, check_key, check_name, check_stream
 from cauce.codec import Entry
 from cauce.errors import Fenced, Refused
 
@@ -25,6 +26,7 @@ __all__ = [
     "check_append",
     "check_claim",
     "check_filter",
+    "check_forget",
     "check_put",
     "filter_of",
 ]
@@ -182,15 +184,20 @@ class Log(Protocol):
             upto: the place of the one who decides; what lies behind it is not decided yet.
             before: in microseconds since 1970, as in the envelopes.
 
-        Raises `Refused` where all is kept for good, as facts are and the last of each stream; `Busy` while another
-        removes.
+        Raises `Refused` where all is kept for good, as facts are and the last of each stream, and for a domain or slot
+        that cannot be; `Busy` while another removes.
         """
         ...
 
 
+# Each append asks, mostly for what it asked before.
+_check_stream = lru_cache(maxsize=16_384)(check_stream)
+_check_name = lru_cache(maxsize=1_024)(check_name)
+
+
 def check_append(stream: str, entries: Sequence[Entry]) -> int:
     """How many bytes an append has. Raises `Refused` for what no log takes, before anything else is looked at."""
-    check_stream(stream)
+    _check_stream(stream)
     if not 0 < len(entries) <= APPEND_ENTRIES:
         raise Refused(f"an append to {stream} of {len(entries)} entries: 1 to {APPEND_ENTRIES} are taken at once")
     size = 0
@@ -203,7 +210,7 @@ def check_append(stream: str, entries: Sequence[Entry]) -> int:
 
 def check_put(stream: str, version: int, entry: Entry) -> int:
     """How many bytes a put has. Raises `Refused` for what no log takes, before anything else is looked at."""
-    check_stream(stream)
+    _check_stream(stream)
     if not 0 < version < 2**63:
         raise Refused(
             f"{stream} cannot be put at version {version}: versions are whole numbers from 1 that fit 64 bits"
@@ -230,12 +237,21 @@ def check_filter(filter: Filter) -> None:
         check_name(type)
 
 
+def check_forget(log: str, domain: str, slot: int) -> None:
+    """Raises `Refused` for a log that keeps all for good, and for a domain or slot that no log has."""
+    if log != "commands":
+        raise Refused(f"{log} forget nothing: only commands are removed when they are decided and old")
+    check_stream(f"{domain}/-")
+    if "/" in domain or slot not in range(SLOTS):
+        raise Refused(f"there is no slot {slot!r} of {domain!r}: name a domain, and a slot from 0 to {SLOTS - 1}")
+
+
 def _size(stream: str, entry: Entry) -> int:
     if entry.stream != stream or entry.body is None:
         raise Refused(
             f"an entry for {entry.stream!r}, or one read without its body, cannot be written to {stream!r}: seal it for that stream"
         )
-    check_name(entry.type)
+    _check_name(entry.type)
     check_id(entry.id)
     size = len(entry.body) + len(entry.raw) + (0 if entry.wish is None else len(entry.wish))
     if size > ENTRY_BYTES:

@@ -12,9 +12,12 @@ from cauce import Bus, Command, Domain, Event, Record, Refused, Rejected, Servic
 from cauce.accept import SLOTS, slot_of
 from cauce.audit import Audit
 from cauce.backends import open_backend
+from cauce.backends.nats import log as nats_log
+from cauce.backends.postgres import forgetting as postgres_forgetting
+from cauce.backends.sqlite import log as sqlite_log
 from cauce.clock import SystemClock, uuid7
 from cauce.codec import Entry, Meta, derive_id, sealed, time_of
-from cauce.log import Filter, Log
+from cauce.log import Log
 from cauce.schema import encode
 from cauce.service import AUDIT
 from cauce.store import Store, Waiting
@@ -148,14 +151,30 @@ async def test_decided_commands_go_when_their_time_is_over_and_the_others_stay(e
         assert await bus.record(Thing, "a") == Thing("a", 1)
 
 
-async def test_nothing_goes_before_its_time_or_where_commands_are_kept_for_ever(each_bus: str) -> None:
+async def test_nothing_goes_before_its_time_or_where_commands_are_kept_for_ever(
+    each_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, commands = await live(each_bus)
-    for options, seconds in (({}, AUDIT - DAY), ({"audit": None}, 100 * MONTH)):
+    slots = {slot_of(key) for key in "abcdefgh"}
+    for options, seconds, wanted in (({}, AUDIT - DAY, slots), ({"audit": None}, 100 * MONTH, set[int]())):
+        asked = dict[int, int]()
         async with running(owner(**options), bus=each_bus, clock=Later(seconds)) as bus:
-            await bus.call(Grow("now"))
-            await bus.settled(20)
-            await bus.clock.sleep(0.1)
+            forget = bus.commands.forget
+
+            async def counted(
+                domain: str, slot: int, *more: int, forget: Any = forget, asked: dict[int, int] = asked
+            ) -> int:
+                asked[slot] = await forget(domain, slot, *more)
+                return asked[slot]
+
+            monkeypatch.setattr(bus.commands, "forget", counted)
+            await until(lambda: stands(bus, "undecided"), bus)
+            async with asyncio.timeout(20):
+                while not asked.keys() >= wanted:
+                    await bus.clock.sleep(0.01)
             assert (await entries(bus.commands))[: len(commands)] == commands
+        assert set(asked.values()) <= {0}
+        assert wanted or not asked
 
 
 async def test_what_is_sent_again_after_its_time_is_not_decided_again(each_bus: str) -> None:
@@ -289,11 +308,14 @@ def test_an_id_tells_when_it_was_made() -> None:
     assert {time_of(each) for each in others} == {0}
 
 
-async def test_the_facts_of_a_bus_are_not_touched(each_bus: str) -> None:
+async def test_a_long_log_is_looked_through_page_by_page(each_bus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((sqlite_log, "_SOME"), (postgres_forgetting, "_SOME"), (nats_log, "_WINDOW")):
+        monkeypatch.setattr(module, name, 7)
     bus = await open_backend(each_bus, SystemClock())
-    await bus.facts.append("things/a", [sealed("things/a", "Grown", "1", Meta(1), b"{}") for _ in range(3)])
-    for log in (bus.facts, bus.records):
-        with pytest.raises(Refused, match="forget nothing"):
-            await log.forget("things", slot_of("a"), 2, 2**62)
-    assert len((await bus.facts.read(Filter("things/a"))).entries) == 3
+    streams = [f"things/{n % 20}" for n in range(100)]
+    told = [bus.commands.append(each, [sealed(each, "Do", str(n), Meta(n), b"{}")]) for n, each in enumerate(streams)]
+    await asyncio.gather(*told)
+    mine = sum(slot_of(each.partition("/")[2]) == slot_of("1") for each in streams[:60])
+    assert [await bus.commands.forget("things", slot_of("1"), 99, 60) for _ in range(2)] == [mine, 0]
+    assert mine > 2
     await bus.close()

@@ -18,7 +18,7 @@ from cauce.backends.nats.tail import Tail
 from cauce.backends.nats.writer import Writer
 from cauce.codec import Entry
 from cauce.errors import Damaged, Refused
-from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_put
+from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_forget, check_put
 
 __all__ = ["NatsLog"]
 
@@ -79,8 +79,7 @@ class NatsLog:
         await self._writer.step(lambda: self._claims.release(claim))
 
     async def forget(self, domain: str, slot: int, upto: int, before: int) -> int:
-        if self._stream.lasting or self._stream.last:
-            raise Refused(f"{self._stream.log} forget nothing: only commands are removed when they are decided and old")
+        check_forget(self._stream.log, domain, slot)
         pattern = self._link.subject(self._stream.log, domain, str(slot), "*")
         upto = min(upto, await self.head() - 1)
         last = await self._old(pattern, upto, before)

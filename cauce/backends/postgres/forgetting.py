@@ -13,10 +13,15 @@ from cauce.codec import time_in
 __all__ = ["forget"]
 
 _SOME = 2_000
+# Of a page of the log what is in the slot, and the last, which says how old the page is.
 _NEXT = """
-    select c.position, c.domain, c.slot, c.meta from commands c
-    where c.position > $1 and c.position <= least($2, (select t.commands - 1 from turns t order by t.change desc limit 1))
-    order by c.position limit $3"""
+    with page as materialized (
+        select c.position, c.domain, c.slot, c.meta from commands c where c.position > $1
+        and c.position <= least($2, (select t.commands - 1 from turns t order by t.change desc limit 1))
+        order by c.position limit $3
+    ), ends as (select count(*) as many, max(position) as last from page)
+    select p.position, p.domain = $4 and p.slot = $5, p.meta, e.many from page p, ends e
+    where (p.domain = $4 and p.slot = $5) or p.position = e.last order by p.position"""
 # A turn that writes nothing: whoever was sure how streams stand looks again.
 _TURN = """
     insert into turns (change, writer, turn, facts, commands, records)
@@ -36,24 +41,23 @@ async def forget(link: Link, domain: str, slot: int, upto: int, before: int) -> 
     """See `cauce.log.Log.forget`. Where a reply was lost, what it removed is not counted."""
     removed, page = 0, _Old([], 0, True)
     while page.more:
-        rows = await link.fetch(_NEXT, page.looked, upto, _SOME)
-        page = _old(rows, page.looked, domain, slot, before)
+        rows = await link.fetch(_NEXT, page.looked, upto, _SOME, domain, slot)
+        page = _old(rows, before)
         if page.gone:
             removed += await _remove(link, page.gone)
     return removed
 
 
-def _old(rows: list[Any], looked: int, domain: str, slot: int, before: int) -> _Old:
-    gone, young = list[int](), True
-    for position, whose, where, raw in rows:
-        looked, old = position, time_in(raw) < before
-        young = young and not old
-        if (whose, where) == (domain, slot):
-            if not old:
-                return _Old(gone, looked, False)
-            gone.append(position)
-    # Where all are young, what is old behind them has the time of a clock that was wrong, and goes later.
-    return _Old(gone, looked, len(rows) == _SOME and not young)
+def _old(rows: list[Any], before: int) -> _Old:
+    gone, looked, old = list[int](), 0, False
+    for looked, own, raw, _ in rows:
+        old = time_in(raw) < before
+        if own and not old:
+            return _Old(gone, looked, False)
+        if own:
+            gone.append(looked)
+    # What is old behind one that is not was said by a clock that was wrong, and goes later.
+    return _Old(gone, looked, old and rows[-1][3] == _SOME)
 
 
 async def _remove(link: Link, gone: list[int]) -> int:

@@ -9,11 +9,11 @@ from typing import Any
 from cauce.accept import check_key, slot_of
 from cauce.backends.postgres.forgetting import forget
 from cauce.backends.postgres.link import Link
-from cauce.backends.postgres.table import COMMANDS, FACTS, LOGS, RECORDS, Draft
+from cauce.backends.postgres.table import FACTS, LOGS, RECORDS, Draft
 from cauce.backends.postgres.writer import Writer
 from cauce.codec import Entry
 from cauce.errors import Refused
-from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_put
+from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_forget, check_put
 
 __all__ = ["PostgresLog"]
 
@@ -82,8 +82,7 @@ class PostgresLog:
         return head
 
     async def forget(self, domain: str, slot: int, upto: int, before: int) -> int:
-        if self._number != COMMANDS:
-            raise Refused(f"{self._name} forget nothing: only commands are removed when they are decided and old")
+        check_forget(self._name, domain, slot)
         return await forget(self._link, domain, slot, min(upto, 2**63 - 1), before)
 
     async def read(

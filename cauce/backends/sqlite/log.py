@@ -17,7 +17,7 @@ from cauce.backends.sqlite.table import Table
 from cauce.backends.sqlite.writer import Writer
 from cauce.codec import Entry, time_in
 from cauce.errors import Damaged, Refused
-from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_put
+from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_forget, check_put
 
 __all__ = ["Reader", "SQLiteLog"]
 
@@ -148,8 +148,7 @@ class SQLiteLog:
             return self._head()
 
     async def forget(self, domain: str, slot: int, upto: int, before: int) -> int:
-        if self._table.name != "commands":
-            raise Refused(f"{self._table.name} forget nothing: only commands are removed when they are decided and old")
+        check_forget(self._table.name, domain, slot)
         removed = looked = 0
         more = True
         while more:
@@ -165,7 +164,7 @@ class SQLiteLog:
         self, domain: str, slot: int, after: int, upto: int, before: int
     ) -> tuple[list[tuple[int, int]], int, bool]:
         """What may go of the next entries of the log, how far was looked, and whether to look further."""
-        gone, young, position = list[tuple[int, int]](), True, after
+        gone, old, position = list[tuple[int, int]](), False, after
         with self._reader:
             upto = min(upto, self._head() - 1)
             types = set(self._reader.types_of(frozenset({domain}), frozenset()))
@@ -176,13 +175,12 @@ class SQLiteLog:
             ).fetchall()
         for position, stream, type, raw in rows:
             old = time_in(raw) < before
-            young = young and not old
             if stream % 16 == slot and type in types:
                 if not old:
                     return gone, position, False
                 gone.append((position, stream))
-        # Where all are young, what is old behind them has the time of a clock that was wrong, and goes later.
-        return gone, position, len(rows) == _SOME and not young
+        # What is old behind one that is not was said by a clock that was wrong, and goes later.
+        return gone, position, old and len(rows) == _SOME
 
     def wake(self, rows: list[tuple[Any, ...]] | None) -> None:
         """Wake who waits for one of these rows; None: another process wrote, so whoever waits looks again."""
