@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from cauce.accept import SLOTS, check_body, check_value, slot_of
+from cauce.audit import Audit
 from cauce.backends import Backend, open_backend, stores_at
 from cauce.backends.health import warn
 from cauce.bus import Ask, Bus, Cause, Context, Reply, correlation, error_name, keep, own, owned
@@ -326,6 +327,12 @@ class _Running:
         await self._hold(list(self._shares.held.values()))
         self._tasks.start("store", self._store.run())
         self._tasks.start("outbox", self._relay())
+        if self._service.audit is not None and self._commanders:
+            audit = Audit(
+                self._bus.commands, self._store, self._bus.clock, self._service.audit,
+                {domain: _deciding(domain) for domain in self._commanders}, lambda domain: self._commanders[domain].slots,
+            )  # fmt: skip
+            self._tasks.start("audit", audit.run())
         self._shares.go()
         self._said.set()
         _log.info("%s runs: %s", self._service.name, ", ".join(bound.name for bound in self._parts))
@@ -521,7 +528,7 @@ class _Running:
         assert self._shares is not None
         shares = self._shares
         return Consumer(
-            f"decide {domain}", {domain: frozenset()}, handle, self._bus.commands, self._store, self._bus.clock,
+            _deciding(domain), {domain: frozenset()}, handle, self._bus.commands, self._store, self._bus.clock,
             attempts=ATTEMPTS, may_begin=lambda: shares.is_fresh, caution=caution,
         )  # fmt: skip
 
@@ -890,6 +897,11 @@ class _PutOff(msgspec.Struct):
 
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(_Said).decode
+
+
+def _deciding(domain: str) -> str:
+    """The name of the consumer that decides what was sent."""
+    return f"decide {domain}"
 
 
 def _slots_of(shares: Iterable[Share]) -> list[int]:

@@ -33,6 +33,7 @@ FLOORS = (
     ("fold", "lease", "bus", "question", "shares", "consumer"),  # delivery
     (
         "records",
+        "audit",
         "commander",
         "derived",
         "replica",

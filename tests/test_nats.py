@@ -18,14 +18,14 @@ from nats.protocol.parser import Parser
 
 from cauce.accept import ENTRY_BYTES, slot_of
 from cauce.backends import nats as backend
-from cauce.backends.nats import NatsBus
+from cauce.backends.nats import NatsBus, forgetting
 from cauce.backends.nats.client import Client
 from cauce.backends.nats.link import OLDEST
 from cauce.backends.nats.names import text, token
 from cauce.clock import SystemClock
 from cauce.codec import Entry, Meta, sealed
 from cauce.conformance import HOSTILE
-from cauce.errors import Damaged, NotPermitted, OutcomeUnknown, Overloaded, Refused, Unreachable
+from cauce.errors import Busy, Damaged, NotPermitted, OutcomeUnknown, Overloaded, Refused, Unreachable
 from cauce.log import Appended, Filter
 from tests.servers import Missing, Nats, absent
 
@@ -327,7 +327,7 @@ async def test_decided_commands_are_forgotten_when_they_are_old_and_what_others_
         done = [await bus.commands.append(stream, [fact(stream)]) for stream in streams]
         slots = [slot_of(stream.partition("/")[2]) for stream in streams]
         decided, later = done[29].position, CLOCK.now() + 60_000_000
-        assert await bus.commands.forget("things", slots[0], decided, done[0].position) == 0
+        assert await bus.commands.forget("things", slots[0], decided, 1) == 0
         assert await bus.commands.forget("things", slots[0], decided, later) == slots[:30].count(slots[0])
         wanted = [stream for n, stream in enumerate(streams) if n >= 30 or slots[n] != slots[0]]
         for each in (bus, other):
@@ -339,6 +339,31 @@ async def test_decided_commands_are_forgotten_when_they_are_old_and_what_others_
         for each in (bus, other):
             with pytest.raises(Damaged, match=f"lost {35 - (40 - len(wanted))} entries"):
                 await each.commands.read()
+
+
+async def test_two_that_forget_at_once_are_told_apart_and_who_died_over_it_is_followed(
+    nats_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(nats_bus) as bus, opened(nats_bus) as other:
+        for n in range(64):
+            await bus.commands.append(f"things/{n}", [fact(f"things/{n}")])
+        forgets = [(bus, other)[slot % 2].commands.forget("things", slot, 64, 2**62) for slot in range(16)]
+        told = await asyncio.gather(*forgets, return_exceptions=True)
+        assert all(isinstance(each, int | Busy) for each in told), told
+        assert any(isinstance(each, int) for each in told)
+        for each in (bus, other):
+            left = [entry.stream for entry in (await each.commands.read()).entries]
+            assert "things/63" in left
+        # Somebody says that he is at it, and dies.
+        subject = bus.link.subject("leases", "commands", "$forgotten")
+        assert b'"seq"' in (await bus.link.request(subject, b'{"count":0,"busy":"another"}')).data
+        with pytest.raises(Busy, match="another removes"):
+            await bus.commands.forget("things", slot_of("63"), 64, 2**62)
+        monkeypatch.setattr(forgetting, "_LONG", 0.0)
+        for slot in range(16):
+            await bus.commands.forget("things", slot, 64, 2**62)
+        for each in (bus, other):
+            assert [entry.stream for entry in (await each.commands.read()).entries] == ["things/63"]
 
 
 # ------------------------------------------------------------------------------------------------------- others

@@ -13,9 +13,8 @@ from cauce.backends.nats.call import Lost, Reply
 from cauce.backends.nats.link import Link
 from cauce.backends.nats.many import Many, stored
 from cauce.backends.nats.stream import Stream
-from cauce.codec import moment
 
-__all__ = ["Message", "ends", "fetch", "first_since", "pages"]
+__all__ = ["Message", "ends", "fetch", "pages"]
 
 _BYTES = 8 * 1024 * 1024
 
@@ -43,13 +42,6 @@ async def fetch(stream: Stream, pattern: str, after: int, limit: int) -> list[Me
             break
         after = some[-1].position
     return found
-
-
-async def first_since(stream: Stream, pattern: str, time: int) -> int:
-    """The position of the first message on a pattern stored at or after a time, in microseconds since 1970; 0: none."""
-    question = {"start_time": moment(time), "next_by_subj": pattern, "batch": 1}
-    some, _ = await _ask(stream, question)
-    return some[0].position if some else 0
 
 
 async def ends(stream: Stream, subjects: Collection[str]) -> dict[str, Message | None]:

@@ -20,10 +20,10 @@ from cauce.backends.nats.names import text
 from cauce.codec import Entry, Meta, is_moment, micros, moment
 from cauce.errors import CauceError, Damaged
 
-__all__ = ["decode", "encode", "id_of", "type_of", "version_of"]
+__all__ = ["decode", "encode", "id_of", "time_of", "type_of", "version_of"]
 
 _LONG = 24 * 1024
-"""So many bytes of wish or envelope go into headers at most."""
+"""So many bytes of wish or envelope go into headers at most, and, encoded, twice as many of all there is."""
 
 _PLAIN = re.compile(rb"[\x21\x23\x24\x26-\x7e]*\Z")
 _OTHERS = re.compile(rb"[^\x21\x23\x24\x26-\x7e]")
@@ -54,20 +54,27 @@ def encode(entry: Entry, version: int, digest: int) -> tuple[bytes, bytes]:
     _optional(meta, lines)
     body, wish = entry.body or b"", entry.wish
     if len(entry.raw) > _LONG or (wish is not None and len(wish) > _LONG):
-        tail = b"" if wish is None else wish
-        lines = lines[:1] if sum(map(len, lines)) > _LONG else lines
-        lines.append(
-            b"content-type: application/octet-stream\r\ncauce-parts: %d %d %d\r\n"
-            % (len(body), -1 if wish is None else len(tail), len(entry.raw))
-        )
-        return b"".join(lines), b"".join((body, tail, entry.raw))
+        return _apart(entry, lines)
     if not rebuilt:
         lines.append(b"cauce-envelope: %b\r\n" % _bytes(entry.raw))
     if wish is not None:
         lines.append(b"ce-wish: %b\r\n" % b64encode(wish))
     if body:
         lines.append(b"content-type: application/json\r\n")
-    return b"".join(lines), body
+    head = b"".join(lines)
+    return (head, body) if len(head) <= 2 * _LONG else _apart(entry, lines[:1])
+
+
+def _apart(entry: Entry, lines: list[bytes]) -> tuple[bytes, bytes]:
+    """With wish and envelope behind the body; of the attributes those that fit."""
+    body, wish = entry.body or b"", entry.wish
+    tail = b"" if wish is None else wish
+    lines = lines[:1] if sum(map(len, lines)) > _LONG else lines
+    lines.append(
+        b"content-type: application/octet-stream\r\ncauce-parts: %d %d %d\r\n"
+        % (len(body), -1 if wish is None else len(tail), len(entry.raw))
+    )
+    return b"".join(lines), b"".join((body, tail, entry.raw))
 
 
 def _meta_of(entry: Entry) -> tuple[Meta, bool]:
@@ -196,6 +203,14 @@ def id_of(head: bytes) -> str:
 def type_of(head: bytes) -> str:
     begin = head.find(b"\r\nce-type: ")
     return _text(head[begin + 11 : head.find(b"\r\n", begin + 11)]) if begin >= 0 else ""
+
+
+def time_of(head: bytes) -> int:
+    """When it was said, in microseconds since 1970; never, where that is not told."""
+    begin = head.find(b"\r\nce-time: ")
+    if begin < 0:
+        return 2**63
+    return micros(datetime.fromisoformat(head[begin + 11 : head.find(b"\r\n", begin + 11)].decode()))
 
 
 def _value(text: str) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import msgspec
 
-from cauce.accept import SLOTS, check_stream, slot_of
+from cauce.accept import SLOTS, slot_of
 from cauce.backends.nats.direct import ends, fetch
 from cauce.backends.nats.events import id_of, version_of
 from cauce.backends.nats.names import token
@@ -49,16 +49,14 @@ class Heads:
         self._ids: dict[str, _Ids] = {}
         self._counted = 0
         self._subjects: dict[str, str] = {}
-        self.types: set[str] = set()
-        """Names of types that were looked at and are legal."""
 
     # ------------------------------------------------------------------------------------------------- names
 
     def subject(self, stream: str) -> str:
-        """The subject of a stream, `facts.users.3.42`. Raises `Refused` for a name that no log takes."""
+        """The subject of a stream, `facts.users.3.42`."""
         found = self._subjects.get(stream)
         if found is None:
-            domain, _, key = check_stream(stream).partition("/")
+            domain, _, key = stream.partition("/")
             if len(self._subjects) >= _CACHED:
                 self._subjects.clear()
             found = self._stream.link.subject(self._stream.log, domain, str(slot_of(key)), token(key))
@@ -140,6 +138,11 @@ class Heads:
             for message in some:
                 self._add(known, message.head, message.position)
         return known.first.get(id, 0)
+
+    def forget_ids(self, subject: str) -> None:
+        """Some of them are gone: they are read again."""
+        known = self._ids.pop(subject, None)
+        self._counted -= 0 if known is None else len(known.first)
 
     def _add(self, known: _Ids, head: bytes, position: int) -> None:
         known.first.setdefault(id_of(head), position)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cauce.accept import check_name
 from cauce.backends.nats.direct import fetch
 from cauce.backends.nats.events import decode, encode
 from cauce.backends.nats.heads import NOTHING, Head, Heads
 from cauce.backends.nats.job import Job
 from cauce.backends.nats.stream import Stream
-from cauce.codec import Entry, digest_at
-from cauce.errors import CauceError, Conflict, Damaged, Fenced, IdReused, OutcomeUnknown, Refused
-from cauce.log import Appended
+from cauce.codec import Entry, digest
+from cauce.errors import CauceError, Conflict, Damaged, Fenced, IdReused, OutcomeUnknown
+from cauce.log import Appended, Claim, check_claim
 
 __all__ = ["Plan", "draw"]
-
-_HEAD_BYTES = 60_000
 
 
 class Plan:
@@ -90,7 +87,7 @@ class _Drawing:
             self._plan.jobs.append(job)
             try:
                 await self._take(job)
-            except (Refused, Conflict, Fenced, IdReused, Damaged) as error:
+            except (Conflict, Fenced, IdReused, Damaged) as error:
                 self._plan.verdicts.append((job, error))
         return self._plan
 
@@ -121,7 +118,7 @@ class _Drawing:
         if await self._went_through(job):
             return
         if job.fence is not None:
-            await self._check_fence(job.subject, job.fence.name, job.fence.fence)
+            await self._check_fence(job.subject, job.fence)
         if await self._repeats(job):
             return
         if job.version:
@@ -132,10 +129,7 @@ class _Drawing:
             first = job.version
         else:
             first = 1 + (self._version(job) if job.expect is None else await self._expected(job))
-        for entry in job.entries:
-            if entry.type not in self._heads.types:
-                self._heads.types.add(check_name(entry.type))
-        lines = [self._encode(entry, version) for version, entry in enumerate(job.entries, first)]
+        lines = [encode(entry, version, digest(entry, version)) for version, entry in enumerate(job.entries, first)]
         checks = self._checks(job)
         while len(checks) > len(lines):
             # One message carries one check; where there are more of them, a message that nobody reads carries it.
@@ -186,9 +180,14 @@ class _Drawing:
         if not job.repeat or not head.position:
             return False
         position = await self._heads.first(job.subject, job.entries[0].id, head.position)
+        entries = await self._entries(job, position) if position else []
+        if position and (not entries or entries[0].position != position):
+            # It was forgotten since, and perhaps stands again.
+            self._heads.forget_ids(job.subject)
+            position = await self._heads.first(job.subject, job.entries[0].id, head.position)
+            entries = await self._entries(job, position) if position else []
         if not position:
             return False
-        entries = await self._entries(job, position)
         # The entries of one append lie side by side.
         if [each.position for each in entries] != list(range(position, position + len(job.entries))) or any(
             (one.type, one.meta.schema, one.body) != (two.type, two.meta.schema, two.body)
@@ -230,7 +229,9 @@ class _Drawing:
 
     # ------------------------------------------------------------------------------------------------- checks
 
-    async def _check_fence(self, subject: str, name: str, fence: int) -> None:
+    async def _check_fence(self, subject: str, given: Claim) -> None:
+        check_claim(given)
+        name, fence = given.name, given.fence
         claim = self._heads.claim(name)
         pattern = self._slot(subject, claim)
         if pattern is not None and pattern not in self._heads.slots:
@@ -280,9 +281,3 @@ class _Drawing:
             if check[0] != subject:
                 head += b"Nats-Expected-Last-Subject-Sequence-Subject: %b\r\n" % check[0].encode()
         self._plan.messages.append((subject, head, payload))
-
-    def _encode(self, entry: Entry, version: int) -> tuple[bytes, bytes]:
-        head, payload = encode(entry, version, digest_at(entry, version))
-        if len(head) > _HEAD_BYTES:
-            raise Refused(f"the id of an entry for {entry.stream} has {len(entry.id):,} characters: use a shorter one")
-        return head, payload
