@@ -354,14 +354,16 @@ async def test_two_that_forget_at_once_are_told_apart_and_who_died_over_it_is_fo
         for each in (bus, other):
             left = [entry.stream for entry in (await each.commands.read()).entries]
             assert "things/63" in left
-        # Somebody says that he is at it, and dies.
+        # There is something to remove, and somebody says that he is at it, and dies.
+        for _ in range(2):
+            await bus.commands.append("things/63", [fact("things/63")])
         subject = bus.link.subject("leases", "commands", "$forgotten")
         assert b'"seq"' in (await bus.link.request(subject, b'{"count":0,"busy":"another"}')).data
         with pytest.raises(Busy, match="another removes"):
-            await bus.commands.forget("things", slot_of("63"), 64, 2**62)
+            await bus.commands.forget("things", slot_of("63"), 65, 2**62)
         monkeypatch.setattr(forgetting, "_LONG", 0.0)
         for slot in range(16):
-            await bus.commands.forget("things", slot, 64, 2**62)
+            await bus.commands.forget("things", slot, 65, 2**62)
         for each in (bus, other):
             assert [entry.stream for entry in (await each.commands.read()).entries] == ["things/63"]
 
