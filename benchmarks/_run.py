@@ -105,6 +105,8 @@ class Run:
     load: Load
     only: str
     say: Callable[[str], None]
+    bus: str = ""
+    """The address that was named with `--bus`, if any."""
 
     def wanted(self, ratios: Iterable[Versus]) -> list[Versus]:
         """The ratios that `--only` lets through."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks._run import Contender, Found, Run, Versus, by_median
+from benchmarks._bus import nats_server
+from benchmarks._run import Contender, Found, Run, Sample, Turn, Versus, by_median
 from benchmarks.contenders import asking, jetstream, sockets
 
 __all__ = ["GOALS", "measure"]
@@ -21,10 +22,15 @@ _RATIOS = tuple(
 
 def measure(run: Run) -> Found:
     ground = run.ground
+
+    def over_nats(turn: Turn) -> Sample:
+        with nats_server(ground.folder) as address:
+            return jetstream.ask(address, turn.seconds)
+
     contenders: dict[str, Contender] = {
-        "ask.ours": lambda turn: asking.ask(ground.fresh("bus"), turn.seconds),
+        "ask.ours": lambda turn: asking.ask(f"sqlite:///{ground.fresh('bus')}", turn.seconds),
         "ask.bare_socket": lambda turn: sockets.echo(ground.fresh("echo"), turn.seconds),
         "ask.bare_asyncio": lambda turn: sockets.protocol(ground.fresh("protocol"), turn.seconds),
-        "ask.faststream_nats": lambda turn: jetstream.ask(ground.folder, turn.seconds),
+        "ask.faststream_nats": over_nats,
     }
     return run.race(contenders, run.wanted(_RATIOS))

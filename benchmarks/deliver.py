@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from benchmarks._bus import NATS, nats_bus
 from benchmarks._run import Contender, Found, Run, Sample, Turn, Versus
 from benchmarks.contenders import bare, delivery, following, jetstream, sockets
 
@@ -52,6 +53,7 @@ _RATIOS = (
 
 def measure(run: Run) -> Found:
     ratios, found, ground = run.wanted(_RATIOS), Found(), run.ground
+    place = partial(nats_bus, NATS, ground.folder)
     runner, ways = following.WAYS[0], dict[bool, str]()
     if any("eventsourcing" in each.name for each in ratios):
         run.say("deliver: looking for the best runner of eventsourcing")
@@ -60,11 +62,12 @@ def measure(run: Run) -> Found:
     for stream, flushed in _STREAMS.items():
         if any(each.theirs == stream for each in ratios):
             run.say("deliver: looking for the best subscriber of FastStream")
-            ways[flushed] = jetstream.best(ground.folder, run.load, _CALLERS, run.seconds / 4, flushed=flushed)
+            ways[flushed] = jetstream.best(partial(place, flushed=flushed), run.load, _CALLERS, run.seconds / 4)
             found.settings[stream] = ways[flushed]
 
     def streamed(turn: Turn, flushed: bool) -> Sample:
-        return jetstream.deliver(ground.folder, run.load, _CALLERS, turn.seconds, ways[flushed], flushed=flushed)
+        with place(flushed=flushed) as url:
+            return jetstream.deliver(url, run.load, _CALLERS, turn.seconds, ways[flushed])
 
     def least(turn: Turn) -> Sample:
         flush = bare.commits(ground.fresh("flush"), run.load, turn.seconds / 2)

@@ -12,14 +12,17 @@ import msgspec
 from cauce.errors import Refused
 
 __all__ = [
+    "APPEND_BYTES",
     "APPEND_ENTRIES",
     "BODY_DEPTH",
     "ENTRY_BYTES",
+    "ID_BYTES",
     "KEY_BYTES",
     "NAME_BYTES",
     "SLOTS",
     "check_body",
     "check_domain",
+    "check_id",
     "check_key",
     "check_name",
     "check_stream",
@@ -33,6 +36,9 @@ SLOTS = 16
 
 KEY_BYTES = 256
 NAME_BYTES = 128
+ID_BYTES = 1024
+"""The 256 characters that a caller may give, in UTF-8: three times as long it still fits the headers of NATS."""
+
 BODY_DEPTH = 64
 ENTRY_BYTES = 750_000
 """Body, wish and envelope of one entry together: with the wish in base64 it still fits a NATS message of 1 MiB."""
@@ -40,8 +46,13 @@ ENTRY_BYTES = 750_000
 APPEND_ENTRIES = 900
 """Entries of one append: it still fits an atomic batch of JetStream, which takes 1,000 messages."""
 
+APPEND_BYTES = 16 * 1024 * 1024
+"""Bodies, wishes and envelopes of one append together, so that no backend stands still for one of them."""
+
 _DOMAIN = re.compile(r"[a-z][a-z0-9_-]{0,62}\Z")
 _RESERVED = re.compile(r"_[a-z]{1,62}\Z")
+_USUAL = re.compile(r"(?:[a-z][a-z0-9_-]{0,62}|_[a-z]{1,62})/[ -~]{1,256}\Z")
+"""Nearly every stream, looked at in one step: each append asks."""
 
 
 def slot_of(key: str) -> int:
@@ -72,11 +83,25 @@ def check_name(name: str) -> str:
 
 def check_stream(stream: str) -> str:
     """The name of a stream, `domain/key`; domains that begin with `_` are the bus's own."""
+    if type(stream) is str and _USUAL.match(stream):
+        return stream
     domain, slash, key = stream.partition("/")
     if not slash or not (_DOMAIN.match(domain) or _RESERVED.match(domain)):
         raise Refused(f"stream {stream!r}: write it as domain/key")
     check_key(key)
     return stream
+
+
+def check_id(id: str) -> str:
+    """The id of a message: text of 1 to 1,024 bytes of UTF-8 without NUL and lone surrogates."""
+    try:
+        if type(id) is str and "\0" not in id and 0 < (len(id) if id.isascii() else len(id.encode())) <= ID_BYTES:
+            return id
+    except UnicodeEncodeError:
+        pass
+    raise Refused(
+        f"id {ascii(id)[:40]} is no text of 1 to {ID_BYTES:,} bytes of UTF-8 without NUL: use one of the clock, or a derived one"
+    )
 
 
 def _check_text(text: str, what: str, limit: int) -> str:

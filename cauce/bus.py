@@ -32,6 +32,7 @@ __all__ = [
     "Reading",
     "Receipt",
     "Reply",
+    "check_line",
     "correlation",
     "error_name",
     "keep",
@@ -87,11 +88,14 @@ NOTHING = Cause()
 
 
 class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What goes over the wire to an owner: a command (`call`), a query (`ask`), a record to fold (`fetch`, `state`)."""
+    """What goes over the wire to an owner: a command (`call`), a query (`ask`), a record to fold (`fetch`, `state`).
 
-    kind: str
-    type: str
-    id: str
+    By hand `type` and `body` are enough, or for a record `type` and `key`: see `cauce.question`.
+    """
+
+    kind: str = ""
+    type: str = ""
+    id: str = ""
     key: str = ""
     schema: int = 1
     body: msgspec.Raw = msgspec.Raw(b"{}")
@@ -189,18 +193,12 @@ class Bus:
         """
         kind = _declared(command, "command")
         key = key_of(command)
-        asked = self.clock.id() if id is None else _line(id, "id")
+        asked = self.clock.id() if id is None else check_line(id, "id")
         ask = Ask(
             "call", kind.name, asked, key, kind.version, msgspec.Raw(encode(command)), id is not None,
-            _line(by or cause.by, "by"), cause.correlation, cause.id, cause.trace, cause.tracestate,
+            check_line(by or cause.by, "by"), cause.correlation, cause.id, cause.trace, cause.tracestate,
         )  # fmt: skip
-        what = f"{kind.name} for {kind.domain.name}/{key}"
-        try:
-            reply = await self._ask(f"{kind.domain.name}/{slot_of(key)}", ask, timeout)
-        except TimeoutError:
-            raise OutcomeUnknown(asked, f"{what} had no verdict within {timeout:g} s") from None
-        except ConnectionError as error:
-            raise OutcomeUnknown(asked, f"{what} had no verdict: {error}") from None
+        reply = await self.wish(kind.domain.name, ask, timeout)
         return Receipt(asked, key, reply.version, reply.position, reply.changed, kind.domain.name)
 
     async def send(
@@ -222,9 +220,9 @@ class Bus:
         Returns the command's id.
         """
         kind = _declared(command, "command")
-        asked = self.clock.id() if id is None else _line(id, "id")
+        asked = self.clock.id() if id is None else check_line(id, "id")
         meta = Meta(
-            self.clock.now(), kind.version, cause.correlation, cause.id, _line(by or cause.by, "by"), cause.trace, cause.tracestate,
+            self.clock.now(), kind.version, cause.correlation, cause.id, check_line(by or cause.by, "by"), cause.trace, cause.tracestate,
             micros(expires) if expires is not None else 0, again=id is not None and not cause.id,
         )  # fmt: skip
         stream = f"{kind.domain.name}/{key_of(command)}"
@@ -308,6 +306,16 @@ class Bus:
                 f"consumers did not settle within {timeout:g} s: a handler hangs or fails; look at the log"
             )
         await waiting
+
+    async def wish(self, domain: str, ask: Ask, timeout: float = TIMEOUT) -> Reply:
+        """The verdict of the instance of the owner that holds the slot. Raises as `call`."""
+        what = f"{ask.type} for {domain}/{ask.key}"
+        try:
+            return await self._ask(f"{domain}/{slot_of(ask.key)}", ask, timeout)
+        except TimeoutError:
+            raise OutcomeUnknown(ask.id, f"{what} had no verdict within {timeout:g} s") from None
+        except ConnectionError as error:
+            raise OutcomeUnknown(ask.id, f"{what} had no verdict: {error}") from None
 
     async def publish(self, domain: str, ask: Ask) -> None:
         """Let the instance of the owner that holds the slot record an event that another instance's handler made."""
@@ -486,7 +494,8 @@ async def keep(facts: Log, service: str, store: str, place: str, fresh: bool, cl
         if known and not (fresh and known.get("place") == place):
             raise Refused(
                 f"service {service!r} keeps its data in store {known.get('store')} at {known.get('place')}, this one is {store} at {place}: "
-                "use that one, or remove this one's file to begin anew"
+                "start it with the store it had (--store sqlite:///folder, --store postgresql://host/database, or none for the "
+                "one at the bus), on the machine that has it; to begin anew, take away what is kept there, and start it there"
             )
         body = _encode({"store": store, "place": place})
         entry = sealed(stream, "Kept", clock.id(), Meta(clock.now()), body)
@@ -504,8 +513,8 @@ def reply_type(query: type[Query[Any]]) -> Any:
     raise Refused(f"{query.__name__} does not say what answers it: derive it from Query[Reply]")
 
 
-def _line(text: str, what: str) -> str:
-    """A short text in the envelope, which every backend and log viewer can take."""
+def check_line(text: str, what: str) -> str:
+    """A short text in the envelope, which every backend and log viewer can take. Raises `Refused` for any other."""
     if not isinstance(text, str) or not text.isprintable() or len(text) > _LINE or (what == "id" and not text):
         raise Refused(f"{what}={text!r}: pass printable text of at most {_LINE} characters")
     return text

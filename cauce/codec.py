@@ -22,13 +22,15 @@ __all__ = [
     "Wish",
     "derive_id",
     "digest",
-    "digest_at",
     "from_cloudevent",
+    "is_moment",
     "micros",
     "moment",
     "schema_in",
     "seal",
     "sealed",
+    "time_in",
+    "time_of",
     "to_cloudevent",
 ]
 
@@ -141,16 +143,30 @@ def digest(entry: Entry, version: int) -> int:
     return crc32(b"".join((head, entry.raw, b"\0", entry.wish, b"\0", entry.body or b"")))
 
 
-def digest_at(entry: Entry, version: int) -> int:
-    """The digest of an entry that is about to be written. Raises `Refused` for an id that not every log can keep."""
+def time_of(id: str) -> int:
+    """When an id was made, in microseconds since 1970, or the one that it was derived from; 0 where no id tells."""
+    first, middle = id[:8], id[9:13]
+    if len(id) != 36 or id[8] != "-" or not (first + middle).isalnum() or id[14] not in "78":
+        return 0
     try:
-        if "\0" not in entry.id:
-            return digest(entry, version)
-    except UnicodeEncodeError:
-        pass
-    raise Refused(
-        f"id {entry.id!r} in {entry.stream} is no text of Unicode, or holds NUL: use an id of the clock, or a derived one"
-    )
+        return int(first + middle, 16) * 1000
+    except ValueError:
+        return 0
+
+
+class _OnlyTime(msgspec.Struct):
+    time: int
+
+
+_decode_time = msgspec.json.Decoder(_OnlyTime).decode
+
+
+def time_in(raw: bytes) -> int:
+    """The time in an encoded envelope, when that is all that is asked. Raises `Damaged`."""
+    try:
+        return _decode_time(raw).time
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        raise Damaged("an envelope whose age is asked for cannot be read: run cauce verify") from None
 
 
 class _OnlySchema(msgspec.Struct):
@@ -196,6 +212,11 @@ def moment(time: int) -> datetime:
     A log that holds such a time must stay readable, and `verify` says what is not as it was written.
     """
     return _EPOCH + timedelta(microseconds=min(max(time, _FIRST), _LAST))
+
+
+def is_moment(time: int) -> bool:
+    """Whether microseconds since 1970 lie in the years 1 to 9999, so that `moment` is exact."""
+    return _FIRST <= time <= _LAST
 
 
 def micros(when: datetime) -> int:

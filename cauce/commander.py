@@ -19,7 +19,7 @@ import msgspec
 
 from cauce.accept import SLOTS, slot_of
 from cauce.bus import Ask, Bus, Cause, Context, Receipt, correlation
-from cauce.codec import Entry, Meta, Wish, derive_id, sealed
+from cauce.codec import Entry, Meta, Wish, derive_id, sealed, time_of
 from cauce.errors import Conflict, IdReused, NoAnswer, NotOwner, Overloaded, Refused, Rejected, Unavailable
 from cauce.fold import EMPTY, Folded, Folder, messages_of
 from cauce.lease import Leases
@@ -38,6 +38,9 @@ _IMPATIENT = 3
 
 _NESTED = 0.5
 _CACHED = 100_000
+_LATE = 1_800_000_000
+"""Microseconds, half the shortest audit time: an earlier try of what was said before may be forgotten by now."""
+
 _PAUSE = 0.25
 _LONGEST_PAUSE = 5.0
 
@@ -221,7 +224,12 @@ class Commander:
         await self._alone(entry.id)
         try:
             # Who took over, failed half-way or heard of an earlier try cannot know if it was decided: the log does.
-            doubtful = entry.position <= self._backlog[slot] or entry.position in self._doubts or meta.again
+            doubtful = (
+                entry.position <= self._backlog[slot]
+                or entry.position in self._doubts
+                or meta.again
+                or min(meta.time, time_of(entry.id)) < self._clock.now() - _LATE
+            )
             wish = Wish(entry.type, msgspec.Raw(body), meta.schema)
             if doubtful and (await self._audited(entry) or await self._accepted(entry.key, wish, entry.id)):
                 pass

@@ -8,13 +8,14 @@ It needs no test framework, and nothing in it can skip. A backend's own test is 
         async def open(keeps: Keeps) -> AsyncIterator[Log]:
             bus = await our_backend.open(tmp_path / "bus")
             try:
-                yield bus.facts if keeps == "all" else bus.records
+                yield {"all": bus.facts, "undecided": bus.commands, "last": bus.records}[keeps]
             finally:
                 await bus.close()
 
         await promise(open)
 
-Each promise starts on two empty logs, one that keeps all and one that keeps the last of each stream. What is opened
+Each promise starts on three empty logs: one that keeps all, one that keeps all until it is decided and old, and one
+that keeps the last of each stream. What is opened
 twice is the same log again, with a second handle such as another process would have. This file is long because the
 contract is: it is a list, to be read from anywhere.
 """
@@ -29,7 +30,7 @@ from typing import Literal, ParamSpec, Protocol, TypeVar
 
 import msgspec
 
-from cauce.accept import APPEND_ENTRIES, ENTRY_BYTES, slot_of
+from cauce.accept import APPEND_BYTES, APPEND_ENTRIES, ENTRY_BYTES, ID_BYTES, slot_of
 from cauce.clock import SystemClock
 from cauce.codec import Entry, Meta, derive_id, sealed
 from cauce.errors import CauceError, Conflict, Fenced, Held, IdReused, Refused
@@ -37,8 +38,8 @@ from cauce.log import EVERYTHING, Appended, Claim, Filter, Log, Page
 
 __all__ = ["HOSTILE", "ILLEGAL", "PROMISES", "Broken", "Keeps", "Open", "Promise"]
 
-Keeps = Literal["all", "last"]
-"""What a log keeps of each stream."""
+Keeps = Literal["all", "undecided", "last"]
+"""What a log keeps of each stream: facts all, commands what is not decided and old, records the last."""
 
 
 class Open(Protocol):
@@ -438,6 +439,30 @@ async def after_every_refusal_the_next_append_works(open: Open) -> None:
         await _nothing_but(log, *_facts("things/1", *range(len(wrong) + 1)))
 
 
+@_promise
+async def of_several_things_that_are_wrong_the_first_is_told(open: Open) -> None:
+    """What no log takes, then a stale fence, then an id that is used, then the version; a put asks the first only."""
+    async with open("all") as log, open("last") as last:
+        await _add(log, "things/1", 1)
+        await _put(last, "things/1", 5)
+        old = await log.claim("slot", "a")
+        await log.claim("slot", "b", over=old)
+        used = _fact("things/1", 1, body=b"1")
+        unlawful: list[dict[str, object]] = [
+            {"stream": "things"}, {"stream": "things/a\nb"}, {"type": ""}, {"type": " a"}, {"id": ""}, {"id": "a\0b"},
+            {"body": b"x" * (ENTRY_BYTES + 1)},
+        ]  # fmt: skip
+        for change in unlawful:
+            entry = msgspec.structs.replace(used, **change)
+            await _raises(Refused, log.append, entry.stream, [entry], expect=7, fence=old, repeat=True)
+            await _raises(Refused, last.put, entry.stream, 4, entry)
+        await _raises(Fenced, log.append, "things/1", [used], expect=7, fence=old, repeat=True)
+        await _raises(IdReused, log.append, "things/1", [used], expect=7, repeat=True)
+        await _raises(Conflict, log.append, "things/1", [used], expect=7)
+        await _nothing_but(log, _fact("things/1", 1))
+        await _nothing_but(last, _fact("things/1", 5))
+
+
 # ------------------------------------------------------------------------------------------------------- repeat
 
 
@@ -608,6 +633,24 @@ async def a_stale_fence_writes_nothing(open: Open) -> None:
         await _add(log, "things/1", 2, expect=1, fence=new)
         await _raises(Fenced, _add, log, "things/1", 3, fence=Claim("never claimed", "a", 1))
         await _nothing_but(log, *_facts("things/1", 1, 2))
+
+
+@_promise
+async def a_claim_that_no_log_gave_is_fenced(open: Open) -> None:
+    """Whatever it names and counts: nothing is written under it, it does not beat, and to let go of it does nothing."""
+    async with open("all") as log:
+        stands = await log.claim("slot", "a")
+        await _add(log, "things/1", 1, fence=stands)
+        names = ("", "a\0b", "a\nb", "\ud800", "e\u0301", "x" * 257, "x" * 100_000, "slot/1", "things/1", *HOSTILE[:20])
+        numbers = (0, -1, stands.fence + 1, 2**63 - 1, 2**63, 2**64, -(2**63) - 1)
+        forged = [Claim(name, "a", stands.fence) for name in names] + [Claim("slot", "a", number) for number in numbers]
+        for claim in (*forged, Claim("slot", "a", stands.fence, 2**63 - 1), Claim("slot", "a", stands.fence, -1)):
+            await _raises(Fenced, log.beat, claim)
+            await log.release(claim)
+            if claim.fence != stands.fence or claim.name != "slot":
+                await _raises(Fenced, _add, log, "things/1", 2, fence=claim)
+        await _add(log, "things/1", 2, expect=1, fence=stands)
+        _same((await _raises(Held, log.claim, "slot", "b")).claim, stands, "the claim that stands")
 
 
 @_promise
@@ -892,6 +935,134 @@ async def what_keeps_all_takes_no_put_and_what_keeps_the_last_no_append(open: Op
         await _nothing_but(last, _fact("things/1", 5))
 
 
+# ------------------------------------------------------------------------------------------------------- forget
+
+_BEGAN = 1_700_000_000_000_000
+
+
+async def _wishes(log: Log) -> list[Entry]:
+    """Ninety entries of two domains and nine keys, each a second after the one before it."""
+    for n in range(90):
+        stream = f"{('apples', 'pears')[n % 2]}/{n % 9}"
+        await log.append(stream, [_fact(stream, n, time=_BEGAN + n * 1_000_000)])
+    return await _read(log)
+
+
+def _in_slot(entry: Entry, domain: str, slot: int) -> bool:
+    return entry.domain == domain and slot_of(entry.key) == slot
+
+
+@_promise
+async def what_is_decided_and_old_is_forgotten_and_nothing_else(open: Open) -> None:
+    """Of one domain and slot, at or below a place and older than a time; the rest stands as and where it stood."""
+    async with open("undecided") as log, open("undecided") as other:
+        entries = await _wishes(log)
+        _same(len(entries), 90, "the number of entries")
+        head, slot = await log.head(), slot_of("3")
+        cases = ((70, 30), (40, 60), (70, 60), (70, 60))
+        for (upto, old), forgets in zip(cases, (log, other, log, other), strict=True):
+            place, before = entries[upto].position, _BEGAN + old * 1_000_000
+            left = [
+                entry
+                for n, entry in enumerate(entries)
+                if not (_in_slot(entry, "apples", slot) and n <= upto and entry.meta.time < before)
+            ]
+            stood = await _read(other)
+            removed = await forgets.forget("apples", slot, place, before)
+            kept = await _read(other)
+            _same(removed, len(stood) - len(kept), "what was removed")
+            _same([entry for entry in stood if entry not in left], [e for e in stood if e not in kept], "what is gone")
+        kept = await _read(log)
+        _holds(0 < len(kept) < 90, f"{len(kept)} of 90 entries are left")
+        for handle, limit in product((log, other), (1, 7, 1000)):
+            _same(await _read(handle, limit=limit), kept, f"what is left, in pages of {limit}")
+            _same(await handle.head(), head, "the head")
+            for stream in sorted({entry.stream for entry in entries}):
+                own = [entry for entry in kept if entry.stream == stream]
+                _same(await _read(handle, Filter(stream), limit=limit), own, f"what is left of {stream}")
+            for after in (entries[20].position, entries[50].position):
+                rest = [entry for entry in kept if entry.position > after]
+                _same(await _read(handle, after=after, limit=limit), rest, f"what is left behind {after}")
+
+
+@_promise
+async def what_lies_behind_the_first_that_is_not_old_stays(open: Open) -> None:
+    """Whatever a clock said: a stream loses its beginning only, so that its versions have no holes."""
+    async with open("undecided") as log:
+        times = (10, 20, 90, 30, 95, 40)
+        for n, time in enumerate(times):
+            await log.append("things/1", [_fact("things/1", n, time=time)])
+        await _add(log, "things/2", 1)
+        _same(await log.forget("things", slot_of("1"), 100, 50), 2, "what was removed")
+        _same([entry.version for entry in await _read(log, Filter("things/1"))], [3, 4, 5, 6], "the versions")
+        _same((await _add(log, "things/1", 9, expect=6)).version, 7, "the version of the next")
+
+
+@_promise
+async def a_stream_of_which_nothing_is_left_begins_again(open: Open) -> None:
+    """At version 1, for every handle, whatever it knew; and an id that is gone may be given again."""
+    async with open("undecided") as log, open("undecided") as other:
+        for handle, n in product((log, other), (1, 2)):
+            await _add(handle, "things/1", n, repeat=True)
+        await _add(other, "things/1", 1, repeat=True)
+        await _add(log, "pears/1", 1, 2)
+        _same(await other.forget("things", slot_of("1"), await log.head(), 2**62), 2, "what was removed")
+        for n, handle in enumerate((log, other, log, other)):
+            done = await _add(handle, "things/1", (2, 2, 1, 1)[n], repeat=True)
+            _same((done.version, done.repeated), (n // 2 + 1, bool(n % 2)), "what is appended again")
+        _same((await _add(other, "things/1", 3, expect=2)).version, 3, "the version of the next")
+        for handle in (log, other):
+            await _nothing_but(handle, *_facts("pears/1", 1, 2), *_facts("things/1", 2, 1, 3))
+            _same([entry.version for entry in await _read(handle, Filter("things/1"))], [1, 2, 3], "the versions")
+    async with open("undecided") as log:
+        await _nothing_but(log, *_facts("pears/1", 1, 2), *_facts("things/1", 2, 1, 3))
+        _same((await _add(log, "things/1", 4)).version, 4, "the version after a new start")
+
+
+@_promise
+async def the_last_entry_is_never_forgotten(open: Open) -> None:
+    """It holds the place of the head: positions go on from there, also after a new start."""
+    async with open("undecided") as log:
+        await _add(log, "things/1", 1, 2)
+        done = await _add(log, "things/1", 3)
+        _same(await log.forget("things", slot_of("1"), 2**63 - 1, 2**62), 2, "what was removed")
+        _same(await log.forget("things", slot_of("1"), 2**63 - 1, 2**62), 0, "what was removed again")
+        await _nothing_but(log, _fact("things/1", 3))
+    async with open("undecided") as log:
+        _same(await log.head(), done.position, "the head after a new start")
+        waiting = await _waiting(log, after=done.position)
+        later = await _add(log, "things/1", 4)
+        _same((later.version, later.position > done.position), (4, True), "what is appended then")
+        _same([entry.position for entry in (await waiting).entries], [later.position], "what woke the reader")
+        _same(await log.forget("things", slot_of("1"), 2**63 - 1, 2**62), 1, "what was removed then")
+        await _nothing_but(log, _fact("things/1", 4))
+
+
+@_promise
+async def facts_and_records_are_never_forgotten(open: Open) -> None:
+    """They are kept for good, whoever asks; of commands nothing goes where domain or slot cannot be."""
+    async with open("all") as everything, open("last") as last, open("undecided") as log:
+        await _add(log, "things/1", 1, 2)
+        for domain, slot in (
+            ("*", slot_of("1")),
+            (">", 1),
+            ("", 1),
+            ("Things", 1),
+            ("th/ings", 1),
+            ("things", 16),
+            ("things", -1),
+        ):
+            await _raises(Refused, log.forget, domain, slot, 2**63 - 1, 2**62)
+        await _nothing_but(log, *_facts("things/1", 1, 2))
+        await _add(everything, "things/1", 1, 2)
+        await _put(last, "things/1", 1)
+        await _put(last, "things/1", 2)
+        for kept in (everything, last):
+            await _raises(Refused, kept.forget, "things", slot_of("1"), 2**63 - 1, 2**62)
+        await _nothing_but(everything, *_facts("things/1", 1, 2))
+        await _nothing_but(last, _fact("things/1", 2))
+
+
 # --------------------------------------------------------------------------------------------------------- read
 
 
@@ -1047,12 +1218,48 @@ async def the_largest_is_taken_whole_and_nothing_larger(open: Open) -> None:
         await _raises(Refused, log.append, "things/1", [entry, bigger])
         await _raises(Refused, last.put, "things/1", 1, bigger)
         await _raises(Refused, _add, log, "things/2", *range(APPEND_ENTRIES + 1))
+        whole, part = divmod(APPEND_BYTES, ENTRY_BYTES)
+        rest = msgspec.structs.replace(big, body=b"1" * (part - len(entry.raw)))
+        await _raises(Refused, log.append, "things/3", [*[big] * whole, rest, entry])
         await log.append("things/1", [big], expect=0)
         await last.put("things/1", 1, big)
         many = _facts("things/2", *range(APPEND_ENTRIES))
         _same((await log.append("things/2", many, expect=0)).version, APPEND_ENTRIES, "the version")
         await _nothing_but(log, big, *many)
         await _nothing_but(last, big)
+        heaviest = [msgspec.structs.replace(each, stream="things/3") for each in (*[big] * whole, rest)]
+        _same((await log.append("things/3", heaviest, expect=0)).version, whole + 1, "the version")
+        found = await _read(log, Filter("things/3"), limit=1)
+        _same([_content(each) for each in found], [_content(each) for each in heaviest], "the heaviest append")
+
+
+@_promise
+async def an_id_is_any_text_within_its_bound(open: Open) -> None:
+    """Kept as it is and found by a repeat, however hostile; refused where it is no text, empty or too long."""
+    legal = (
+        *HOSTILE,
+        "a\nb",
+        "\x1b[31m",
+        "e\u0301",
+        "x" * ID_BYTES,
+        "\u00fc" * (ID_BYTES // 2),
+        "\U0001f980" * (ID_BYTES // 4),
+    )
+    illegal = ("", "\0", "a\0b", "\ud800", "a\udfff", "x" * (ID_BYTES + 1), "\u00fc" * (ID_BYTES // 2) + "x")
+    entries = [msgspec.structs.replace(_fact("things/1", n), id=id) for n, id in enumerate(legal)]
+    async with open("all") as log, open("last") as last:
+        done = await log.append("things/1", entries)
+        for n, entry in enumerate(entries, 1):
+            again = await log.append("things/1", [entry], repeat=True)
+            _same((again.version, again.repeated), (n, True), f"the repeat of {entry.id!r}")
+        for id in illegal:
+            wrong = msgspec.structs.replace(entries[0], id=id)
+            await _raises(Refused, log.append, "things/1", [entries[0], wrong])
+            await _raises(Refused, log.append, "things/1", [wrong], repeat=True)
+            await _raises(Refused, last.put, "things/1", 1, wrong)
+        await last.put("things/1", 1, entries[-1])
+        _same((await log.head(), [each.id for each in await _read(log)]), (done.position, list(legal)), "what stands")
+        await _nothing_but(last, entries[-1])
 
 
 @_promise
@@ -1185,6 +1392,7 @@ async def a_put_wakes_who_waits_for_it(open: Open) -> None:
 HOSTILE = (
     "..", ".", "../x", "../../etc/passwd", "/", "//", "a/b", "a//b", "*", ">", "a.*", "a.>", "a.b", "a.b.", ".a", "a..b", "$claim", "$claim.1", "$JS.API.INFO", "_INBOX.1",
     " ", "  ", " a", "a ", "a  b", "%", "%2E", "a%2Eb", "a%20b", "=", "a=b", "=2E", "a:b", "a?b", "a#b", "~", "@", "-", "--", "-- drop", "'", '"', "''", "a\\b", "\\", "\\n", "a;b", "`id`", "$(id)",
+    "'; drop table facts; --", "' or '1'='1", "$$", "$mark", "$claim.x", "a_b", "a%b", "_", "%s", "{0}", "?", ":1", "$1", "a,b", "a|b", "a&b", "(a)", "[a]", "^", "..a", "a..", "> *",
     "null", "None", "true", "0", "00", "-1", "+1", "1e3", "1_000", "\u0660", "a", "A", "aa", "AA", "\u00e4", "\u00c4", "\u00df", "ss", "\ufb01", "fi", "\u00e9", "\u00e9\u0301",
     "\u4e2d\u6587", "\U0001f980", "\U0001f469\u200d\U0001f680", "\u200b", "\u200bx", "x\u200b", "\u202ex", "\u2028", "\ufeff", "\ufeffa", "a\u00a0b", "\u3000", "\uffff", "\U0010ffff", "\ue000", "\u1ea1\u0307",
     "x" * 255, "x" * 256, "x" * 255 + "y", "." * 256, "*" * 256, " " * 256, "\u00fc" * 128, "\U0001f980" * 64, "\uffff" * 85,
@@ -1213,6 +1421,8 @@ async def two_names_never_collide(open: Open) -> None:
         _same(len(set(streams)), len(streams), "the number of different names tried")
         await asyncio.gather(*(_add(log, stream, 1, expect=0) for stream in streams))
         await asyncio.gather(*(_add(log, stream, 2, expect=1) for stream in streams))
+        again = await asyncio.gather(*(_add(log, stream, 1, repeat=True) for stream in streams))
+        _same({(done.version, done.repeated) for done in again}, {(1, True)}, "the repeats")
         await asyncio.gather(*(_put(last, stream, 1) for stream in streams))
         for stream in streams:
             _same(
@@ -1235,6 +1445,22 @@ async def two_names_never_collide(open: Open) -> None:
         _same(
             len(await _read(log, Filter(domains=frozenset({"things"})))), 2 * len(HOSTILE), "the entries of the domain"
         )
+
+
+@_promise
+async def who_waits_for_a_hostile_name_is_woken_by_it_alone(open: Open) -> None:
+    """Each waits for a thing of its own, in both kinds of log; what others write does not come to it."""
+    streams = [f"things/{key}" for key in HOSTILE]
+    async with open("all") as log, open("last") as last:
+        waits = [each.read(Filter(stream), wait=_SOON) for stream in streams for each in (log, last)]
+        waiting = [asyncio.create_task(each) for each in waits]
+        await SystemClock().sleep(_SHORT / 10)
+        _holds(not any(task.done() for task in waiting), "a reader of what is not yet did not wait")
+        await asyncio.gather(*(_add(log, stream, 1) for stream in streams))
+        await asyncio.gather(*(_put(last, stream, 1) for stream in streams))
+        pages = await asyncio.gather(*waiting)
+        for stream, found, held in zip(streams, pages[::2], pages[1::2], strict=True):
+            _same([entry.stream for entry in (*found.entries, *held.entries)], [stream] * 2, f"what {stream!r} woke")
 
 
 @_promise

@@ -177,14 +177,17 @@ class Copies:
         while not await self._taken():
             await self._clock.sleep(_LOOK)
         _log.info("the views and replicas of %s are fed from here now", self._service)
-        await self._open()
 
     async def _taken(self) -> bool:
         try:
-            return await self._lead.take()
+            if not await self._lead.take():
+                return False
+            await self._open()
         except Unavailable as error:
-            _log.warning("the views and replicas of %s wait for who leads them: %s", self._service, error)
+            _log.warning("the views and replicas of %s wait: %s", self._service, error)
+            await self._lead.release()
             return False
+        return True
 
     async def _feed(self) -> None:
         """Feed them as long as that is for this process to do."""

@@ -360,6 +360,20 @@ class Derived:
         """Commit what was given."""
         self._bell.clear()
         try:
+            await self._catch_up(last=last)
+        except Unusable as error:
+            if last:
+                raise
+            await self._anew(error)
+            self._bell.set()
+        if self._target is not None and self._committed >= self._target and not last:
+            await self._caught_up()
+        self._moved.set()
+        if self._queue:
+            self._bell.set()
+
+    async def _catch_up(self, *, last: bool) -> None:
+        try:
             await self._follow()
             if self._committed < self._gap:
                 if last:
@@ -371,16 +385,6 @@ class Derived:
                 raise
             _log.info("%s: %s", self.shape.what, error)
             await self._again()
-            self._bell.set()
-        except Unusable as error:
-            if last:
-                raise
-            await self._anew(error)
-            self._bell.set()
-        if self._target is not None and self._committed >= self._target and not last:
-            await self._caught_up()
-        self._moved.set()
-        if self._queue:
             self._bell.set()
 
     async def _commit_all(self, *, last: bool) -> None:

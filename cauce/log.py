@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import msgspec
 
-from cauce.accept import APPEND_ENTRIES, ENTRY_BYTES, check_name, check_stream
+from cauce.accept import APPEND_BYTES, APPEND_ENTRIES, ENTRY_BYTES, SLOTS, check_id, check_key, check_name, check_stream
 from cauce.codec import Entry
-from cauce.errors import Refused
+from cauce.errors import Fenced, Refused
 
 __all__ = [
     "EVERYTHING",
@@ -23,7 +24,9 @@ __all__ = [
     "Log",
     "Page",
     "check_append",
+    "check_claim",
     "check_filter",
+    "check_forget",
     "check_put",
     "filter_of",
 ]
@@ -47,6 +50,9 @@ class Filter(msgspec.Struct, frozen=True):
 
 
 EVERYTHING = Filter()
+
+_MOST = 2**63 - 2**20
+"""Beyond it no fence and no beat is counted: the next ones would not fit 64 bits."""
 
 
 def filter_of(wants: Iterable[Mapping[str, frozenset[str]]]) -> Filter:
@@ -106,6 +112,9 @@ class Log(Protocol):
         Appends take place in the order of the calls, and so do puts, claims, beats and releases among them. To stop
         waiting for the future does not take the append back.
 
+        Of several things that are wrong the first is told, in this order: what no log takes (`Refused`), the `fence`,
+        the `repeat` with its `IdReused`, then `expect`. So a stale holder learns that it is one, whatever it expects.
+
         Parameters:
             expect: the version the stream must be at (0: it must not be yet), else `Conflict`.
             fence: the claim under which is written; if another holds the name by now, `Fenced`.
@@ -162,24 +171,62 @@ class Log(Protocol):
         """The last position, 0 in an empty log."""
         ...
 
+    async def forget(self, domain: str, slot: int, upto: int, before: int) -> int:
+        """Remove what is decided and old from a log of commands; gives how many entries that were.
+
+        Of this domain and slot, in their order, those at or below `upto`, up to the first that is not older than
+        `before`; never the last entry of the log. Nothing else changes: positions and versions of the others stay, and
+        a reader passes over what is gone as over any hole, because a log tells it apart from what is lost. A stream of
+        which nothing is left begins again at version 1; an id that is gone may be given again. Where a claim is kept
+        among the entries that it fences, what lies behind it may stay until the next holder.
+
+        Parameters:
+            upto: the place of the one who decides; what lies behind it is not decided yet.
+            before: in microseconds since 1970, as in the envelopes.
+
+        Raises `Refused` where all is kept for good, as facts are and the last of each stream, and for a domain or slot
+        that cannot be; `Busy` while another removes.
+        """
+        ...
+
+
+# Each append asks, mostly for what it asked before.
+_check_stream = lru_cache(maxsize=16_384)(check_stream)
+_check_name = lru_cache(maxsize=1_024)(check_name)
+
 
 def check_append(stream: str, entries: Sequence[Entry]) -> int:
-    """How many bytes an append has. Raises `Refused` for what no log takes, whatever names and ids it bears."""
+    """How many bytes an append has. Raises `Refused` for what no log takes, before anything else is looked at."""
+    _check_stream(stream)
     if not 0 < len(entries) <= APPEND_ENTRIES:
         raise Refused(f"an append to {stream} of {len(entries)} entries: 1 to {APPEND_ENTRIES} are taken at once")
     size = 0
     for entry in entries:
         size += _size(stream, entry)
+    if size > APPEND_BYTES:
+        raise Refused(f"an append to {stream} of {size:,} bytes: at most {APPEND_BYTES:,}, so append it in parts")
     return size
 
 
 def check_put(stream: str, version: int, entry: Entry) -> int:
-    """How many bytes a put has. Raises `Refused` for what no log takes, whatever names and id it bears."""
+    """How many bytes a put has. Raises `Refused` for what no log takes, before anything else is looked at."""
+    _check_stream(stream)
     if not 0 < version < 2**63:
         raise Refused(
             f"{stream} cannot be put at version {version}: versions are whole numbers from 1 that fit 64 bits"
         )
     return _size(stream, entry)
+
+
+def check_claim(claim: Claim) -> None:
+    """Raises `Fenced` for a claim that no log gave, because none takes such a name or such numbers."""
+    try:
+        check_key(claim.name)
+        possible = 0 < claim.fence < _MOST and 0 <= claim.beat < _MOST
+    except Refused:
+        possible = False
+    if not possible:
+        raise Fenced(f"no log gave the claim {claim!r:.200}: claim the name, and write under what is given")
 
 
 def check_filter(filter: Filter) -> None:
@@ -190,11 +237,22 @@ def check_filter(filter: Filter) -> None:
         check_name(type)
 
 
+def check_forget(log: str, domain: str, slot: int) -> None:
+    """Raises `Refused` for a log that keeps all for good, and for a domain or slot that no log has."""
+    if log != "commands":
+        raise Refused(f"{log} forget nothing: only commands are removed when they are decided and old")
+    check_stream(f"{domain}/-")
+    if "/" in domain or slot not in range(SLOTS):
+        raise Refused(f"there is no slot {slot!r} of {domain!r}: name a domain, and a slot from 0 to {SLOTS - 1}")
+
+
 def _size(stream: str, entry: Entry) -> int:
     if entry.stream != stream or entry.body is None:
         raise Refused(
             f"an entry for {entry.stream!r}, or one read without its body, cannot be written to {stream!r}: seal it for that stream"
         )
+    _check_name(entry.type)
+    check_id(entry.id)
     size = len(entry.body) + len(entry.raw) + (0 if entry.wish is None else len(entry.wish))
     if size > ENTRY_BYTES:
         raise Refused(

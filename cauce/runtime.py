@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from cauce.accept import SLOTS, check_body, check_value, slot_of
+from cauce.audit import Audit
 from cauce.backends import Backend, open_backend, stores_at
+from cauce.backends.health import warn
 from cauce.bus import Ask, Bus, Cause, Context, Reply, correlation, error_name, keep, own, owned
 from cauce.carried import LastOfEach, Superseded, carried
 from cauce.clock import Clock, SystemClock, uuid7
 from cauce.codec import Entry, Meta, derive_id, seal
 from cauce.commander import Commander, Decider
-from cauce.errors import CauceError, NoAnswer, NotOwner, Refused, Unavailable
+from cauce.errors import CauceError, Gone, NoAnswer, NotOwner, Refused, Unavailable
 from cauce.fold import Folder, messages_of
 from cauce.lease import Leases, identity
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
+from cauce.question import completed, read
 from cauce.schema import Schema, encode
 from cauce.service import ATTEMPTS, Bound, Service, bind
 from cauce.sql import Store as Sql
@@ -47,7 +50,6 @@ _LONGEST_PAUSE = 30.0
 _HOPELESS_PAUSE = 60.0
 _REST = 1.0
 _MOST_UNDER_WAY = 5_000
-_decode_ask = msgspec.json.Decoder(Ask).decode
 
 
 @asynccontextmanager
@@ -95,6 +97,7 @@ async def running(
     async with AsyncExitStack() as stack:
         backend = await open_backend(bus, clock)
         stack.push_async_callback(backend.close)
+        await warn(backend)
         stores = backend.stores if store is None else await stack.enter_async_context(stores_at(store, clock))
         face = _bus(backend, clock)
         tasks = _Tasks(face.failed)
@@ -324,6 +327,12 @@ class _Running:
         await self._hold(list(self._shares.held.values()))
         self._tasks.start("store", self._store.run())
         self._tasks.start("outbox", self._relay())
+        if self._service.audit is not None and self._commanders:
+            audit = Audit(
+                self._bus.commands, self._store, self._bus.clock, self._service.audit,
+                {domain: _deciding(domain) for domain in self._commanders}, lambda domain: self._commanders[domain].slots,
+            )  # fmt: skip
+            self._tasks.start("audit", audit.run())
         self._shares.go()
         self._said.set()
         _log.info("%s runs: %s", self._service.name, ", ".join(bound.name for bound in self._parts))
@@ -519,7 +528,7 @@ class _Running:
         assert self._shares is not None
         shares = self._shares
         return Consumer(
-            f"decide {domain}", {domain: frozenset()}, handle, self._bus.commands, self._store, self._bus.clock,
+            _deciding(domain), {domain: frozenset()}, handle, self._bus.commands, self._store, self._bus.clock,
             attempts=ATTEMPTS, may_begin=lambda: shares.is_fresh, caution=caution,
         )  # fmt: skip
 
@@ -797,7 +806,10 @@ class _Running:
         answers = {cls: bound for cls, bound in self._functions("answer").items() if declared(cls).domain is domain}
 
         async def handler(payload: bytes) -> bytes:
-            ask = _decode_ask(payload)
+            try:
+                ask = read(payload)
+            except Refused as error:
+                return _encode(Reply("Refused", str(error)))
             self._in_hand += 1
             try:
                 reply = await self._reply(domain, ask, answers)
@@ -815,10 +827,16 @@ class _Running:
         return handler
 
     async def _reply(self, domain: Domain, ask: Ask, answers: dict[type[Message], Bound]) -> Reply:
+        by_hand = not ask.kind
+        if by_hand:
+            ask = completed(ask, domain, self._schemas[domain.name], self._bus.clock)
         if ask.kind == "call":
             commander = self._commanders.get(domain.name)
             if commander is None:
                 raise NoAnswer(f"{domain.name} has no things, so nothing can be wished of it")
+            if by_hand and slot_of(ask.key) not in commander.slots:
+                # Who asks by hand need not know which instance holds what.
+                return await self._bus.wish(domain.name, ask)
             receipt = await commander.call(ask)
             return Reply("", "", receipt.version, receipt.position, receipt.changed)
         if ask.kind == "publish":
@@ -830,6 +848,8 @@ class _Running:
             self._bus.facts, ask.key, at_version=ask.at_version, at_time=ask.at_time
         )
         body = b"" if folded.state is None else encode(folded.state)
+        if by_hand and not body:
+            raise Gone(f"{domain.name}/{ask.key} does not stand: it was deleted, or never was")
         return Reply(
             version=folded.version, position=folded.position, body=msgspec.Raw(body or b'""'), changed=bool(body)
         )
@@ -877,6 +897,11 @@ class _PutOff(msgspec.Struct):
 
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(_Said).decode
+
+
+def _deciding(domain: str) -> str:
+    """The name of the consumer that decides what was sent."""
+    return f"decide {domain}"
 
 
 def _slots_of(shares: Iterable[Share]) -> list[int]:

@@ -37,6 +37,9 @@ C = TypeVar("C", bound=Copy)
 Kind = Literal["decide", "evolve", "on", "answer", "every", "view", "replica"]
 Start = Literal["first", "now"]
 
+AUDIT = 30 * 86_400.0
+_SHORTEST = 3_600.0
+
 ATTEMPTS = 12
 """How often a message is tried when nothing else is said: with the delays between, for about ten minutes."""
 
@@ -66,15 +69,25 @@ class Service:
         schema: SQL that makes the tables of `ctx.store`; several parts are run once each, in order, so that later
             versions of the service add parts behind. A part that reads differently in the databases that the service
             is run on is given for each: `{"sqlite": "…", "postgresql": "…"}`.
+        audit: seconds for which commands of its domains are kept once they are decided, with those that were rejected
+            or changed nothing; at least an hour, 30 days if not said, None: for ever. Facts are kept for ever.
     """
 
     def __init__(
-        self, name: str, *, owns: Domain | Iterable[Domain] = (), schema: Tables | Iterable[Tables] = ()
+        self,
+        name: str,
+        *,
+        owns: Domain | Iterable[Domain] = (),
+        schema: Tables | Iterable[Tables] = (),
+        audit: float | None = AUDIT,
     ) -> None:
+        if audit is not None and not _SHORTEST <= audit < 1e11:
+            raise Refused(f"{name}: audit={audit}: say a number of seconds, {_SHORTEST:g} or more, or None for ever")
         # A service's name goes where a domain's goes: into files, subjects and addresses.
         self.name = Domain(name).name
         self.owns = (owns,) if isinstance(owns, Domain) else tuple(owns)
         self.schema: tuple[Tables, ...] = (schema,) if isinstance(schema, (str, Mapping)) else tuple(schema)
+        self.audit = audit
         self.parts: list[Part] = []
         self.views: dict[str, Tables | None] = {}
 

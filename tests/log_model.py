@@ -60,7 +60,7 @@ class Model:
     def claim(self, name: str, claim: Claim | None, over: Claim | None) -> Said:
         """`claim` is what the log gave, None if it gave none."""
         stands = self.claims.get(name)
-        if stands is not None and stands.owner and (over is None or over.fence != stands.fence):
+        if stands is not None and stands.owner and (over is None or (over.name, over.fence) != (name, stands.fence)):
             return (Held, stands)
         assert claim is not None
         assert claim.fence > (stands.fence if stands else 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 import apsw
 import pytest
 
+from cauce.accept import SLOTS, slot_of
 from cauce.backends import sqlite
 from cauce.backends.sqlite import chain, table
 from cauce.backends.sqlite.upkeep import verify
@@ -146,13 +147,17 @@ async def test_a_wrong_end_of_a_chapter_is_found(damage: str, tmp_path: Path, mo
     assert not verify(tmp_path / "bus.db").ok
 
 
+async def forget(bus: sqlite.SQLiteBus, upto: int) -> None:
+    """Of all slots, so that it is the beginning that goes."""
+    for slot in range(SLOTS):
+        await bus.commands.forget("users", slot, upto, 2)
+
+
 async def test_the_beginning_of_the_commands_may_be_gone(tmp_path: Path) -> None:
     bus = await sqlite.open(tmp_path / "bus.db")
     await fill(bus.commands, 400)
+    await forget(bus, 300)
     await bus.close()
-    with apsw.Connection(str(tmp_path / "bus.db")) as connection:
-        connection.execute("delete from commands where position <= 300")
-    connection.close()
     bus = await sqlite.open(tmp_path / "bus.db")
     found = await versions(bus.commands, LONG)
     assert found == list(range(found[0], 401))
@@ -162,7 +167,7 @@ async def test_the_beginning_of_the_commands_may_be_gone(tmp_path: Path) -> None
 
 
 def change(path: Path, *statements: str) -> None:
-    """What happens to a file behind our back, or is done to it by a later version."""
+    """What happens to a file behind our back."""
     with apsw.Connection(str(path)) as connection:
         for statement in statements:
             connection.execute(statement)
@@ -229,9 +234,8 @@ async def test_a_stream_whose_end_is_not_where_its_chapter_says_takes_no_more(
 async def test_what_is_left_of_the_commands_is_read_whole_with_pages_of_any_size(gone: int, tmp_path: Path) -> None:
     bus = await sqlite.open(tmp_path / "bus.db")
     await asyncio.gather(*(bus.commands.append(LONG, [entry(LONG, n)]) for n in range(1, 401)))
-    await bus.close()
-    change(tmp_path / "bus.db", f"delete from commands where position <= {gone}")
-    bus = await sqlite.open(tmp_path / "bus.db")
+    assert await versions(bus.commands, LONG) == list(range(1, 401))
+    await forget(bus, gone)
     for limit in (1, 2, 10, 1000):
         assert await versions(bus.commands, LONG, limit=limit) == list(range(gone + 1, 401))
         assert await versions(bus.commands, LONG, after=gone - 1, limit=limit) == list(range(gone + 1, 401))
@@ -251,7 +255,8 @@ async def test_a_stream_of_which_nothing_is_left_begins_again(
         await one.commands.append(LONG, [entry(LONG, n)])
     for n in range(1, 41):
         await two.commands.append("users/2", [entry("users/2", n)])
-    change(tmp_path / "bus.db", "delete from commands where position <= 30")
+    assert await versions(two.commands, LONG) == list(range(1, 21))
+    await forget(one, 30)
     assert verify(tmp_path / "bus.db").findings == []
     assert await versions(two.commands, LONG) == []
     # Who knew the stream, and who did not, are of one mind.
@@ -269,6 +274,50 @@ async def test_a_stream_of_which_nothing_is_left_begins_again(
     assert (await bus.commands.append(LONG, [entry(LONG, 200)])).version == 7, "the new end, not that of an old chapter"
     await bus.close()
     assert verify(tmp_path / "bus.db").findings == []
+
+
+@pytest.mark.usefixtures("chapters")
+async def test_what_goes_of_one_slot_leaves_holes_that_nobody_minds(tmp_path: Path) -> None:
+    bus, other = [await sqlite.open(tmp_path / "bus.db") for _ in range(2)]
+    await fill(bus.commands, 700)
+    streams = [LONG, "users/7", "users/8", "users/699"]
+    before = {stream: await versions(other.commands, stream) for stream in streams}
+    assert len(before[LONG]) == 700
+    slot, upto = slot_of("long"), (await bus.commands.read(Filter(LONG), limit=400)).entries[-1].position
+    mine = [each for each in (await bus.commands.read(limit=5000)).entries if slot_of(each.key) == slot]
+    assert await bus.commands.forget("users", slot, upto, 2) == sum(each.position <= upto for each in mine)
+    assert await bus.commands.forget("users", slot, upto, 2) == 0
+    for each in (bus, other):
+        for limit in (1, 7, 256, 1000):
+            assert await versions(each.commands, LONG, limit=limit) == list(range(401, 701 + (each is other)))
+        assert (await each.commands.append(LONG, [entry(LONG, 999)])).version == 701 + (each is other)
+        assert {stream: await versions(each.commands, stream) for stream in streams[1:]} == {
+            stream: [] if slot_of(stream.partition("/")[2]) == slot else before[stream] for stream in streams[1:]
+        }
+        await each.close()
+    assert verify(tmp_path / "bus.db").findings == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "delete from commands where position = 300",
+        "delete from commands where position = 100",
+        "update commands set previous = 0 where position = 300",
+        "update commands set previous = 250 where position = 300",
+        "update commands set previous = 298 where position = 300",
+        "update commands_chapters set position = 98 where stream = 0 and chapter = 1",
+        "update commands_chapters set position = 'x' where stream = 0 and chapter = 1",
+    ],
+)
+async def test_what_goes_by_another_hand_is_found_where_some_has_gone_on_purpose(damage: str, tmp_path: Path) -> None:
+    bus = await sqlite.open(tmp_path / "bus.db")
+    await asyncio.gather(*(bus.commands.append(LONG, [entry(LONG, n)]) for n in range(1, 601)))
+    await forget(bus, 99)
+    await bus.close()
+    assert verify(tmp_path / "bus.db").ok
+    change(tmp_path / "bus.db", damage)
+    assert not verify(tmp_path / "bus.db").ok
 
 
 # ------------------------------------------------------------------------------------------------ what is remembered

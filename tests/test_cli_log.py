@@ -277,7 +277,8 @@ async def test_a_log_in_use_is_not_restored_over(log: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "command", [("tail",), ("tail", "--follow"), ("show", "users/1"), ("export",), ("verify",), ("backup", "copy")]
+    "command",
+    [("tail",), ("tail", "--follow"), ("show", "users/1"), ("export",), ("verify",), ("doctor",), ("backup", "copy")],
 )
 def test_who_only_reads_makes_no_log(command: tuple[str, ...], tmp_path: Path) -> None:
     result = cauce(tmp_path / "deep" / "bus.db", *command)
@@ -292,7 +293,7 @@ def test_who_only_reads_makes_no_log(command: tuple[str, ...], tmp_path: Path) -
 
 def test_who_only_reads_changes_no_file(log: Path) -> None:
     before = log.read_bytes(), sorted(each.name for each in log.with_name("bus.db.d").iterdir())
-    for command in (("tail",), ("show", "users/1"), ("export",), ("verify",)):
+    for command in (("tail",), ("show", "users/1"), ("export",), ("verify",), ("doctor",)):
         assert cauce(log, *command).exit_code == 0
     assert (log.read_bytes(), sorted(each.name for each in log.with_name("bus.db.d").iterdir())) == before
 
@@ -303,7 +304,7 @@ def test_a_file_that_is_no_log_is_refused(tmp_path: Path) -> None:
     other.execute("create table t (a)")
     other.close()
     for name in ("bus.db", "other.db"):
-        for command in (("tail",), ("show", "users/1"), ("export",), ("verify",)):
+        for command in (("tail",), ("show", "users/1"), ("export",), ("verify",), ("doctor",)):
             result = cauce(tmp_path / name, *command)
             assert (result.exit_code, "no Cauce log" in result.stderr) == (1, True)
 

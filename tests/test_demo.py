@@ -9,17 +9,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from rich.console import Console
 
-from cauce import connect
+from cauce import Refused, connect, running
+from cauce.backends.nats.temporary import beside as beside_nats
+from cauce.backends.postgres.temporary import beside as beside_postgres
 from cauce.clock import SystemClock
+from cauce.demo.ground import ground
+from cauce.demo.shop import mails
 from cauce.demo.story import Story
 from cauce.demo.web import app
+from tests.servers import Nats, Postgres
 
 Run = Callable[..., subprocess.Popen[str]]
 
@@ -61,10 +66,36 @@ def said(output: str, *lines: str) -> None:
         at = found.end()
 
 
-def test_the_demo_plays_in_one_process_and_ends_with_zero(run: Run, tmp_path: Path) -> None:
+@pytest.fixture
+def where(backend: str, request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """The options that name each backend in turn. Nothing that belongs to the demo may be left on its server."""
+    if backend == "sqlite":
+        yield []
+    elif backend == "postgresql":
+        postgres: Postgres = request.getfixturevalue("postgres")
+        yield ["--bus", postgres.url(schema="shared")]
+        assert postgres.sql("select nspname from pg_namespace where nspname like 'shared%'") == []
+    else:
+        nats: Nats = request.getfixturevalue("nats")
+        # It does flush, but cannot say so.
+        yield ["--bus", f"{nats.url('shared')}?sync=always"]
+        assert [stream for stream in nats.streams() if "shared" in stream] == []
+
+
+VERIFIED = {
+    "sqlite": r"log .* verified: every entry is what was written",
+    "postgresql": r"log .* read back: \d+ entries, each as its digest says",
+    "nats": r"log .* read back: \d+ entries, each as its digest says",
+}
+
+
+def test_the_demo_tells_the_same_story_on_every_backend_and_ends_with_zero(
+    run: Run, tmp_path: Path, backend: str, where: list[str]
+) -> None:
     began = time.monotonic()
-    output, errors = run().communicate(timeout=60)
-    assert errors == ""
+    process = run(*where)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, ""), output
     said(
         output,
         r"users +recorded UserRegistered, users/42 version 1",
@@ -77,19 +108,22 @@ def test_the_demo_plays_in_one_process_and_ends_with_zero(run: Run, tmp_path: Pa
         r"took a mail for ana@example.net: Your card A-1",
         r"demo +equal\n",
         r"2 mails, each once",
-        r"EmailChanged users/42 version 2 +← ChangeEmail by crm:joe",
-        r"verified: every entry is what was written",
+        r"facts \d+: EmailChanged users/42 version 2 +← ChangeEmail by crm:joe",
+        r"commands \d+: RegisterUser users/42 version 1 +← rejected: user 42 is already registered",
+        r"records \d+: Card cards/A-1 version 1",
+        VERIFIED[backend],
     )
     assert output.count("took a mail for") == 2
     assert time.monotonic() - began < 15
     assert (left(tmp_path), list(tmp_path.iterdir())) == ([], [])
 
 
+@pytest.mark.parametrize("backend", ["sqlite", "postgresql"], indirect=True)
 def test_a_card_is_issued_while_its_owner_is_dead_and_the_mail_that_waited_goes_out_once(
-    run: Run, tmp_path: Path
+    run: Run, tmp_path: Path, backend: str, where: list[str]
 ) -> None:
     began = time.monotonic()
-    process = run("--each")
+    process = run("--each", *where)
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, ""), output
     said(
@@ -101,7 +135,7 @@ def test_a_card_is_issued_while_its_owner_is_dead_and_the_mail_that_waited_goes_
         r"users +\d+ +runs again, in process \d+",
         r"demo +\d+ +equal\n",
         r"3 mails, each once",
-        r"verified: every entry is what was written",
+        VERIFIED[backend],
     )
     said(
         output,
@@ -136,6 +170,61 @@ def test_nothing_goes_on_when_the_demo_is_ended_in_the_middle(
         time.sleep(0.05)
     if number != signal.SIGKILL:
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("backend", ["postgresql", "nats"], indirect=True)
+def test_nothing_stays_on_a_server_when_the_demo_is_ended_in_the_middle(
+    run: Run, tmp_path: Path, where: list[str]
+) -> None:
+    process = run(*where)
+    assert process.stdout is not None
+    while "recorded UserRegistered" not in (line := process.stdout.readline()):
+        assert line, "it ended before"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors.strip()) == (130, "")
+    assert (left(tmp_path), list(tmp_path.iterdir())) == ([], [])
+
+
+async def test_services_of_the_demo_keep_what_is_theirs_where_they_are_told(postgres: Postgres, tmp_path: Path) -> None:
+    schemas = "select nspname from pg_namespace where nspname like 'mine%'"
+    async with ground(None, postgres.url(schema="mine"), SystemClock()) as place:
+        assert place.file is not None
+        assert place.store is not None
+        async with running(mails.service, bus=place.url, store=place.store):
+            assert [name for (name,) in postgres.sql(schemas)] == [f"{place.store.partition('schema=')[2]}_mails"]
+    assert postgres.sql(schemas) == []
+    async with ground(None, f"sqlite:///{tmp_path}", SystemClock()) as place:
+        assert place.store is not None
+        async with running(mails.service, bus=place.url, store=place.store):
+            assert len(list(tmp_path.glob("cauce-demo-*/mails/store.db"))) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("bus", "store", "cure"),
+    [
+        ("sqlite:///shop.db", None, "leave --bus out"),
+        ("amqp://host", None, "postgresql://host/database or nats://host:4222"),
+        (None, "sqlite:///nowhere/at-all", "no folder: make it"),
+        (None, "nats://host", "write sqlite:///folder or postgresql://host/database"),
+    ],
+)
+async def test_the_demo_says_where_it_cannot_play(bus: str | None, store: str | None, cure: str) -> None:
+    with pytest.raises(Refused, match=cure):
+        async with ground(bus, store, SystemClock()):
+            pass
+
+
+def test_the_bus_of_the_demo_is_another_one_on_the_same_server() -> None:
+    assert beside_postgres("postgresql:///db?host=/run/pg&schema=shop&sslmode=disable", "demo_1") == (
+        "postgresql:///db?host=%2Frun%2Fpg&sslmode=disable&schema=shop_demo_1"
+    )
+    assert beside_postgres("postgresql://u:p%40@host/db", "demo_1") == "postgresql://u:p%40@host/db?schema=cauce_demo_1"
+    assert beside_nats("nats://u:p%40@a:4222,b/shop?replicas=3", "demo_1", "/f") == (
+        "nats://u:p%40@a:4222,b/shop_demo_1?replicas=3&files=%2Ff"
+    )
+    assert beside_nats("tls://host", "demo_1", "/f") == "tls://host/demo_1?files=%2Ff"
 
 
 @pytest.mark.parametrize("options", [(), ("--each",)], ids=["together", "each"])

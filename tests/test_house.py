@@ -30,9 +30,10 @@ FLOORS = (
     ),  # what travels, and its names; no I/O
     ("log", "wire", "sql", "threads", "shelf", "store", "conformance"),  # the seams and their contract
     ("backends.*",),  # what implements them
-    ("fold", "lease", "bus", "shares", "consumer"),  # delivery
+    ("fold", "lease", "bus", "question", "shares", "consumer"),  # delivery
     (
         "records",
+        "audit",
         "commander",
         "derived",
         "replica",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -11,16 +13,19 @@ from typing import Any
 import msgspec
 import nats as plain
 import pytest
+from nats.aio.client import Client as PlainClient
+from nats.protocol.parser import Parser
 
 from cauce.accept import ENTRY_BYTES, slot_of
 from cauce.backends import nats as backend
-from cauce.backends.nats import NatsBus
+from cauce.backends.nats import NatsBus, forgetting
+from cauce.backends.nats.client import Client
 from cauce.backends.nats.link import OLDEST
 from cauce.backends.nats.names import text, token
 from cauce.clock import SystemClock
 from cauce.codec import Entry, Meta, sealed
 from cauce.conformance import HOSTILE
-from cauce.errors import Damaged, NotPermitted, OutcomeUnknown, Overloaded, Refused, Unreachable
+from cauce.errors import Busy, Damaged, NotPermitted, OutcomeUnknown, Overloaded, Refused, Unreachable
 from cauce.log import Appended, Filter
 from tests.servers import Missing, Nats, absent
 
@@ -253,7 +258,7 @@ async def test_a_stream_that_would_lose_what_it_holds_is_refused(
         stream = bus.link.stream("facts")
     config = nats.request(f"$JS.API.STREAM.INFO.{stream}")["config"]
     assert "error" not in nats.request(f"$JS.API.STREAM.UPDATE.{stream}", config | {name: value})
-    with pytest.raises(Refused, match=f"{name} = "):
+    with pytest.raises(Refused, match=f"{name} of stream"):
         await backend.open(nats_bus)
 
 
@@ -322,7 +327,7 @@ async def test_decided_commands_are_forgotten_when_they_are_old_and_what_others_
         done = [await bus.commands.append(stream, [fact(stream)]) for stream in streams]
         slots = [slot_of(stream.partition("/")[2]) for stream in streams]
         decided, later = done[29].position, CLOCK.now() + 60_000_000
-        assert await bus.commands.forget("things", slots[0], decided, done[0].position) == 0
+        assert await bus.commands.forget("things", slots[0], decided, 1) == 0
         assert await bus.commands.forget("things", slots[0], decided, later) == slots[:30].count(slots[0])
         wanted = [stream for n, stream in enumerate(streams) if n >= 30 or slots[n] != slots[0]]
         for each in (bus, other):
@@ -334,6 +339,33 @@ async def test_decided_commands_are_forgotten_when_they_are_old_and_what_others_
         for each in (bus, other):
             with pytest.raises(Damaged, match=f"lost {35 - (40 - len(wanted))} entries"):
                 await each.commands.read()
+
+
+async def test_two_that_forget_at_once_are_told_apart_and_who_died_over_it_is_followed(
+    nats_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(nats_bus) as bus, opened(nats_bus) as other:
+        for n in range(64):
+            await bus.commands.append(f"things/{n}", [fact(f"things/{n}")])
+        forgets = [(bus, other)[slot % 2].commands.forget("things", slot, 64, 2**62) for slot in range(16)]
+        told = await asyncio.gather(*forgets, return_exceptions=True)
+        assert all(isinstance(each, int | Busy) for each in told), told
+        assert any(isinstance(each, int) for each in told)
+        for each in (bus, other):
+            left = [entry.stream for entry in (await each.commands.read()).entries]
+            assert "things/63" in left
+        # There is something to remove, and somebody says that he is at it, and dies.
+        for _ in range(2):
+            await bus.commands.append("things/63", [fact("things/63")])
+        subject = bus.link.subject("leases", "commands", "$forgotten")
+        assert b'"seq"' in (await bus.link.request(subject, b'{"count":0,"busy":"another"}')).data
+        with pytest.raises(Busy, match="another removes"):
+            await bus.commands.forget("things", slot_of("63"), 65, 2**62)
+        monkeypatch.setattr(forgetting, "_LONG", 0.0)
+        for slot in range(16):
+            await bus.commands.forget("things", slot, 65, 2**62)
+        for each in (bus, other):
+            assert [entry.stream for entry in (await each.commands.read()).entries] == ["things/63"]
 
 
 # ------------------------------------------------------------------------------------------------------- others
@@ -373,6 +405,19 @@ async def test_a_plain_client_reads_facts_as_cloudevents_in_binary_mode(nats: Na
             "ce-streamversion": "1", "ce-digest": headers["ce-digest"], "ce-correlation": entry.id,
             "ce-causation": "c", "ce-by": "crm:jo%C3%A9", "ce-wish": "eyJ0eXBlIjoiRG8iLCJib2R5Ijp7fX0=",
         }  # fmt: skip
+
+
+def test_nats_py_still_calls_what_our_client_changes_in_it() -> None:
+    source = inspect.getsource(PlainClient) + inspect.getsource(Parser)
+    changed = [name for name in vars(Client) if name.startswith("_process") or name == "_attempt_reconnect"]
+    assert len(changed) == 4
+    for name in changed:
+        assert inspect.iscoroutinefunction(getattr(PlainClient, name))
+        assert (
+            inspect.signature(getattr(PlainClient, name)).parameters.keys()
+            == inspect.signature(getattr(Client, name)).parameters.keys()
+        )
+        assert re.search(rf"(self|self\.nc)\.{name}\(", source)
 
 
 async def test_without_a_name_of_the_bus_subjects_have_no_prefix(own_nats: Nats) -> None:

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from cauce.backends.nats.link import Lost, connect
+from cauce.backends.nats.call import Lost
+from cauce.backends.nats.link import connect
 from cauce.backends.nats.store import NatsStore
 from cauce.backends.nats.stores import NatsStores
 from cauce.backends.sqlite.stores import SQLiteStores
 from cauce.clock import SystemClock
 from cauce.errors import Damaged, Fenced, Refused, Unavailable
 from cauce.store import BadStatement, Share, Unit, Waiting
+from tests.late import Late
 from tests.servers import Nats, NatsCluster
 
 LOG = "log"
@@ -427,6 +429,29 @@ async def test_a_batch_whose_answer_gets_lost_stands_once(nats_bus: str) -> None
         assert await said(store) == [b"a", b"b", b"c"]
         link.call = deaf  # type: ignore[method-assign,assignment]
         assert [each.name for each in await store.take("one", ["slot/1", "slot/2"])] == ["slot/1", "slot/2"]
+
+
+@pytest.mark.parametrize("batch", [True, False])
+async def test_a_write_that_arrives_after_a_later_one_changes_nothing(nats: Nats, nats_bus: str, batch: bool) -> None:
+    late = Late(nats.port)
+    async with late.open() as address, opened(f"nats://{address}/{nats_bus.rpartition('/')[2]}", patience=2.0) as store:
+        (share,) = await held(store)
+        await store.commit(unit(share, 1))
+        late.hold()
+        writing = asyncio.ensure_future(store.commit(unit(share, 5, *[b"late"] * batch)))
+        await late.break_after(b'"position":5')
+        await writing
+        assert await place(store) == 5
+        await store.commit(unit(share, 9, b"newer"))
+        before = state(nats, nats_bus)["last_seq"]
+        await late.arrive()
+        assert b'"err_code":10071' in late.answers
+        assert state(nats, nats_bus)["last_seq"] == before
+        assert await place(store) == 9
+        assert await said(store) == [b"late"] * batch + [b"newer"]
+        await store.release([share])
+        await store.tick("two", (), join=True)
+        assert len(await store.take("two", ["slot/0"])) == 1
 
 
 async def test_while_the_server_is_away_a_unit_is_refused_as_unavailable_and_goes_when_it_is_back(

@@ -16,6 +16,7 @@ from pathlib import Path
 import apsw
 import pytest
 
+from cauce.accept import SLOTS, slot_of
 from cauce.backends import sqlite
 from cauce.backends.sqlite.peek import peek
 from cauce.backends.sqlite.upkeep import Report, backup, restore, verify
@@ -281,12 +282,31 @@ def test_what_is_not_as_it_was_written_is_found(
     assert (kind, log, position) in [(finding.kind, finding.log, finding.position) for finding in report.findings]
 
 
-def test_commands_may_have_been_purged_at_the_beginning(program: Program, tmp_path: Path) -> None:
-    ended(program, tmp_path / "bus.db", "close")
-    connection = apsw.Connection(str(tmp_path / "bus.db"))
-    connection.execute("delete from commands where position <= 40")
-    connection.close()
-    assert verify(tmp_path / "bus.db").ok
+async def test_a_log_that_forgot_commands_is_whole_and_so_are_its_copies(program: Program, tmp_path: Path) -> None:
+    path, copy, new = tmp_path / "bus.db", tmp_path / "copy.db", tmp_path / "new.db"
+    ended(program, path, "close")
+    bus = await sqlite.open(path)
+    whole = (await bus.commands.read()).entries
+    for slot in range(0, SLOTS, 2):
+        await bus.commands.forget("users", slot, 70, SystemClock().now())
+    left = (await bus.commands.read()).entries
+    assert left == [each for each in whole if each.position > 70 or slot_of(each.key) % 2]
+    assert len(left) < len(whole)
+    assert verify(path).findings == [], "while it is open"
+    await bus.close()
+    report = verify(path)
+    assert report.ok
+    assert (report.entries["commands"], report.heads["commands"]) == (len(left), len(whole))
+    backup(path, copy)
+    restore(copy, new, SystemClock().id())
+    for each in (path, copy, new):
+        assert verify(each).ok
+        bus = await sqlite.open(each)
+        assert [entry.checked() for entry in (await bus.commands.read()).entries] == left
+        done = await bus.commands.append("users/1", [sealed("users/1", "Do", "new", Meta(1), b"{}")])
+        assert done.position == len(whole) + 1
+        await bus.close()
+        assert verify(each).ok
 
 
 def test_a_damaged_witness_is_a_finding_and_an_older_one_is_none(program: Program, tmp_path: Path) -> None:

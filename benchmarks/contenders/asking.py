@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from pathlib import Path
 
 from benchmarks._load import email
 from benchmarks._run import Sample
@@ -31,14 +30,14 @@ async def who_is(question: WhoIs) -> str:
     return email(int(question.user_id))
 
 
-def ask(path: Path, seconds: float) -> Sample:
+def ask(url: str, seconds: float) -> Sample:
     """Ask another process, again and again."""
-    return asyncio.run(_ask(path, seconds))
+    return asyncio.run(_ask(url, seconds))
 
 
-async def _ask(path: Path, seconds: float) -> Sample:
-    with child("benchmarks.contenders.asking", str(path)):
-        async with connect(f"sqlite:///{path}") as bus:
+async def _ask(url: str, seconds: float) -> Sample:
+    with child("benchmarks.contenders.asking", url):
+        async with connect(url) as bus:
 
             async def work() -> None:
                 assert await bus.ask(WhoIs("42")) == "user42@example.org"
@@ -47,9 +46,9 @@ async def _ask(path: Path, seconds: float) -> Sample:
             return await drive(work, 1, seconds)
 
 
-async def _answer(path: str) -> None:
+async def _answer(url: str) -> None:
     """The other process."""
-    async with running(service, bus=f"sqlite:///{path}"):
+    async with running(service, bus=url):
         ready()
         await until_told()
 

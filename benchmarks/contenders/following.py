@@ -34,21 +34,21 @@ from eventsourcing.system import (
     System,
 )
 
-from benchmarks._load import NAME, Load, email
+from benchmarks._load import Load
 from benchmarks._run import Sample
 from benchmarks.contenders import peer
-from benchmarks.contenders.callers import WARM
 
-__all__ = ["WAYS", "best", "deliver", "rebuild"]
+__all__ = ["RUNNERS", "WAYS", "Users", "best", "deliver", "follow", "rebuild"]
 
-_RUNNERS: dict[str, Callable[[System, dict[str, str]], Runner[UUID]]] = {
+RUNNERS: dict[str, Callable[[System, dict[str, str]], Runner[UUID]]] = {
     "in the saving thread": SingleThreadedRunner,
     "in the saving thread, new": NewSingleThreadedRunner,
     "in a thread": MultiThreadedRunner,
     "in threads, new": NewMultiThreadedRunner,
 }
-WAYS = [(runner, threads) for runner in _RUNNERS for threads in (1, 4, 16)]
+WAYS = [(runner, threads) for runner in RUNNERS for threads in (1, 4, 16)]
 _SECTION = 5_000
+_PATIENCE = 120.0
 
 
 class Users(Application[UUID]):
@@ -75,31 +75,28 @@ def deliver(path: Path, load: Load, runner: str, threads: int, seconds: float) -
     beside = path.with_name(f"{path.name}.d")
     beside.mkdir()
     files = {"USERS_SQLITE_DBNAME": str(path), "MIRROR_SQLITE_DBNAME": str(beside / "mirror.db")}
-    system = System(pipes=[[Users, Mirror]])
     env = {"PERSISTENCE_MODULE": "eventsourcing.sqlite", "SQLITE_LOCK_TIMEOUT": "60", **files}
-    with _RUNNERS[runner](system, env) as running:
-        users, mirror = running.get(Users), running.get(Mirror)
-        versions: dict[UUID, int] = {}
+    return follow(env, load, runner, threads, seconds)
 
-        def work(number: int, key: int) -> None:
-            id = peer.id_of(key)
-            versions[id] = version = versions.get(id, 0) + 1
-            users.save(
-                peer.EmailChanged(
-                    originator_id=id, originator_version=version, timestamp=peer.EmailChanged.create_timestamp(),
-                    name=NAME, email=email(number),
-                )
-            )  # fmt: skip
+
+def follow(env: dict[str, str], load: Load, runner: str, threads: int, seconds: float) -> Sample:
+    """The same on any database."""
+    with RUNNERS[runner](System(pipes=[[Users, Mirror]]), env) as running:
+        users, mirror = running.get(Users), running.get(Mirror)
 
         def tracked() -> None:
             last, recorder = users.recorder.max_notification_id(), mirror.recorder
             assert isinstance(recorder, ProcessRecorder)
+            until = perf_counter() + _PATIENCE
             while (recorder.max_tracking_id(Users.name) or 0) < (last or 0):
+                if perf_counter() > until:
+                    raise TimeoutError(f"followed {runner} it got stuck before {last}")
                 time.sleep(0.002)
 
-        peer.drive(work, load, threads, seconds * WARM, tracked)
-        mirror.handled = 0
-        sample = peer.drive(work, load, threads, seconds, tracked)
+        def warmed() -> None:
+            mirror.handled = 0
+
+        sample = peer.saving(users, load, threads, seconds, {}, tracked, warmed)
         assert mirror.handled == sample.count
         return sample
 

@@ -1,25 +1,25 @@
-"""Cauce itself: typed events appended to the log of facts, and commands decided by the owner, both awaited."""
+"""Cauce on a file: typed events appended to the log of facts, and commands decided by the owner, both awaited."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import replace
 from pathlib import Path
 
 import apsw
 import msgspec
 
-from benchmarks._load import NAME, ChangeEmail, EmailChanged, Load, RegisterUser, email, service
+from benchmarks._load import NAME, ChangeEmail, EmailChanged, Load, email, service
 from benchmarks._run import Sample
+from benchmarks.contenders import anywhere
 from benchmarks.contenders.callers import WARM, drive
 from cauce import running
 from cauce.backends import sqlite
 from cauce.backends.sqlite.file import connect
 from cauce.backends.sqlite.table import Names, Table
 from cauce.clock import SystemClock
-from cauce.codec import Meta, seal, sealed
-from cauce.log import Appended
+from cauce.codec import Meta, sealed
 
 __all__ = ["append", "call", "catch_up", "prefill", "register"]
 
@@ -28,25 +28,7 @@ _TRANSACTION = 100_000
 
 def append(path: Path, load: Load, callers: int, seconds: float) -> Sample:
     """`bus.facts.append` by so many callers of one event loop."""
-    return asyncio.run(_append(path, load, callers, seconds))
-
-
-async def _append(path: Path, load: Load, callers: int, seconds: float) -> Sample:
-    clock, turns = SystemClock(), load.turns(callers)
-    bus = await sqlite.open(path, clock=clock)
-    facts = bus.facts
-
-    def work() -> asyncio.Future[Appended]:
-        number, key = next(turns)
-        event = EmailChanged(str(key), NAME, email(number))
-        entry = seal(event, clock.id(), Meta(clock.now()))
-        return facts.append(entry.stream, [entry])
-
-    try:
-        await drive(work, callers, seconds * WARM)
-        return await drive(work, callers, seconds)
-    finally:
-        await bus.close()
+    return anywhere.append(f"sqlite:///{path}", load, callers, seconds)
 
 
 def call(path: Path, load: Load, callers: int, seconds: float) -> Sample:
@@ -66,7 +48,7 @@ async def _call(path: Path, load: Load, callers: int, seconds: float) -> Sample:
             number, key = next(turns)
             return bus.call(ChangeEmail(str(key), NAME, email(number)))
 
-        await _each(load, lambda key: bus.call(ChangeEmail(str(key), NAME, email(key))))
+        await anywhere.each(load, lambda key: bus.call(ChangeEmail(str(key), NAME, email(key))))
         await drive(work, callers, seconds * WARM)
         await bus.settled()
         size = _size(path)
@@ -76,12 +58,7 @@ async def _call(path: Path, load: Load, callers: int, seconds: float) -> Sample:
 
 def register(path: Path, load: Load) -> None:
     """All things, once, by calls."""
-    asyncio.run(_register(path, load))
-
-
-async def _register(path: Path, load: Load) -> None:
-    async with running(service, bus=f"sqlite:///{path}") as bus:
-        await _each(load, lambda key: bus.call(RegisterUser(str(key), NAME, email(key))))
+    anywhere.register(f"sqlite:///{path}", load)
 
 
 def catch_up(path: Path) -> None:
@@ -92,11 +69,6 @@ def catch_up(path: Path) -> None:
 async def _catch_up(path: Path) -> None:
     async with running(service, bus=f"sqlite:///{path}") as bus:
         await bus.settled()
-
-
-async def _each(load: Load, work: Callable[[int], Awaitable[object]]) -> None:
-    for start in range(0, load.things, 1000):
-        await asyncio.gather(*map(work, range(start, min(start + 1000, load.things))))
 
 
 def _size(path: Path) -> int:

@@ -27,7 +27,7 @@ from benchmarks._load import NAME, Load, email
 from benchmarks._run import Sample
 from benchmarks.contenders.callers import WARM
 
-__all__ = ["EmailChanged", "append", "best", "call", "drive", "id_of", "prefill", "register", "settings"]
+__all__ = ["EmailChanged", "append", "best", "call", "drive", "id_of", "prefill", "register", "saving", "settings"]
 
 _THREADS = (1, 2, 4, 8, 16)
 
@@ -97,20 +97,39 @@ def append(path: Path, load: Load, threads: int, seconds: float) -> Sample:
         heads = connection.execute(
             "select originator_id, max(originator_version) from stored_events group by 1"
         ).fetchall()
-        versions = {UUID(id): version for id, version in heads}
+        return saving(app, load, threads, seconds, {UUID(id): version for id, version in heads})
 
-        def work(number: int, key: int) -> None:
-            id = id_of(key)
-            versions[id] = version = versions.get(id, 0) + 1
-            app.save(
-                EmailChanged(
-                    originator_id=id, originator_version=version, timestamp=EmailChanged.create_timestamp(),
-                    name=NAME, email=email(number),
-                )
-            )  # fmt: skip
 
-        drive(work, load, threads, seconds * WARM)
-        return drive(work, load, threads, seconds)
+def saving(
+    app: Application[UUID],
+    load: Load,
+    threads: int,
+    seconds: float,
+    versions: dict[UUID, int],
+    finish: Callable[[], object] = lambda: None,
+    warmed: Callable[[], object] = lambda: None,
+) -> Sample:
+    """`Application.save` of an event, by so many threads, on any database.
+
+    Parameters:
+        versions: where aggregates stand.
+        finish: what is done before the clock stops.
+        warmed: called when what comes next is measured.
+    """
+
+    def work(number: int, key: int) -> None:
+        id = id_of(key)
+        versions[id] = version = versions.get(id, 0) + 1
+        app.save(
+            EmailChanged(
+                originator_id=id, originator_version=version, timestamp=EmailChanged.create_timestamp(),
+                name=NAME, email=email(number),
+            )
+        )  # fmt: skip
+
+    drive(work, load, threads, seconds * WARM, finish)
+    warmed()
+    return drive(work, load, threads, seconds, finish)
 
 
 def call(path: Path, load: Load, threads: int, seconds: float) -> Sample:
@@ -135,8 +154,12 @@ def drive(
     seconds: float,
     finish: Callable[[], object] = lambda: None,
 ) -> Sample:
-    """Each thread has its own things, so that versions need no lock. The clock stops after `finish`."""
+    """Each thread has its own things, so that versions need no lock. The clock stops after `finish`.
+
+    Raises what the first thread raised that failed.
+    """
     latencies: list[list[float]] = [[] for _ in range(threads)]
+    failed: list[Exception] = []
     end = perf_counter() + seconds
 
     def caller(thread: int) -> None:
@@ -149,12 +172,20 @@ def drive(
             done(now - since)
             since = now
 
-    running = [threading.Thread(target=caller, args=(thread,)) for thread in range(threads)]
+    def kept(thread: int) -> None:
+        try:
+            caller(thread)
+        except Exception as error:
+            failed.append(error)
+
+    running = [threading.Thread(target=kept, args=(thread,)) for thread in range(threads)]
     began = perf_counter()
     for each in running:
         each.start()
     for each in running:
         each.join()
+    if failed:
+        raise failed[0]
     finish()
     took = [latency for each in latencies for latency in each]
     return Sample(len(took), perf_counter() - began, took)

@@ -8,13 +8,25 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from cauce.backends.health import Health
 from cauce.clock import Clock
 from cauce.errors import Refused
 from cauce.log import Log
 from cauce.store import Stores
 from cauce.wire import Instance, Wire
 
-__all__ = ["Backend", "Kept", "Look", "installed", "look", "open_backend", "scheme_of", "stores_at", "without_password"]
+__all__ = [
+    "Backend",
+    "Kept",
+    "Look",
+    "examine",
+    "installed",
+    "look",
+    "open_backend",
+    "scheme_of",
+    "stores_at",
+    "without_password",
+]
 
 
 class Kept(Protocol):
@@ -39,6 +51,10 @@ class Backend(Kept, Protocol):
 
     @property
     def wire(self) -> Wire: ...
+    async def health(self) -> Health:
+        """What it says of itself, against what the promises need. A few short questions to its server."""
+        ...
+
     async def close(self) -> None:
         """Write what waits, then let go."""
         ...
@@ -154,6 +170,26 @@ async def stores_at(url: str, clock: Clock) -> AsyncIterator[Stores]:
         )
 
 
+async def examine(url: str, clock: Clock) -> Health:
+    """What the backend of a bus that is there already says of itself, against what the promises need.
+
+    Nothing is made or changed. Raises `Refused` where there is no bus, and what opening one raises where a server is
+    away, too old, or a replica.
+    """
+    scheme = scheme_of(url)
+    if scheme == "sqlite":
+        from cauce.backends.sqlite.health import examine as examine_sqlite
+
+        return await examine_sqlite(_path(url), clock)
+    if scheme == "postgresql":
+        with installed("postgres"):
+            from cauce.backends.postgres.health import examine as examine_postgres
+        return await examine_postgres(url, clock)
+    with installed("nats"):
+        from cauce.backends.nats.health import examine as examine_nats
+    return await examine_nats(url, clock)
+
+
 @contextmanager
 def installed(extra: str) -> Iterator[None]:
     """While a backend is imported. Raises `Refused` where a library is missing, saying what to install."""
@@ -169,4 +205,7 @@ def _path(url: str) -> Path:
 
 def without_password(url: str) -> str:
     """An address as it may be shown to anybody."""
-    return re.sub(r"(?<=://)([^/@]*):[^@/]*@", r"\1:…@", url)
+    url = re.sub(r"(?<=://)([^/@]*):[^@/]*@", r"\1:…@", url)
+    # On NATS a user without a password is a token; PostgreSQL takes a password among the options, too.
+    url = re.sub(r"^(nats|tls)://[^/@:]*@", r"\1://…@", url)
+    return re.sub(r"(?<=password=)[^&]*", "…", url)

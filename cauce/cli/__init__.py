@@ -30,6 +30,7 @@ COMMANDS = {
     "import": ("import_:import_", "Bring events from a file of JSON lines."),
     "export": ("export:export", "Write a log as JSON lines of CloudEvents."),
     "verify": ("verify:verify", "Read all of a log and say what is not as it was written."),
+    "doctor": ("doctor:doctor", "Say whether a backend is set up so that the promises hold."),
     "migrate": ("migrate:migrate", "Make or upgrade the tables of a bus in PostgreSQL."),
     "backup": ("backup:backup", "Copy a log while it is written, and verify the copy."),
     "rebuild": ("rebuild:rebuild", "Build a view or replica anew, beside the one in use."),
@@ -92,5 +93,5 @@ def main() -> None:
     """Cauce: a bus that remembers, owners of data, and consumers that copy or ask.
 
     Ends with 0 if all went well, 1 if it was refused, 2 for wrong usage, 3 if a command was rejected, 4 if something
-    is busy or absent for the moment, 5 if stored data is damaged.
+    is busy or absent for the moment, 5 if stored data is damaged, 6 if `doctor` found something.
     """

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 import click
@@ -19,16 +17,20 @@ __all__ = ["demo"]
 
 
 @click.command()
+@click.option("--bus", metavar="URL", help="A server to play on, on a bus of its own: postgresql://… or nats://…")
+@click.option(
+    "--store", metavar="URL", help="Where its services keep what is their own: sqlite:///folder or postgresql://…"
+)
 @click.option("--each", is_flag=True, help="Every service in a process of its own, of which one is killed.")
 @click.option("--keep", is_flag=True, help="Leave the form running for a browser, until Ctrl-C.")
 @click.option(
     "--port", default=0, type=click.IntRange(0, 65535), help="Port of the form on loopback; 0 takes a free one."
 )
-def demo(each: bool, keep: bool, port: int) -> None:
+def demo(bus: str | None, store: str | None, each: bool, keep: bool, port: int) -> None:
     """A user registers on a web form, mail arrives over real SMTP, a CRM joins in, and cards are issued from a copy.
 
     Plays itself on a temporary bus, tells who did what because of what, compares the copy with its owner, verifies the
-    log and exits with 0.
+    log, leaves nothing behind and exits with 0.
     """
     try:
         from cauce.demo.play import play
@@ -44,8 +46,7 @@ def demo(each: bool, keep: bool, port: int) -> None:
             await stopped(bus)
 
     console = Console(highlight=False, file=cast(IO[str], out))
-    with tempfile.TemporaryDirectory(prefix="cauce-demo-") as folder:
-        well = asyncio.run(play(console, Path(folder), keep=stay if keep else None, port=port, each=each))
+    well = asyncio.run(play(console, keep=stay if keep else None, port=port, each=each, bus=bus, store=store))
     if out.failed is not None:
         raise out.failed
     raise SystemExit(0 if well else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -11,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from cauce.bus import Bus
+from cauce.demo.ground import Ground
 from cauce.demo.story import Story
 from cauce.errors import Unavailable
 from cauce.runtime import connect
@@ -30,15 +32,18 @@ _WAITS = re.compile(
 
 
 @asynccontextmanager
-async def apart(url: str, story: Story) -> AsyncIterator[Bus]:
+async def apart(ground: Ground, story: Story) -> AsyncIterator[Bus]:
     """What `cauce run cauce.demo.shop --each` starts, and a client to talk to it. All has ended when the block is left.
 
     Raises `Unavailable` if they do not start.
     """
-    async with connect(url) as bus:
+    where = "--bus", ground.url, *(() if ground.store is None else ("--store", ground.store))
+    async with connect(ground.url) as bus:
         # A session of its own: Ctrl-C reaches us only, and we end them in good order.
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", "from cauce.cli import main; main()", *_RUN, "--bus", url,
+            sys.executable, "-c", "from cauce.cli import main; main()", *_RUN, *where,
+            # What others are told by it is not about this bus.
+            env={name: value for name, value in os.environ.items() if name != "CAUCE_STORE"},
             stdin=PIPE, stderr=PIPE, start_new_session=True,
         )  # fmt: skip
         last = deque[str](maxlen=40)

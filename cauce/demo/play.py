@@ -8,21 +8,24 @@ import re
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 
-from cauce.backends.sqlite.peek import peek
+from cauce.backends import look
 from cauce.backends.sqlite.verify import verify
 from cauce.bus import Bus, Receipt
-from cauce.clock import SystemClock
+from cauce.clock import Clock, SystemClock
+from cauce.codec import Entry
 from cauce.demo.apart import apart, until_runs
+from cauce.demo.ground import Ground, ground
 from cauce.demo.inbox import Inbox, receiving
 from cauce.demo.shop import cards, crm, mails, users
 from cauce.demo.story import Story, listening
 from cauce.demo.web import app, serving
+from cauce.log import Log
 from cauce.runtime import running
 
 __all__ = ["play"]
@@ -31,26 +34,40 @@ _ANA = "Ana Álvarez"
 
 
 async def play(
-    console: Console, folder: Path, *, keep: Callable[[Bus], Awaitable[None]] | None, port: int, each: bool = False
+    console: Console,
+    *,
+    keep: Callable[[Bus], Awaitable[None]] | None,
+    port: int,
+    each: bool = False,
+    bus: str | None = None,
+    store: str | None = None,
 ) -> bool:
-    """Run the demo in a folder; says whether all of it went well.
+    """Run the demo; says whether all of it went well.
 
     Parameters:
         keep: leave it running for a browser until this returns.
         port: of the web form; 0 takes a free one.
         each: every service in a process of its own, of which one is killed.
+        bus: a server on which it makes a bus of its own, and takes it away; None: a temporary file.
+        store: where its services keep what is their own; None: at the bus, or in temporary files.
     """
     # SIGTERM ends it as Ctrl-C does: with all that it started.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
     clock = SystemClock()
     story = Story(console, clock.monotonic, apart=each)
-    path = folder / "bus.db"
+    async with ground(bus, store, clock) as place:
+        well = await _plays(console, story, place, clock.id(), keep, port, each)
+        entries = await _tell_log(story, place, clock)
+        return _verified(story, place, entries) and well
+
+
+async def _plays(
+    console: Console, story: Story, place: Ground, token: str, keep: Callable[[Bus], Awaitable[None]] | None, port: int,
+    each: bool,
+) -> bool:  # fmt: skip
     services = apart if each else _together
     async with receiving(story) as inbox:
-        async with (
-            services(f"sqlite:///{path}", story) as bus,
-            serving(app(bus, story, clock.id()), port) as address,
-        ):
+        async with services(place, story) as bus, serving(app(bus, story, token), port) as address:
             well = await _registers(story, inbox, address)
             changed = await _changes(story, bus)
             well = await _issues(story, bus, inbox, changed) and well
@@ -58,19 +75,19 @@ async def play(
                 await _kills(story, bus, inbox)
             well = await _compares(story, bus, changed) and well
             if keep:
-                console.print(f"\nThe form is at [link={address}]{address}[/], the log in {path}. Ctrl-C ends it.")
+                where = f"The form is at [link={address}]{address}[/], the bus at {escape(place.shown)}."
+                console.print(f"\n{where} Ctrl-C ends it.")
                 await keep(bus)
         # All services have ended, so what would have gone out twice has.
-        well = _counts(story, inbox, each) and well
-    await _tell_log(story, path)
-    return _verified(story, path) and well
+        return _counts(story, inbox, each) and well
 
 
 @asynccontextmanager
-async def _together(url: str, story: Story) -> AsyncIterator[Bus]:
+async def _together(place: Ground, story: Story) -> AsyncIterator[Bus]:
     """All services in this process."""
     with listening(story):
-        async with running(users.service, mails.service, cards.service, crm.service, bus=url) as bus:
+        services = users.service, mails.service, cards.service, crm.service
+        async with running(*services, bus=place.url, store=place.store) as bus:
             yield bus
 
 
@@ -159,12 +176,14 @@ def _counts(story: Story, inbox: Inbox, each: bool) -> bool:
     return well
 
 
-async def _tell_log(story: Story, path: Path) -> None:
-    """The same story once more, as it is kept."""
-    with peek(path) as logs:
-        for name, log in (("facts", logs.facts), ("commands", logs.commands), ("records", logs.records)):
-            for entry in (await log.read()).entries:
-                meta = entry.meta
+async def _tell_log(story: Story, place: Ground, clock: Clock) -> int:
+    """The same story once more, as it is kept: all of it is read, and each entry compared with its digest."""
+    count = 0
+    async with look(place.url, clock) as bus:
+        for name, log in (("facts", bus.facts), ("commands", bus.commands), ("records", bus.records)):
+            async for entry in _entries(log):
+                count += 1
+                meta = entry.checked().meta
                 if entry.stream.startswith("_"):
                     continue
                 wished = f"{entry.wished.type} by {meta.by}" if entry.wished is not None else meta.verdict
@@ -173,10 +192,24 @@ async def _tell_log(story: Story, path: Path) -> None:
                     f"{name} {entry.position}: {entry.type} {entry.stream} version {entry.version}",
                     wished or f"fact …{entry.id[-12:]}",
                 )
+    return count
 
 
-def _verified(story: Story, path: Path) -> bool:
-    report = verify(path)
+async def _entries(log: Log) -> AsyncIterator[Entry]:
+    head, looked = await log.head(), 0
+    while looked < head:
+        page = await log.read(after=looked)
+        for entry in page.entries:
+            yield entry
+        looked = page.looked
+
+
+def _verified(story: Story, place: Ground, entries: int) -> bool:
+    if place.file is None:
+        # What a server's own files hold is for its own tools.
+        story.tell("log", f"read back: {entries} entries, each as its digest says")
+        return True
+    report = verify(place.file)
     story.tell("log", "verified: every entry is what was written" if report.ok else f"NOT well: {report}")
     return report.ok
 

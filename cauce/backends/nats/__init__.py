@@ -5,20 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cauce.accept import ENTRY_BYTES
+from cauce.backends.health import Health
+from cauce.backends.nats.health import PAYLOAD, health_of
 from cauce.backends.nats.link import Link, connect
 from cauce.backends.nats.log import NatsLog
 from cauce.backends.nats.stores import NatsStores
-from cauce.backends.nats.stream import Stream
+from cauce.backends.nats.stream import streams_of
 from cauce.backends.nats.wire import NatsWire
 from cauce.backends.sqlite.stores import SQLiteStores
 from cauce.clock import Clock, SystemClock
 from cauce.errors import Refused
 
 __all__ = ["NatsBus", "open"]
-
-_PAYLOAD = ENTRY_BYTES + 96 * 1024
-"""What the server must take: the largest entry, and its header lines."""
 
 
 class NatsBus:
@@ -36,17 +34,12 @@ class NatsBus:
 
     async def _open(self, make: bool) -> None:
         link = self.link
-        if link.client.max_payload < _PAYLOAD:
+        if link.client.max_payload < PAYLOAD:
             raise Refused(
-                f"{link} takes messages of {link.client.max_payload:,} bytes, an entry may need {_PAYLOAD:,}: "
+                f"{link} takes messages of {link.client.max_payload:,} bytes, an entry may need {PAYLOAD:,}: "
                 "set max_payload to 1MB in the server's configuration"
             )
-        leases = Stream(link, "leases", last=True, lasting=False)
-        streams = [
-            Stream(link, "facts"),
-            Stream(link, "commands", lasting=False),
-            Stream(link, "records", last=True, lasting=False),
-        ]
+        *streams, leases = streams_of(link)
         for stream in (leases, *streams):
             await stream.open(make=make)
         self.facts, self.commands, self.records = (NatsLog(stream, leases) for stream in streams)
@@ -54,6 +47,10 @@ class NatsBus:
         folder = Path(link.address.files or f".cauce/nats/{self.id}")
         self.stores = NatsStores(link, self._clock, SQLiteStores(folder, self._clock))
         self.wire = NatsWire(link, self._clock)
+
+    async def health(self) -> Health:
+        """What the server and the streams are, against what the promises need."""
+        return await health_of(self.link)
 
     async def close(self) -> None:
         """Write what waits, then let go of the connection. In a process forked since, nothing is touched."""

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import msgspec
 
-from cauce.backends.nats.link import Link, Lost, Reply
+from cauce.backends.nats.call import Lost, Reply
+from cauce.backends.nats.link import Link
 from cauce.errors import NoAnswer, Refused, StorageFull, Unreachable
 
 __all__ = [
@@ -31,6 +32,7 @@ NOT_FOUND = 10059
 NO_MESSAGE = 10037
 NAME_IN_USE = 10058
 CONSUMER_NOT_FOUND = 10014
+_PAUSE = 0.1
 _DISABLED = {10039, 10076}
 CHANGED = {10071, 10164}
 """What was expected to be the last is not, or not yet."""
@@ -62,7 +64,7 @@ class _Answer(msgspec.Struct, frozen=True):
 
 
 async def ask(link: Link, name: str, question: object, answer: type[T]) -> T:
-    """The answer to a question that may be asked twice: it is, where no answer comes, for as long as `patience`.
+    """The answer to a question that may be asked twice: it is, where none comes, or not now, as long as `patience`.
 
     Raises `ApiError` for what JetStream refuses, `Unreachable` when there is no answer.
     """
@@ -73,13 +75,24 @@ async def ask(link: Link, name: str, question: object, answer: type[T]) -> T:
         try:
             await link.connected(left)
             reply = await link.request(f"$JS.API.{name}", payload, timeout=min(left, link.turn))
-        except (Lost, TimeoutError):
+        except TimeoutError:
+            link.doubt()
+            continue
+        except Lost:
             continue
         except NoAnswer:
-            raise Refused(
-                f"{link} has no JetStream: start the server with -js, or enable it for the account of this user"
-            ) from None
-        return told(reply, answer)
+            if until - loop.time() < _PAUSE:
+                raise Unreachable(
+                    f"{link} has no JetStream: start the server with -js, or enable it for the account of this user"
+                ) from None
+        else:
+            try:
+                return told(reply, answer)
+            except ApiError as error:
+                if error.code not in LATER or until - loop.time() < _PAUSE:
+                    raise
+        link.doubt()
+        await link.clock.sleep(_PAUSE)
     raise away(link)
 
 

@@ -1,48 +1,13 @@
-"""Many messages on the way at once without a batch: what their acknowledgements say, and when that is faster."""
+"""Many messages on the way at once without a batch, each behind the one before it: when that is faster."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Collection
-from typing import Any
+__all__ = ["Pace"]
 
-__all__ = ["Acks", "Pace"]
-
-_TRY = 64
+_TRY = 256
 """After so many groups the other way is tried again."""
 
 _SPOILT = 32
-
-
-class Acks:
-    """The acknowledgements of as many messages as there are subjects, in their order. See `Call`."""
-
-    def __init__(self, subjects: list[str]) -> None:
-        self._subjects = subjects
-        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.replies: list[bytes] = []
-
-    def good(self) -> int:
-        """How many of the first are good; all behind the first that is not are bad, too."""
-        for number, reply in enumerate(self.replies):
-            if not reply or b'"error":' in reply:
-                return number
-        return len(self.replies)
-
-    def subjects(self) -> Collection[str]:
-        return self._subjects
-
-    def done(self, end: Callable[[], Any]) -> None:
-        self.future.add_done_callback(lambda _: end())
-
-    def take(self, subject: bytes, reply: bytes, data: bytes, head: bytes) -> None:
-        self.replies.append(data)
-        if len(self.replies) == len(self._subjects) and not self.future.done():
-            self.future.set_result(None)
-
-    def fail(self, error: Exception) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
 
 
 class Pace:
@@ -63,12 +28,17 @@ class Pace:
         return faster if self._groups % _TRY else not faster
 
     def chain(self, count: int, seconds: float) -> None:
-        self._message += (seconds / count - self._message) / 4 if self._message else seconds / count
+        self._message = _next(self._message, seconds / count)
 
     def batch(self, count: int, seconds: float) -> None:
         if count > 1:
-            self._batch += (seconds - self._batch) / 4
+            self._batch = _next(self._batch, seconds)
 
     def broke(self) -> None:
         """Another wrote between; where others write all the time only batches stay whole."""
         self._spoilt = _SPOILT
+
+
+def _next(known: float, seen: float) -> float:
+    """It falls at once and rises slowly: one that took long says more of the machine than of the way it went."""
+    return min(seen, 1.25 * known) if known else seen

@@ -5,15 +5,17 @@ Signs of life lie in a stream of their own: the message that fences may change w
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import msgspec
 
 from cauce.backends.nats.api import CHANGED, LATER, ApiError, refusal, told
+from cauce.backends.nats.call import Lost
 from cauce.backends.nats.heads import Heads
-from cauce.backends.nats.link import Lost
 from cauce.backends.nats.names import token
 from cauce.backends.nats.stream import Stored, Stream
 from cauce.errors import Fenced, Held, Unreachable
-from cauce.log import Claim
+from cauce.log import Claim, check_claim
 
 __all__ = ["Claims"]
 
@@ -55,6 +57,7 @@ class Claims:
         raise Unreachable(f"{name} changes hands faster than {self._link} answers: nothing was claimed; try again")
 
     async def beat(self, claim: Claim) -> Claim:
+        check_claim(claim)
         if await self._heads.last(self._heads.claim(claim.name)) != claim.fence:
             raise Fenced(f"{claim.name} has another holder by now: stop, claim again, read again")
         beat = await self._publish(self._leases, self._lease(claim.name), _Lease(claim.fence), None)
@@ -63,8 +66,10 @@ class Claims:
         return Claim(claim.name, claim.owner, claim.fence, beat)
 
     async def release(self, claim: Claim) -> None:
-        if await self._heads.last(self._heads.claim(claim.name)) == claim.fence:
-            await self._change(claim.name, "", claim.fence)
+        with suppress(Fenced):
+            check_claim(claim)
+            if await self._heads.last(self._heads.claim(claim.name)) == claim.fence:
+                await self._change(claim.name, "", claim.fence)
 
     async def _stands(self, name: str) -> Claim:
         stored = await self._stream.last_of(self._heads.claim(name))

@@ -1,13 +1,14 @@
-"""nats-py's client, changed in three things: what we tap skips its queues, it never gives up, it sends no ghosts.
+"""nats-py's client, changed in three things: what we tap skips its queues, it never gives up, it leaves no ghosts.
 
-The methods overridden here are its own (`_process_msg`, `_process_err`, `_attempt_reconnect`): tests/test_nats.py holds
+The methods overridden here are its own (`_process_msg`, `_process_err`, `_process_connect_init`,
+`_attempt_reconnect`): tests/test_nats.py holds
 that they are still called. Everything else is used by its public face.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nats import errors
@@ -49,11 +50,34 @@ class Client(PlainClient):
         if self._flush_queue is not None and self._flush_queue.empty():
             await self._flush_pending()
 
+    def leave(self) -> None:
+        """Break the connection: the next server is tried. What was not sent yet is not waited for."""
+        if (writer := getattr(self._transport, "_io_writer", None)) is not None:
+            writer.transport.abort()
+
     def fileno(self) -> int:
         """The file descriptor of the connection, -1 if there is none."""
         writer = getattr(self._transport, "_io_writer", None)
         connection = None if writer is None else writer.get_extra_info("socket")
         return -1 if connection is None else int(connection.fileno())
+
+    @property
+    def told(self) -> Mapping[str, Any]:
+        """What the server said of itself when it was connected."""
+        return self._server_info
+
+    @property
+    def peer(self) -> str:
+        """The address at the other end of the connection, empty if there is none."""
+        writer = getattr(self._transport, "_io_writer", None)
+        found = None if writer is None else writer.get_extra_info("peername")
+        return str(found[0]) if found else ""
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether what goes over the connection is."""
+        writer = getattr(self._transport, "_io_writer", None)
+        return writer is not None and writer.get_extra_info("ssl_object") is not None
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
         tap = self.taps.get(sid)
@@ -69,6 +93,14 @@ class Client(PlainClient):
             # It would close for good, for reasons that pass: too many connections, a password that is being changed.
             await self._error_cb(errors.Error(f"nats: {err_msg}"))
             await self._process_op_err(errors.Error(err_msg))
+
+    async def _process_connect_init(self) -> None:
+        try:
+            await super()._process_connect_init()
+        except BaseException:
+            # It would be forgotten open: who accepts connections and says nothing, hangs.
+            self.leave()
+            raise
 
     async def _attempt_reconnect(self) -> None:
         # What waited to be sent when the connection broke was given up, or is sent again, by those who asked for it.

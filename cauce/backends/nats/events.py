@@ -11,18 +11,19 @@ from __future__ import annotations
 import re
 from base64 import b64decode, b64encode
 from datetime import datetime
+from functools import lru_cache
 from urllib.parse import unquote_to_bytes
 
 import msgspec
 
 from cauce.backends.nats.names import text
-from cauce.codec import Entry, Meta, micros, moment
+from cauce.codec import Entry, Meta, is_moment, micros, moment
 from cauce.errors import CauceError, Damaged
 
-__all__ = ["decode", "encode", "id_of", "type_of", "version_of"]
+__all__ = ["decode", "encode", "id_of", "time_of", "type_of", "version_of"]
 
 _LONG = 24 * 1024
-"""So many bytes of wish or envelope go into headers at most."""
+"""So many bytes of wish or envelope go into headers at most, and, encoded, twice as many of all there is."""
 
 _PLAIN = re.compile(rb"[\x21\x23\x24\x26-\x7e]*\Z")
 _OTHERS = re.compile(rb"[^\x21\x23\x24\x26-\x7e]")
@@ -42,33 +43,38 @@ _NOTHING = Meta(0)
 def encode(entry: Entry, version: int, digest: int) -> tuple[bytes, bytes]:
     """Header lines, without first line and end, and payload. Raises `UnicodeEncodeError` for a lone surrogate."""
     meta, rebuilt = _meta_of(entry)
+    domain, _, key = entry.stream.partition("/")
+    id = _value(entry.id)
     lines = [
         b"ce-specversion: 1.0\r\nce-id: %b\r\nce-source: /%b\r\nce-type: %b\r\nce-subject: %b\r\nce-time: %b\r\n"
         b"ce-schemaversion: %d\r\nce-streamversion: %d\r\nce-digest: %08x\r\n"
-        % (
-            _value(entry.id), entry.domain.encode(), _value(entry.type), _value(entry.key),
-            moment(meta.time).isoformat().replace("+00:00", "Z").encode(),
-            meta.schema, version, digest,
-        )
-    ]  # fmt: skip
-    lines.append(b"ce-correlation: %b\r\n" % _value(meta.correlation or entry.id))
+        % (id, domain.encode(), _name(entry.type), _value(key), _time(meta.time), meta.schema, version, digest),
+        b"ce-correlation: %b\r\n" % (_value(meta.correlation) if meta.correlation else id),
+    ]
     _optional(meta, lines)
     body, wish = entry.body or b"", entry.wish
     if len(entry.raw) > _LONG or (wish is not None and len(wish) > _LONG):
-        tail = b"" if wish is None else wish
-        lines = lines[:1] if sum(map(len, lines)) > _LONG else lines
-        lines.append(
-            b"content-type: application/octet-stream\r\ncauce-parts: %d %d %d\r\n"
-            % (len(body), -1 if wish is None else len(tail), len(entry.raw))
-        )
-        return b"".join(lines), b"".join((body, tail, entry.raw))
+        return _apart(entry, lines)
     if not rebuilt:
         lines.append(b"cauce-envelope: %b\r\n" % _bytes(entry.raw))
     if wish is not None:
         lines.append(b"ce-wish: %b\r\n" % b64encode(wish))
     if body:
         lines.append(b"content-type: application/json\r\n")
-    return b"".join(lines), body
+    head = b"".join(lines)
+    return (head, body) if len(head) <= 2 * _LONG else _apart(entry, lines[:1])
+
+
+def _apart(entry: Entry, lines: list[bytes]) -> tuple[bytes, bytes]:
+    """With wish and envelope behind the body; of the attributes those that fit."""
+    body, wish = entry.body or b"", entry.wish
+    tail = b"" if wish is None else wish
+    lines = lines[:1] if sum(map(len, lines)) > _LONG else lines
+    lines.append(
+        b"content-type: application/octet-stream\r\ncauce-parts: %d %d %d\r\n"
+        % (len(body), -1 if wish is None else len(tail), len(entry.raw))
+    )
+    return b"".join(lines), b"".join((body, tail, entry.raw))
 
 
 def _meta_of(entry: Entry) -> tuple[Meta, bool]:
@@ -79,7 +85,25 @@ def _meta_of(entry: Entry) -> tuple[Meta, bool]:
         return _NOTHING, False
     if meta.correlation == entry.id or _encode_meta(meta) != entry.raw:
         return meta, False
-    return meta, micros(moment(meta.time)) == meta.time
+    return meta, is_moment(meta.time)
+
+
+def _time(time: int) -> bytes:
+    """As `datetime.isoformat` writes it."""
+    seconds, rest = divmod(time, 1_000_000)
+    if not is_moment(time):
+        seconds, rest = divmod(micros(moment(time)), 1_000_000)
+    return b"%b.%06dZ" % (_second(seconds), rest) if rest else b"%bZ" % _second(seconds)
+
+
+@lru_cache(16)
+def _second(seconds: int) -> bytes:
+    return moment(seconds * 1_000_000).isoformat().replace("+00:00", "").encode()
+
+
+@lru_cache(1000)
+def _name(type: str) -> bytes:
+    return _value(type)
 
 
 def _optional(meta: Meta, lines: list[bytes]) -> None:
@@ -179,6 +203,14 @@ def id_of(head: bytes) -> str:
 def type_of(head: bytes) -> str:
     begin = head.find(b"\r\nce-type: ")
     return _text(head[begin + 11 : head.find(b"\r\n", begin + 11)]) if begin >= 0 else ""
+
+
+def time_of(head: bytes) -> int:
+    """When it was said, in microseconds since 1970; never, where that is not told."""
+    begin = head.find(b"\r\nce-time: ")
+    if begin < 0:
+        return 2**63
+    return micros(datetime.fromisoformat(head[begin + 11 : head.find(b"\r\n", begin + 11)].decode()))
 
 
 def _value(text: str) -> bytes:

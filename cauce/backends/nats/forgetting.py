@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import msgspec
 
-from cauce.backends.nats.api import CHANGED, ApiError, ask, told
+from cauce.backends.nats.api import CHANGED, ApiError, ask, away, told
+from cauce.backends.nats.call import Lost
 from cauce.backends.nats.stream import State, Stream
-from cauce.errors import Busy, Damaged
+from cauce.errors import Busy, Damaged, NotPermitted
 
 __all__ = ["Forgetting"]
+
+_LONG = 60.0
+"""Seconds for which somebody may be at it; after that he is taken for dead."""
 
 
 class _Note(msgspec.Struct, frozen=True):
@@ -33,10 +37,11 @@ class Forgetting:
         self._stream, self._leases, self._link = stream, leases, stream.link
         self._subject = self._link.subject("leases", stream.log, "$forgotten")
         self._count = 0
+        self._seen = ("", 0.0)
 
     async def check(self, state: State) -> None:
         """Raises `Damaged` if more is missing than was removed on purpose."""
-        missing = state.last_seq - state.messages
+        missing = _missing(state)
         if missing <= self._count:
             return
         note, _ = await self._note()
@@ -50,22 +55,36 @@ class Forgetting:
     async def forget(self, pattern: str, upto: int) -> int:
         """Remove what lies on a pattern at or below a position; gives how much that was.
 
-        Raises `Busy` while another does so.
+        Raises `Busy` while another does so, and `Damaged` if something is missing already: after this it would be
+        counted as removed on purpose, as it is where whoever was at it died.
         """
         note, place = await self._note()
-        if note.busy:
-            # Whoever was at it did not come to its end: what is missing by now is what it removed.
-            state = await self._stream.state()
-            note = _Note(max(note.count, state.last_seq - state.messages))
-        place = await self._write(_Note(note.count, self._link.clock.id()), place)
+        self._check_alone(note)
+        state = await self._stream.state()
+        if not note.busy:
+            await self.check(state)
+        before = _missing(state)
+        count = max(note.count, before) if note.busy else note.count
+        place = await self._write(_Note(count, self._link.clock.id()), place)
         try:
             question = {"filter": pattern, "seq": upto + 1}
-            purged = (await ask(self._link, f"STREAM.PURGE.{self._stream.name}", question, _Purged)).purged
-        except ApiError as error:
-            raise self._stream.refusal(error) from None
-        await self._write(_Note(note.count + purged), place)
-        self._count = max(self._count, note.count + purged)
-        return purged
+            await ask(self._link, f"STREAM.PURGE.{self._stream.name}", question, _Purged)
+        except (ApiError, NotPermitted) as error:
+            await self._write(_Note(count), place)
+            raise self._stream.refusal(error) if isinstance(error, ApiError) else error from None
+        # The answer does not count what an earlier one did that was lost.
+        after = _missing(await self._stream.state())
+        await self._write(_Note(max(count, after)), place)
+        self._count = max(self._count, after)
+        return after - before
+
+    def _check_alone(self, note: _Note) -> None:
+        """Nobody trusts a clock of others: whose note does not change for long is not at it any more."""
+        now = self._link.clock.monotonic()
+        if self._seen[0] != note.busy:
+            self._seen = note.busy, now
+        if note.busy and now - self._seen[1] < _LONG:
+            raise Busy(f"another removes entries of {self._stream.name} now: try again later")
 
     async def _note(self) -> tuple[_Note, int]:
         stored = await self._leases.last_of(self._subject)
@@ -79,3 +98,9 @@ class Forgetting:
             if error.code in CHANGED:
                 raise Busy(f"another removes entries of {self._stream.name} now: try again later") from None
             raise self._stream.refusal(error) from None
+        except (Lost, TimeoutError):
+            raise away(self._link) from None
+
+
+def _missing(state: State) -> int:
+    return state.last_seq - state.messages

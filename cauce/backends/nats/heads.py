@@ -7,8 +7,8 @@ from collections.abc import Collection
 
 import msgspec
 
-from cauce.accept import SLOTS, check_stream, slot_of
-from cauce.backends.nats.direct import fetch
+from cauce.accept import SLOTS, slot_of
+from cauce.backends.nats.direct import ends, fetch
 from cauce.backends.nats.events import id_of, version_of
 from cauce.backends.nats.names import token
 from cauce.backends.nats.stream import Stream
@@ -40,22 +40,23 @@ class Heads:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
+        self.alone = stream.head == 0
+        """Whether all that was written is known here: nothing was there before, and nobody else was noticed."""
+
         self._heads: dict[str, Head] = {}
         self.slots: dict[str, int] = {}
         self.fences: dict[str, int] = {}
         self._ids: dict[str, _Ids] = {}
         self._counted = 0
         self._subjects: dict[str, str] = {}
-        self.types: set[str] = set()
-        """Names of types that were looked at and are legal."""
 
     # ------------------------------------------------------------------------------------------------- names
 
     def subject(self, stream: str) -> str:
-        """The subject of a stream, `facts.users.3.42`. Raises `Refused` for a name that no log takes."""
+        """The subject of a stream, `facts.users.3.42`."""
         found = self._subjects.get(stream)
         if found is None:
-            domain, _, key = check_stream(stream).partition("/")
+            domain, _, key = stream.partition("/")
             if len(self._subjects) >= _CACHED:
                 self._subjects.clear()
             found = self._stream.link.subject(self._stream.log, domain, str(slot_of(key)), token(key))
@@ -84,10 +85,12 @@ class Heads:
     def note(self, subject: str, head: Head) -> None:
         if len(self._heads) >= _CACHED:
             self._heads.clear()
+            self.alone = False
         self._heads[subject] = head
 
     def forget(self, subjects: Collection[str]) -> None:
         """Another has written: what was known of these streams, and of all slots and claims, is looked up again."""
+        self.alone = False
         for subject in subjects:
             self._heads.pop(subject, None)
         self.slots.clear()
@@ -100,7 +103,11 @@ class Heads:
             stored = await self._stream.last_of(subject)
             self.note(subject, NOTHING if stored is None else Head(version_of(stored.hdrs), stored.seq))
         elif subjects:
-            await asyncio.gather(*(self.load((subject,)) for subject in subjects))
+            # Where one server is all there is, what answers soonest is right.
+            found = await ends(self._stream, subjects) if self._stream.replicas == 1 else {}
+            for subject, message in found.items():
+                self.note(subject, NOTHING if message is None else Head(version_of(message.head), message.position))
+            await asyncio.gather(*(self.load((subject,)) for subject in subjects if subject not in found))
 
     async def last(self, subject: str) -> int:
         """The last position on a subject or pattern, as the leader has it; 0 where nothing is."""
@@ -132,10 +139,19 @@ class Heads:
                 self._add(known, message.head, message.position)
         return known.first.get(id, 0)
 
+    def forget_ids(self, subject: str) -> None:
+        """Some of them are gone: they are read again."""
+        known = self._ids.pop(subject, None)
+        self._counted -= 0 if known is None else len(known.first)
+
     def _add(self, known: _Ids, head: bytes, position: int) -> None:
         known.first.setdefault(id_of(head), position)
         known.upto = position
         self._counted += 1
+
+    def reads(self, subject: str) -> bool:
+        """Whether the ids of this stream are known, so that `wrote` has to be told of more."""
+        return subject in self._ids
 
     def wrote(self, subject: str, after: int, ids: Collection[str], position: int) -> None:
         """This handle wrote these ids, the last at a position, behind another."""

@@ -3,67 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from typing import Any, Protocol
 from weakref import WeakSet
 
-import msgspec
 from nats import errors
 
 from cauce.backends.nats.address import Address, parse
+from cauce.backends.nats.call import Call, Lost, Once, Reply
 from cauce.backends.nats.client import Client, Tap
 from cauce.clock import Clock
 from cauce.errors import NoAnswer, NotPermitted, Refused, Unreachable
 
-__all__ = ["OLDEST", "Call", "Link", "Lost", "Reply", "block", "connect"]
+__all__ = ["OLDEST", "Link", "block", "connect"]
 
 OLDEST = (2, 12)
 """The first version of the server that takes atomic batches."""
 
+_log = logging.getLogger("cauce")
+
 _RETRY = 0.25
 
-
-class Lost(ConnectionError):
-    """What was asked went out, and the connection broke before the answer: it may have been done."""
-
-
-class Reply(msgspec.Struct, frozen=True, gc=False):
-    """An answer: its payload, and its header block as it came, parsed only when asked for."""
-
-    data: bytes
-    block: bytes = b""
-
-    @property
-    def status(self) -> int:
-        """The status of a message of the server's own, such as 404, else 0."""
-        return int(self.block[9:12]) if self.block[8:9] == b" " and self.block[9:12].isdigit() else 0
-
-    @property
-    def headers(self) -> dict[str, str]:
-        lines = self.block.decode("utf-8", "surrogateescape").split("\r\n")[1:]
-        return {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
-
-
-class Call(Protocol):
-    """Somebody who waits for what comes to an inbox."""
-
-    def subjects(self) -> Collection[str]:
-        """Whose denial is its own."""
-        ...
-
-    def done(self, end: Callable[[], Any]) -> None:
-        """Be told what to do in the end."""
-        ...
-
-    def take(self, subject: bytes, reply: bytes, data: bytes, head: bytes) -> None:
-        """Have a message: its subject, reply subject, payload and header block."""
-        ...
-
-    def fail(self, error: Exception) -> None:
-        """Learn that there will be no more, and why."""
-        ...
+_DOUBT = 2.0
+"""Times `patience`, after which a server that does not answer is left. A cluster needs 4 to 9 s for a new leader."""
 
 
 class Link:
@@ -84,6 +49,7 @@ class Link:
         self._connected = asyncio.Event()
         self._reason = ""
         self._fatal: asyncio.Future[None] | None = None
+        self._doubts = (0.0, -math.inf)
         _links.add(self)
 
     # ------------------------------------------------------------------------------------------------- names
@@ -125,7 +91,7 @@ class Link:
         self, subject: str, payload: bytes = b"", head: bytes = b"", also: Collection[str] = ()
     ) -> asyncio.Future[Reply]:
         """Put a question among what goes out with the next `client.kick`. A denial of `also` is its own, too."""
-        once = _Once(subject, also)
+        once = Once(subject, also)
         self.publish(subject, payload, head, self.expect(once))
         return once.future
 
@@ -180,6 +146,23 @@ class Link:
     def is_away(self) -> bool:
         return not self._connected.is_set()
 
+    def doubt(self) -> None:
+        """Note that something was not done. Where that goes on, another server is tried: this one hangs, or is cut off.
+
+        Who is cut off from the others still answers much, for a while, but writes nothing: what it wrote is `trust`.
+        """
+        now, (first, last) = asyncio.get_running_loop().time(), self._doubts
+        first = first if now - last < _DOUBT * self.patience else now
+        self._doubts = first, now
+        if len(self.address.servers) > 1 and now - first >= _DOUBT * self.patience:
+            self.trust()
+            _log.warning("%s: the server that was asked answers no more; another one is tried", self)
+            self.client.leave()
+
+    def trust(self) -> None:
+        """Something was written: there is no doubt about the server any more."""
+        self._doubts = 0.0, -math.inf
+
     def _away(self) -> str:
         why = f" ({self._reason})" if self._reason else ""
         return f"no NATS server at {self}{why}: nothing was written; start it, or mend the address"
@@ -212,8 +195,11 @@ class Link:
 
     async def _connect(self) -> None:
         address = self.address
+        # Each client goes through the servers in an order of its own, and never back to the one that it just left.
+        servers = sorted(address.servers, key=lambda _: self.clock.random())
         await self.client.connect(
-            list(address.servers),
+            servers,
+            dont_randomize=True,
             user=address.user if address.password is not None else None,
             password=address.password,
             token=address.user if address.password is None else None,
@@ -223,7 +209,7 @@ class Link:
             reconnected_cb=self._back,
             max_reconnect_attempts=-1,
             reconnect_time_wait=_RETRY,  # type: ignore[arg-type]
-            connect_timeout=max(1, int(self.patience)),
+            connect_timeout=max(1.0, self.patience / len(servers)),  # type: ignore[arg-type]
             ping_interval=20,
         )
 
@@ -288,28 +274,6 @@ class Link:
         for call in list(self._calls.values()):
             if any(f'"{subject.lower()}"' in said for subject in call.subjects()):
                 call.fail(NotPermitted(told))
-
-
-class _Once:
-    """Waits for one answer. See `Call`."""
-
-    def __init__(self, subject: str, also: Collection[str] = ()) -> None:
-        self._subject, self._also = subject, also
-        self.future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-
-    def subjects(self) -> Collection[str]:
-        return (self._subject, *self._also)
-
-    def done(self, end: Callable[[], Any]) -> None:
-        self.future.add_done_callback(lambda _: end())
-
-    def take(self, subject: bytes, reply: bytes, data: bytes, head: bytes) -> None:
-        if not self.future.done():
-            self.future.set_result(Reply(data, head))
-
-    def fail(self, error: Exception) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
 
 
 _links: WeakSet[Link] = WeakSet()

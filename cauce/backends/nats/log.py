@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from cauce.accept import check_key
 from cauce.backends.nats.claims import Claims
-from cauce.backends.nats.direct import Message, fetch, first_since
-from cauce.backends.nats.events import decode, type_of
+from cauce.backends.nats.direct import Message, fetch
+from cauce.backends.nats.events import decode, time_of, type_of
 from cauce.backends.nats.forgetting import Forgetting
 from cauce.backends.nats.heads import Heads
 from cauce.backends.nats.job import Job
@@ -18,7 +18,7 @@ from cauce.backends.nats.tail import Tail
 from cauce.backends.nats.writer import Writer
 from cauce.codec import Entry
 from cauce.errors import Damaged, Refused
-from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_put
+from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_forget, check_put
 
 __all__ = ["NatsLog"]
 
@@ -79,28 +79,28 @@ class NatsLog:
         await self._writer.step(lambda: self._claims.release(claim))
 
     async def forget(self, domain: str, slot: int, upto: int, before: int) -> int:
-        """Remove what is decided and old: in a slot, at or below a position, and written before a time.
-
-        Among the appends, in the order of the calls. For commands, which are audited for a time and never replayed.
-
-        Parameters:
-            upto: the place of the one who decides; what lies behind it is not decided yet.
-            before: in microseconds since 1970.
-
-        Gives how many were removed. Raises `Refused` where all is kept for good, `Busy` while another removes.
-        """
-        if self._stream.lasting or self._stream.last:
-            raise Refused(f"{self._stream.log} forget nothing: only commands are removed when they are decided and old")
+        check_forget(self._stream.log, domain, slot)
         pattern = self._link.subject(self._stream.log, domain, str(slot), "*")
+        upto = min(upto, await self.head() - 1)
+        last = await self._old(pattern, upto, before)
+        if not last:
+            return 0
+        removed = await self._writer.step(lambda: self._forgetting.forget(pattern, last))
+        self._tail.forget()
+        return removed
 
-        async def work() -> int:
-            later = await first_since(self._stream, pattern, before)
-            held = await self._heads.last(self._heads.claim(f"{domain}/{slot}"))
-            # Who holds the slot stays known.
-            last = min([upto, *(each - 1 for each in (later, held) if each)])
-            return await self._forgetting.forget(pattern, last) if last > 0 else 0
-
-        return await self._writer.step(work)
+    async def _old(self, pattern: str, upto: int, before: int) -> int:
+        """The position of the last of the old ones on a pattern; 0 where there are none."""
+        last = 0
+        while True:
+            messages = await fetch(self._stream, pattern, last, _WINDOW)
+            for message in messages:
+                # Who holds the slot stays known.
+                if message.position > upto or _ours(message.name) or time_of(message.head) >= before:
+                    return last
+                last = message.position
+            if len(messages) < _WINDOW:
+                return last
 
     # ------------------------------------------------------------------------------------------------- reading
 

@@ -10,7 +10,7 @@ __all__ = ["Many", "stored"]
 
 
 class Many:
-    """Takes them; see `cauce.backends.nats.link.Call`. `future` is done with the header block of the last one.
+    """Takes them; see `cauce.backends.nats.call.Call`. `future` is done with the header block of the last one.
 
     Parameters:
         subject: to which the question goes.

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cauce.accept import check_name
 from cauce.backends.nats.direct import fetch
 from cauce.backends.nats.events import decode, encode
 from cauce.backends.nats.heads import NOTHING, Head, Heads
 from cauce.backends.nats.job import Job
 from cauce.backends.nats.stream import Stream
-from cauce.codec import Entry, digest_at
-from cauce.errors import CauceError, Conflict, Damaged, Fenced, IdReused, OutcomeUnknown, Refused
-from cauce.log import Appended
+from cauce.codec import Entry, digest
+from cauce.errors import CauceError, Conflict, Damaged, Fenced, IdReused, OutcomeUnknown
+from cauce.log import Appended, Claim, check_claim
 
 __all__ = ["Plan", "draw"]
-
-_HEAD_BYTES = 60_000
 
 
 class Plan:
@@ -37,14 +34,6 @@ class Plan:
         """Whether each job is one message, so that some may stand without the others."""
         return len(self.written) == len(self.messages)
 
-    def cut(self, count: int) -> set[str]:
-        """Only so many messages stand: what comes behind is as if it had not been taken in. Gives its subjects."""
-        place = self.jobs.index(self.written[count][0])
-        behind, subjects = set(map(id, self.jobs[place:])), {job.subject for job in self.jobs[place:]}
-        del self.jobs[place:], self.messages[count:], self.written[count:]
-        self.verdicts = [each for each in self.verdicts if id(each[0]) not in behind]
-        return subjects
-
     def settle(self, last: int, heads: Heads) -> None:
         """The messages stand, the last at this position."""
         base = last - len(self.messages)
@@ -52,7 +41,7 @@ class Plan:
             position = base + number
             before = heads.head(job.subject) or NOTHING
             heads.note(job.subject, Head(version, position))
-            if not job.version:
+            if not job.version and heads.reads(job.subject):
                 heads.wrote(job.subject, before.position, [entry.id for entry in job.entries], position)
             self.verdicts.append((job, Appended(version, position)))
         for pattern, begin in self.slots.items():
@@ -98,7 +87,7 @@ class _Drawing:
             self._plan.jobs.append(job)
             try:
                 await self._take(job)
-            except (Refused, Conflict, Fenced, IdReused, Damaged) as error:
+            except (Conflict, Fenced, IdReused, Damaged) as error:
                 self._plan.verdicts.append((job, error))
         return self._plan
 
@@ -116,16 +105,21 @@ class _Drawing:
         unknown = dict.fromkeys(
             job.subject
             for job in jobs
-            if self._heads.head(job.subject) is None
-            and not (self._trusting and job.expect == 0 and not job.repeat and job.tried is None)
+            if self._heads.head(job.subject) is None and not (self._trusting and self._new(job))
         )
         await self._heads.load(unknown)
         self._fresh.update(unknown)
 
+    def _new(self, job: Job) -> bool:
+        """Whether its stream is taken not to be there yet without a look."""
+        return job.tried is None and (self._heads.alone or (job.expect == 0 and not job.repeat))
+
     async def _take(self, job: Job) -> None:
+        if await self._went_through(job):
+            return
         if job.fence is not None:
-            await self._check_fence(job.subject, job.fence.name, job.fence.fence)
-        if await self._stands(job):
+            await self._check_fence(job.subject, job.fence)
+        if await self._repeats(job):
             return
         if job.version:
             version = self._head(job).version
@@ -134,11 +128,8 @@ class _Drawing:
                 return
             first = job.version
         else:
-            first = await self._expected(job) + 1
-        for entry in job.entries:
-            if entry.type not in self._heads.types:
-                self._heads.types.add(check_name(entry.type))
-        lines = [self._encode(entry, version) for version, entry in enumerate(job.entries, first)]
+            first = 1 + (self._version(job) if job.expect is None else await self._expected(job))
+        lines = [encode(entry, version, digest(entry, version)) for version, entry in enumerate(job.entries, first)]
         checks = self._checks(job)
         while len(checks) > len(lines):
             # One message carries one check; where there are more of them, a message that nobody reads carries it.
@@ -147,7 +138,8 @@ class _Drawing:
         for number, (head, payload) in enumerate(lines):
             self._message(job.subject, head, payload, checks[number] if number < len(checks) else None)
         self._staged[job.subject] = version = first + len(lines) - 1
-        self._ids.update((job.subject, entry.id) for entry in job.entries)
+        for entry in job.entries:
+            self._ids.add((job.subject, entry.id))
         self._plan.written.append((job, version, len(self._plan.messages)))
 
     # ------------------------------------------------------------------------------------------------- versions
@@ -170,24 +162,32 @@ class _Drawing:
 
     # ------------------------------------------------------------------------------------------------- repeats
 
-    async def _stands(self, job: Job) -> bool:
-        """Whether the job stands already, because it is a repeat, or because it was sent before."""
+    async def _went_through(self, job: Job) -> bool:
+        """Whether it stands because it was sent before, whatever has changed since."""
         head = self._head(job)
-        if not head.position:
+        if job.tried is None or head.position <= job.tried:
             return False
-        if job.tried is not None and head.position > job.tried:
-            position = await self._sent(job, head)
-            if position:
-                number = len(job.entries) - 1
-                version = job.version or await self._version_at(job, position + number)
-                self._plan.verdicts.append((job, Appended(version, position + number)))
-                return True
-        if not job.repeat:
+        position = await self._sent(job, head)
+        if position:
+            number = len(job.entries) - 1
+            version = job.version or await self._version_at(job, position + number)
+            self._plan.verdicts.append((job, Appended(version, position + number)))
+        return bool(position)
+
+    async def _repeats(self, job: Job) -> bool:
+        """Whether it stands because somebody appended the same before."""
+        head = self._head(job)
+        if not job.repeat or not head.position:
             return False
         position = await self._heads.first(job.subject, job.entries[0].id, head.position)
+        entries = await self._entries(job, position) if position else []
+        if position and (not entries or entries[0].position != position):
+            # It was forgotten since, and perhaps stands again.
+            self._heads.forget_ids(job.subject)
+            position = await self._heads.first(job.subject, job.entries[0].id, head.position)
+            entries = await self._entries(job, position) if position else []
         if not position:
             return False
-        entries = await self._entries(job, position)
         # The entries of one append lie side by side.
         if [each.position for each in entries] != list(range(position, position + len(job.entries))) or any(
             (one.type, one.meta.schema, one.body) != (two.type, two.meta.schema, two.body)
@@ -229,7 +229,9 @@ class _Drawing:
 
     # ------------------------------------------------------------------------------------------------- checks
 
-    async def _check_fence(self, subject: str, name: str, fence: int) -> None:
+    async def _check_fence(self, subject: str, given: Claim) -> None:
+        check_claim(given)
+        name, fence = given.name, given.fence
         claim = self._heads.claim(name)
         pattern = self._slot(subject, claim)
         if pattern is not None and pattern not in self._heads.slots:
@@ -279,9 +281,3 @@ class _Drawing:
             if check[0] != subject:
                 head += b"Nats-Expected-Last-Subject-Sequence-Subject: %b\r\n" % check[0].encode()
         self._plan.messages.append((subject, head, payload))
-
-    def _encode(self, entry: Entry, version: int) -> tuple[bytes, bytes]:
-        head, payload = encode(entry, version, digest_at(entry, version))
-        if len(head) > _HEAD_BYTES:
-            raise Refused(f"the id of an entry for {entry.stream} has {len(entry.id):,} characters: use a shorter one")
-        return head, payload

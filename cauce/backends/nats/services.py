@@ -76,7 +76,6 @@ class Services:
                 "domains": ",".join(sorted({address.partition("/")[0] for address in instance.addresses})),
                 "instance": instance.id,
                 "pid": str(instance.pid),
-                "state": instance.state,
             },
         }
         if verb == "PING":
@@ -84,7 +83,7 @@ class Services:
         domains = {address.partition("/")[0] for address in instance.addresses}
         endpoints = [each for each in self._endpoints() if each.address.partition("/")[0] in domains]
         if verb == "INFO":
-            about = f"{instance.service}, a service of Cauce: questions are JSON, see docs/reference/nats.md"
+            about = f'{instance.service}, a service of Cauce: ask with {{"type": "…", "body": {{…}}}}'
             return {
                 **said,
                 "description": about,
@@ -94,7 +93,10 @@ class Services:
         return {
             **said,
             "started": started.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-            "endpoints": [_endpoint(each) | _statistics(each) for each in endpoints],
+            # What changes is no metadata.
+            "endpoints": [
+                _endpoint(each) | _statistics(each) | {"data": {"state": instance.state}} for each in endpoints
+            ],
         }
 
 

@@ -20,9 +20,10 @@ from typing import Any, NoReturn
 import msgspec
 
 from cauce.backends.nats.bucket import Bucket, Message, Put, Stale, Unsure
+from cauce.backends.nats.fences import claim_of
 from cauce.backends.nats.link import Link
 from cauce.backends.nats.names import text, token
-from cauce.backends.nats.units import Place, Units, claim_of
+from cauce.backends.nats.units import Place, Units
 from cauce.errors import Refused, Unavailable
 from cauce.store import BadStatement, Share, Standing, Unit, Waiting, check_places, write_places
 
@@ -171,13 +172,16 @@ class NatsStore:
         await self._units.alone(lambda: self._release(shares, owner))
 
     async def _release(self, shares: Sequence[Share], owner: str) -> None:
-        free = msgspec.json.encode(_Claim("", ""))
-        puts = [Put(claim_of(share.name), free, expected=share.fence) for share in shares]
+        free, fences = msgspec.json.encode(_Claim("", "")), self._units.fences
+        await fences.settle()
+        puts = [Put(claim_of(share.name), free, expected=fences.of(share)) for share in shares]
         leave = [Put(_instance(owner), gone=True)] if owner else []
         if (puts or leave) and await self._try([*puts, *leave]) is None:
             # One has another holder by now.
             for put in (*puts, *leave):
                 await self._try([put])
+        for share in shares:
+            fences.forget(share)
 
     async def _try(self, puts: Sequence[Put]) -> int | None:
         """The sequence of the last one; None if they were not written, or nobody knows."""

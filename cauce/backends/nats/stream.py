@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
+from cauce.backends.health import DURABLE, NOTHING_LOST, ONE_ORDER, Finding
 from cauce.backends.nats.api import NAME_IN_USE, NO_MESSAGE, NOT_FOUND, ApiError, ask, refusal
 from cauce.backends.nats.link import Link
-from cauce.errors import Damaged, Refused
+from cauce.errors import CauceError, Damaged, Refused, Unreachable
 
-__all__ = ["State", "Stored", "Stream"]
+__all__ = ["Cluster", "Config", "Info", "Peer", "State", "Stored", "Stream", "info_of", "streams_of"]
 
 _ID = "cauce-id"
+_LIMITS = ("retention", "max_msgs", "max_bytes", "max_age", "max_msgs_per_subject")
+"""Settings by which a server drops what it took."""
+
+_LAGS = 30.0
+"""Seconds in which a server that was cut off or stood still learns that it leads no more; it does so after 10."""
 
 
 class State(msgspec.Struct, frozen=True):
@@ -24,7 +31,7 @@ class State(msgspec.Struct, frozen=True):
     last_seq: int = 0
 
 
-class _Config(msgspec.Struct, frozen=True):
+class Config(msgspec.Struct, frozen=True):
     """What of a stream's configuration our promises hang on."""
 
     name: str
@@ -48,10 +55,34 @@ class _Config(msgspec.Struct, frozen=True):
     metadata: dict[str, str] = {}
 
 
-class _Info(msgspec.Struct, frozen=True):
-    config: _Config
+class Peer(msgspec.Struct, frozen=True):
+    """Another server that holds a stream, beside its leader."""
+
+    name: str
+    offline: bool = False
+
+
+class Cluster(msgspec.Struct, frozen=True):
+    """Which servers hold a stream. `name` is empty where there is only one."""
+
+    name: str = ""
+    leader: str = ""
+    replicas: tuple[Peer, ...] | None = None
+
+
+class Info(msgspec.Struct, frozen=True):
+    """What the server says of a stream."""
+
+    config: Config
     created: str
     state: State
+    cluster: Cluster = Cluster()
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """The names of the servers that hold it and are there."""
+        leader = (self.cluster.leader,) if self.cluster.leader else ()
+        return leader + tuple(peer.name for peer in self.cluster.replicas or () if not peer.offline)
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -82,6 +113,7 @@ class Stream:
         self.broken: Damaged | None = None
         self.head = 0
         self._created = ""
+        self._lags = 0.0
         self._asking: asyncio.Future[State] | None = None
 
     # ------------------------------------------------------------------------------------------------- opening
@@ -91,24 +123,27 @@ class Stream:
 
         Raises `Refused` if it would break a promise without a word, with the setting and the cure.
         """
-        wanted = self._wanted()
-        try:
-            info = await self._ask("INFO", None)
-        except ApiError as error:
-            if error.code != NOT_FOUND:
-                raise self.refusal(error) from error
-            if not make:
-                raise Refused(
-                    f"there is no bus at {self.link}: name another with --bus, or let a service or an import make this one"
-                ) from None
-            info = await self._make(wanted)
+        info = await self.info(make=make)
         self._compare(info.config)
         self.replicas = info.config.num_replicas
         self._created = info.created
         self.id = f"{info.config.metadata.get(_ID) or self.name}:{self.log}:{info.created}"
         self._note(info.state)
 
-    async def _make(self, wanted: dict[str, Any]) -> _Info:
+    async def info(self, *, make: bool = False) -> Info:
+        """What the server says of it. Raises `Refused` where there is none, and none is to be made."""
+        try:
+            return await self._ask("INFO", None)
+        except ApiError as error:
+            if error.code != NOT_FOUND:
+                raise self.refusal(error) from error
+        if not make:
+            raise Refused(
+                f"there is no bus at {self.link}: name another with --bus, or let a service or an import make this one"
+            )
+        return await self._make(self._wanted())
+
+    async def _make(self, wanted: dict[str, Any]) -> Info:
         try:
             return await self._ask("CREATE", wanted)
         except ApiError as error:
@@ -140,28 +175,43 @@ class Stream:
             "metadata": {_ID: self.link.clock.id()},
         }
 
-    def _compare(self, is_: _Config) -> None:
-        wanted = self._wanted()
-        for name in ("retention", "storage", "max_msgs", "max_bytes", "max_age", "max_msgs_per_subject"):
-            self._must(name, getattr(is_, name), wanted[name])
-        for name in ("allow_direct", "allow_atomic"):
-            self._must(name, getattr(is_, name), True)
-        for name in ("sealed", "no_ack"):
-            self._must(name, getattr(is_, name), False)
-        self._must("subjects", list(is_.subjects), wanted["subjects"])
-        if is_.mirror is not None:
-            raise Refused(f"stream {self.name} is a mirror, which cannot be written: open the bus at its origin")
-        if 0 <= is_.max_msg_size < 1024 * 1024:
+    def _compare(self, is_: Config) -> None:
+        for wrong in self.breaches(is_):
             raise Refused(
-                f"stream {self.name} takes messages of {is_.max_msg_size:,} bytes only: set max_msg_size to -1"
+                f"{wrong.what} is {wrong.found}, which would break what {self.log} promise without a word: {wrong.cure}"
             )
 
-    def _must(self, name: str, is_: object, wanted: object) -> None:
-        if is_ != wanted:
-            raise Refused(
-                f"stream {self.name} has {name} = {is_!r}, which would break what {self.log} promise without a word: "
-                f"set it to {wanted!r} (nats stream edit {self.name}), or give the bus another name"
-            )
+    def breaches(self, is_: Config) -> Iterator[Finding]:
+        """What of its configuration would break a promise without a word."""
+        wanted = self._wanted()
+        must: list[tuple[str, object, str]] = [
+            ("storage", "file", DURABLE),
+            *((name, wanted[name], NOTHING_LOST) for name in _LIMITS),
+            *((name, True, ONE_ORDER) for name in ("allow_direct", "allow_atomic")),
+            *((name, False, DURABLE) for name in ("sealed", "no_ack")),
+        ]
+        for name, value, promise in must:
+            if (found := getattr(is_, name)) != value:
+                yield self._wrong(name, found, value, promise)
+        if list(is_.subjects) != wanted["subjects"]:
+            yield self._wrong("subjects", list(is_.subjects), wanted["subjects"], ONE_ORDER)
+        if is_.mirror is not None:
+            what = f"stream {self.name}"
+            yield Finding(what, "a mirror", "written to", ONE_ORDER, "open the bus at the origin of the mirror")
+        if 0 <= is_.max_msg_size < 1024 * 1024:
+            yield self._wrong("max_msg_size", is_.max_msg_size, -1, NOTHING_LOST)
+
+    def lapses(self, is_: Config) -> Iterator[Finding]:
+        """What of its configuration lets somebody else break a promise later."""
+        for name in ("deny_delete", "deny_purge") if self.lasting else ():
+            if not getattr(is_, name):
+                yield self._wrong(name, False, True, NOTHING_LOST)
+
+    def _wrong(self, name: str, found: object, needed: object, promise: str) -> Finding:
+        # What a stream is stored on is settled when it is made.
+        edit = "" if name == "storage" else f"set it to {needed!r} (nats stream edit {self.name}), or "
+        cure = f"{edit}give the bus another name"
+        return Finding(f"{name} of stream {self.name}", repr(found), repr(needed), promise, cure)
 
     # ------------------------------------------------------------------------------------------------- watching
 
@@ -179,11 +229,23 @@ class Stream:
             raise self.refusal(error) from error
         if info.created != self._created:
             raise self.stop("was deleted and made anew")
-        if info.state.last_seq < before:
-            raise self.stop(f"ends at {info.state.last_seq:,}, but had {before:,} entries")
         self.replicas = info.config.num_replicas
+        if info.state.last_seq < before:
+            raise self._behind(info.state.last_seq, before)
+        self._lags = 0.0
         self._note(info.state)
         return info.state
+
+    def _behind(self, last: int, known: int) -> CauceError:
+        """What it means that fewer are there than were. In a cluster one may answer that leads no more, for a while."""
+        now = asyncio.get_running_loop().time()
+        self._lags = self._lags or now
+        if self.replicas == 1 or now - self._lags > _LAGS:
+            return self.stop(f"ends at {last:,}, but had {known:,} entries")
+        self.link.doubt()
+        return Unreachable(
+            f"a server of {self.link} has {last:,} of {known:,} entries of {self.name}: it is tried again"
+        )
 
     def _note(self, state: State) -> None:
         self.head = max(self.head, state.last_seq)
@@ -217,8 +279,26 @@ class Stream:
                 return None
             raise self.refusal(error) from error
 
-    async def _ask(self, what: str, question: object) -> _Info:
-        return await ask(self.link, f"STREAM.{what}.{self.name}", question, _Info)
+    async def _ask(self, what: str, question: object) -> Info:
+        return await ask(self.link, f"STREAM.{what}.{self.name}", question, Info)
 
     def refusal(self, error: ApiError) -> Exception:
         return refusal(error, self.link, f"stream {self.name}")
+
+
+async def info_of(link: Link, name: str) -> Info:
+    """What the server says of any stream that is there."""
+    try:
+        return await ask(link, f"STREAM.INFO.{name}", None, Info)
+    except ApiError as error:
+        raise refusal(error, link, f"stream {name}") from error
+
+
+def streams_of(link: Link) -> tuple[Stream, Stream, Stream, Stream]:
+    """The streams of a bus: facts, commands, records, and leases, where claims live that are no messages."""
+    return (
+        Stream(link, "facts"),
+        Stream(link, "commands", lasting=False),
+        Stream(link, "records", last=True, lasting=False),
+        Stream(link, "leases", last=True, lasting=False),
+    )

@@ -136,6 +136,13 @@ class Tail:
         self._bytes -= sum(len(each.payload) + len(each.head) for each in self._messages[:half])
         del self._positions[:half], self._messages[:half]
 
+    def forget(self) -> None:
+        """Some of what was seen is gone: who waits begins anew."""
+        if self._starting is None:
+            self._lost()
+            self._unlisten()
+            self._clear()
+
     def _clear(self) -> None:
         self.begin = self.covered = self._bytes = 0
         self._positions, self._messages = [], []

@@ -2,7 +2,8 @@
 
 One batch is under way at a time, so that units stand in the order in which they were given. The first message of each
 share in it carries the share's fence. If the server refuses a batch, the fences are looked up: units of a share that
-has another holder are `Fenced`, the others go again. If it does not say whether it wrote, that is looked up, too.
+has another holder are `Fenced`, the others go again. If it does not say whether it wrote, the fences rise, then that is
+looked up, too.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from cauce.backends.nats.bucket import MOST, Bucket, Put, Stale, Unsure
+from cauce.backends.nats.fences import Fences, claim_of
 from cauce.backends.nats.names import token
 from cauce.errors import CauceError, Fenced, Overloaded, Refused
 from cauce.store import Share, Unit, Waiting
 
-__all__ = ["Place", "Units", "claim_of", "packed"]
+__all__ = ["Place", "Units", "packed"]
 
 T = TypeVar("T")
 
@@ -63,7 +65,7 @@ class Units:
     """What waits to be written, and the one task that writes it. `moves` are places that no unit carries."""
 
     def __init__(self, bucket: Bucket) -> None:
-        self._bucket = bucket
+        self._bucket, self.fences = bucket, Fences(bucket)
         self.moves: dict[Spot, tuple[Share | None, str, int]] = {}
         self._queue: deque[_Job] = deque()
         self._bytes = 0
@@ -170,8 +172,13 @@ class Units:
     # ------------------------------------------------------------------------------------------------- one batch
 
     async def _write(self, jobs: list[_Job], places: dict[Spot, tuple[Share | None, str, int]]) -> None:
+        sent: list[Put] = []
         while True:
-            puts = _fenced(jobs, places)
+            await self.fences.settle()
+            if sent and await self._stands(sent):
+                self._bucket.written += len(sent)
+                break
+            puts = self._fenced(jobs, places)
             if not puts:
                 break
             try:
@@ -181,9 +188,8 @@ class Units:
                 if not await self._weed(jobs, places):
                     raise Unsure(f"{self._bucket.name} refused what should be right: it is tried again") from None
             except Unsure:
-                if await self._stands(puts):
-                    self._bucket.written += len(puts)
-                    break
+                sent = puts
+                self.fences.doubt(_shares(jobs, places))
             except Refused:
                 if len(jobs) < 2:
                     raise
@@ -204,10 +210,9 @@ class Units:
                 job.tell(error)
 
     async def _weed(self, jobs: list[_Job], places: dict[Spot, tuple[Share | None, str, int]]) -> bool:
-        """Take out what belongs to shares that have another holder; False if there is none."""
-        shares = {job.unit.share for job in jobs if job.unit is not None} | {share for share, _, _ in places.values()}
-        held = {share for share in shares if share is not None}
-        lost = {share for share in held if await self._bucket.last(claim_of(share.name)) != share.fence}
+        """Take out what belongs to shares that have another holder; False if all fences were right."""
+        before = {share: self.fences.of(share) for share in _shares(jobs, places)}
+        lost = {share for share in before if not await self.fences.holds(share)}
         for job in [job for job in jobs if job.unit is not None and job.unit.share in lost]:
             assert job.unit is not None
             assert job.unit.share is not None
@@ -220,7 +225,7 @@ class Units:
             )
         for spot in [spot for spot, (share, _, _) in places.items() if share in lost]:
             del places[spot]
-        return bool(lost)
+        return bool(lost) or any(self.fences.of(share) != fence for share, fence in before.items())
 
     async def _stands(self, puts: list[Put]) -> bool:
         """Whether a batch without an answer was written: what was said has a subject of its own, once for all time.
@@ -230,9 +235,25 @@ class Units:
         said = next((put for put in puts if put.name.startswith("outbox.")), None)
         return said is not None and await self._bucket.last(said.name) > 0
 
+    def _fenced(self, jobs: list[_Job], places: dict[Spot, tuple[Share | None, str, int]]) -> list[Put]:
+        """All messages of a batch. The server checks a fence once for all of a share: nothing comes between them."""
+        checked: set[str] = set()
+        puts: list[Put] = []
 
-def claim_of(name: str) -> str:
-    return f"claim.{token(name)}"
+        def fence(share: Share | None) -> tuple[str, int] | None:
+            if share is None or share.name in checked:
+                return None
+            checked.add(share.name)
+            return claim_of(share.name), self.fences.of(share)
+
+        for job in jobs:
+            for put in job.puts:
+                put.fence = fence(None if job.unit is None else job.unit.share)
+                puts.append(put)
+        for (consumer, domain, slot), (share, log, position) in places.items():
+            name = f"place.{token(consumer)}.{domain}.{slot}"
+            puts.append(Put(name, msgspec.json.encode(Place(log, position)), fence=fence(share)))
+        return puts
 
 
 def packed(waiting: Waiting) -> bytes:
@@ -255,22 +276,7 @@ def _puts(unit: Unit, fresh: Callable[[], str]) -> list[Put]:
     return puts
 
 
-def _fenced(jobs: list[_Job], places: dict[Spot, tuple[Share | None, str, int]]) -> list[Put]:
-    """All messages of a batch. The server checks a fence once for all of a share: nothing comes between them."""
-    checked: set[str] = set()
-    puts: list[Put] = []
-
-    def fence(share: Share | None) -> tuple[str, int] | None:
-        if share is None or share.name in checked:
-            return None
-        checked.add(share.name)
-        return claim_of(share.name), share.fence
-
-    for job in jobs:
-        for put in job.puts:
-            put.fence = fence(None if job.unit is None else job.unit.share)
-            puts.append(put)
-    for (consumer, domain, slot), (share, log, position) in places.items():
-        name = f"place.{token(consumer)}.{domain}.{slot}"
-        puts.append(Put(name, msgspec.json.encode(Place(log, position)), fence=fence(share)))
-    return puts
+def _shares(jobs: list[_Job], places: dict[Spot, tuple[Share | None, str, int]]) -> set[Share]:
+    """All shares under whose fences something of this is written."""
+    of_jobs = {job.unit.share for job in jobs if job.unit is not None}
+    return {share for share in of_jobs | {share for share, _, _ in places.values()} if share is not None}

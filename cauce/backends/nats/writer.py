@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import msgspec
 
 from cauce.backends.nats.api import CHANGED, LATER, ApiError, refusal, told
-from cauce.backends.nats.chain import Acks, Pace
+from cauce.backends.nats.call import Lost, Reply
+from cauce.backends.nats.chain import Pace
 from cauce.backends.nats.heads import Heads
 from cauce.backends.nats.job import Job
-from cauce.backends.nats.link import Lost, Reply
 from cauce.backends.nats.plan import Plan, draw
 from cauce.backends.nats.stream import Stream
 from cauce.errors import NotPermitted, OutcomeUnknown, Overloaded, Unreachable
@@ -48,6 +48,8 @@ class _Step:
     def __init__(self, work: Callable[[], Awaitable[Any]]) -> None:
         self.work, self.size = work, 0
         self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        # Who stopped waiting does not ask how it went.
+        self.future.add_done_callback(lambda future: future.cancelled() or future.exception())
 
 
 class Writer:
@@ -160,16 +162,23 @@ class Writer:
                 if plan.messages:
                     await self._connected(plan)
                     plan.settle(await self._send(plan), self._heads)
+                    self._link.trust()
             except ApiError as error:
                 tries += 1
+                if self._stream.replicas > 1:
+                    # One that still believes to lead may refuse what another takes: its answer proves nothing.
+                    self._note_tried(jobs)
+                self._link.doubt()
                 if error.code not in CHANGED and error.code not in LATER:
                     if len(jobs) == 1:
                         raise refusal(error, self._link, f"append to {jobs[0].stream}") from None
                     tries = 3
                 with suppress(Unreachable):
                     await self._again(jobs, error.code in CHANGED)
-            except (Lost, TimeoutError):
+            except (Lost, TimeoutError) as error:
                 tries += 1
+                if isinstance(error, TimeoutError):
+                    self._link.doubt()
                 self._note_tried(jobs)
                 await self._again(jobs, False)
             except Unreachable:
@@ -251,27 +260,32 @@ class Writer:
         """One message after the other, without waiting: each is taken only right behind the one before it."""
         link, count, before = self._link, len(plan.messages), self._stream.head
         began = asyncio.get_running_loop().time()
-        acks = Acks([each[0] for each in plan.messages])
-        inbox = link.expect(acks)
         name = b""
-        for subject, lines, payload in plan.messages:
-            self._batches += 1
-            behind = b"Nats-Expected-Last-Msg-Id: %b\r\n" % name if name else b""
-            name = b"%b-%d" % (self._batch, self._batches)
-            link.publish(subject, payload, b"NATS/1.0\r\nNats-Msg-Id: %b\r\n%b%b\r\n" % (name, behind, lines), inbox)
+        for subject, lines, payload in plan.messages[:-1]:
+            name, head = self._link_in_chain(name, lines)
+            link.publish(subject, payload, head)
+        subject, lines, payload = plan.messages[-1]
+        future = link.call(
+            subject, payload, self._link_in_chain(name, lines)[1], [each[0] for each in plan.messages[:-1]]
+        )
         await link.client.kick()
         async with asyncio.timeout(link.turn):
-            await acks.future
-        good = acks.good()
-        if good == count:
-            self._pace.chain(count, asyncio.get_running_loop().time() - began)
-            return await self._position(Reply(acks.replies[-1]), count, before)
-        self._pace.broke()
-        if good:
-            last = await self._position(Reply(acks.replies[good - 1]), good, before)
-            self._heads.forget(plan.cut(good))
-            return last
-        return await self._position(Reply(acks.replies[0]), count, before)
+            reply = await future
+        try:
+            last = await self._position(reply, count, before)
+        except ApiError as error:
+            # Only the last is answered: it stands if all do, else a beginning of them may.
+            self._pace.broke()
+            raise Lost(f"a chain to {self._stream.name} broke ({error})") from None
+        self._pace.chain(count, asyncio.get_running_loop().time() - began)
+        return last
+
+    def _link_in_chain(self, before: bytes, lines: bytes) -> tuple[bytes, bytes]:
+        """The name of the next message of a chain, and its header block."""
+        self._batches += 1
+        name = b"%b-%d" % (self._batch, self._batches)
+        behind = b"Nats-Expected-Last-Msg-Id: %b\r\n" % before if before else b""
+        return name, b"NATS/1.0\r\nNats-Msg-Id: %b\r\n%b%b\r\n" % (name, behind, lines)
 
     async def _send_whole(self, plan: Plan) -> int:
         link, count, before = self._link, len(plan.messages), self._stream.head
@@ -295,6 +309,9 @@ class Writer:
         if not reply.data:
             # Nobody took it: the stream is gone, or its server is.
             await self._stream.state()
+            self._link.doubt()
+            if self._stream.replicas > 1:
+                raise Lost(f"stream {self._stream.name} on {self._link} changes its leader")
             raise Unreachable(f"stream {self._stream.name} on {self._link} takes nothing now: it is tried again")
         last = told(reply, _Ack).seq
         if last - count < before:

@@ -6,6 +6,8 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from cauce.backends.health import Health
+from cauce.backends.postgres.health import health_of
 from cauce.backends.postgres.link import Link
 from cauce.backends.postgres.log import PostgresLog
 from cauce.backends.postgres.migrations import ensure
@@ -38,6 +40,10 @@ class PostgresBus:
             if count:
                 log.wake(draft)
                 self.link.hint(name)
+
+    async def health(self) -> Health:
+        """What the server, the role and the tables are, against what the promises need."""
+        return await health_of(self.link)
 
     async def close(self) -> None:
         """Write what waits, then let go. In a process forked since, nothing is touched."""

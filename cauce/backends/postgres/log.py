@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from cauce.accept import check_key, slot_of
+from cauce.backends.postgres.forgetting import forget
 from cauce.backends.postgres.link import Link
-from cauce.backends.postgres.table import LOGS, RECORDS, Draft
+from cauce.backends.postgres.table import FACTS, LOGS, RECORDS, Draft
 from cauce.backends.postgres.writer import Writer
 from cauce.codec import Entry
 from cauce.errors import Refused
-from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_put
+from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_forget, check_put
 
 __all__ = ["PostgresLog"]
 
@@ -79,6 +80,10 @@ class PostgresLog:
         (row,) = await self._link.fetch(self._head)
         head: int = row["head"]
         return head
+
+    async def forget(self, domain: str, slot: int, upto: int, before: int) -> int:
+        check_forget(self._name, domain, slot)
+        return await forget(self._link, domain, slot, min(upto, 2**63 - 1), before)
 
     async def read(
         self, filter: Filter = EVERYTHING, *, after: int = 0, limit: int = 1000, wait: float = 0.0, bodies: bool = True
@@ -148,7 +153,8 @@ class PostgresLog:
         if head <= after:
             return Page([], after), head
         entries = [_entry(row) for row in rows if row[1] is not None]
-        if filter.stream is not None and not self._last and entries:
+        # A stream of commands may begin again at version 1.
+        if filter.stream is not None and self._number == FACTS and entries:
             self._remember(filter.stream, entries[-1])
         if len(entries) == limit:
             return Page(entries, entries[-1].position), head

@@ -10,7 +10,7 @@ from cauce.backends.postgres.schema import STEPS, Step
 from cauce.clock import Clock
 from cauce.errors import CauceError, NotPermitted, Refused
 
-__all__ = ["ensure", "lock_number", "migrate", "sql"]
+__all__ = ["ensure", "format_of", "lock_number", "migrate", "sql"]
 
 _BEGIN = """
 select pg_advisory_xact_lock({migrating});
@@ -123,6 +123,16 @@ async def ensure(link: Link) -> str:
         )
     id: str = row[0]
     return id
+
+
+async def format_of(link: Link) -> int | None:
+    """The format of the schema of a bus, None where there is none. Raises `Refused` if it is newer than this code."""
+    row = await _state(link)
+    if row is None:
+        return None
+    format: int = row[1]
+    _not_newer(link, format)
+    return format
 
 
 _CURE = "run cauce migrate as a role that may, or give a DBA what cauce migrate --sql prints"

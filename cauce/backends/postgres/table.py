@@ -7,14 +7,15 @@ and the next draft knows better. So each verdict, also a refusal, rests on what 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 
-from cauce.accept import check_key, check_name, check_stream, slot_of
-from cauce.codec import Entry, digest_at, schema_in
-from cauce.errors import Conflict, Fenced, Held, IdReused, Refused
-from cauce.log import Appended, Claim
+from cauce.accept import slot_of
+from cauce.codec import Entry, digest, schema_in
+from cauce.errors import Conflict, Fenced, Held, IdReused
+from cauce.log import Appended, Claim, check_claim
 
 __all__ = ["COMMANDS", "FACTS", "LOGS", "RECORDS", "Asked", "Draft", "Job", "Known", "Placed", "Row"]
 
@@ -88,7 +89,6 @@ class Known:
         self.change = -1
         self._since = 0
         self.streams: dict[str, tuple[str, str, int]] = {}
-        self.types: set[str] = set()
         self._heads: tuple[dict[str, tuple[int, int, int]], ...] = ({}, {}, {})
         self._claims: dict[tuple[int, str], tuple[str, int, int, bool, int]] = {}
 
@@ -97,21 +97,14 @@ class Known:
         self.change = -1
 
     def name(self, stream: str) -> tuple[str, str, int]:
-        """Domain, key and slot. Raises `Refused` for a name that no log takes."""
+        """Domain, key and slot."""
         found = self.streams.get(stream)
         if found is None:
-            check_stream(stream)
             domain, _, key = stream.partition("/")
             if len(self.streams) >= _CACHED:
                 self.streams.clear()
             found = self.streams[stream] = domain, key, slot_of(key)
         return found
-
-    def check_type(self, type: str) -> None:
-        check_name(type)
-        if len(self.types) >= _CACHED:
-            self.types.clear()
-        self.types.add(type)
 
     def head(self, log: int, stream: str, guess: int) -> _Head:
         found = self._heads[log].get(stream)
@@ -214,11 +207,9 @@ class Draft:
         for entry in entries:
             version += 1
             at += 1
-            digest = digest_at(entry, version)
-            if entry.type not in known.types:
-                known.check_type(entry.type)
+            check = digest(entry, version)
             rows.append(
-                (log, at, domain, key, version, slot, entry.type, entry.id, entry.raw, entry.wish, entry.body, digest)
+                (log, at, domain, key, version, slot, entry.type, entry.id, entry.raw, entry.wish, entry.body, check)
             )
         self.rows[log].extend(rows)
         head.version, head.at, self.counts[log] = version, at, at
@@ -232,13 +223,11 @@ class Draft:
             if head.at:
                 return Placed(RECORDS, head.version, head.at, True)
             return Appended(head.version, head.position, True)
-        digest = digest_at(entry, version)
-        if entry.type not in known.types:
-            known.check_type(entry.type)
+        check = digest(entry, version)
         self.counts[RECORDS] = at = self.counts[RECORDS] + 1
         # What is put twice in one turn was never there for anybody to see.
         self.records[stream] = (
-            RECORDS, at, domain, key, version, slot, entry.type, entry.id, entry.raw, entry.wish, entry.body, digest
+            RECORDS, at, domain, key, version, slot, entry.type, entry.id, entry.raw, entry.wish, entry.body, check
         )  # fmt: skip
         head.version, head.at = version, at
         return Placed(RECORDS, version, at)
@@ -260,6 +249,7 @@ class Draft:
         return Claim(name, owner, holder.fence)
 
     def beat(self, log: int, claim: Claim) -> Claim:
+        check_claim(claim)
         if self._fence(log, claim) != claim.fence:
             raise Fenced(f"{claim.name} has another holder by now: stop, claim again, read again")
         later = Claim(claim.name, claim.owner, claim.fence, claim.beat + 1)
@@ -267,23 +257,20 @@ class Draft:
         return later
 
     def release(self, log: int, claim: Claim) -> None:
-        if self._fence(log, claim) == claim.fence:
-            self._write(self.holders[log, claim.name], "", claim.fence + 1, claim.beat)
+        with suppress(Fenced):
+            check_claim(claim)
+            if self._fence(log, claim) == claim.fence:
+                self._write(self.holders[log, claim.name], "", claim.fence + 1, claim.beat)
 
     @staticmethod
     def _write(holder: _Holder, owner: str, fence: int, beat: int) -> None:
         holder.owner, holder.fence, holder.beat, holder.whole, holder.written = owner, fence, beat, True, True
 
     def _fence(self, log: int, claim: Claim) -> int:
-        """The fence that stands for a name; 0 if it was never claimed, -1 if it never can be."""
+        """The fence that stands for a name; 0 if it was never claimed. Raises `Fenced` where it never can be."""
         holder = self.holders.get((log, claim.name))
         if holder is None:
-            try:
-                check_key(claim.name)
-            except Refused:
-                return -1
-            if not (0 <= claim.fence < _MOST and 0 <= claim.beat < _MOST):
-                return -1
+            check_claim(claim)
             holder = self._holder(log, claim.name, ("", claim.fence, 0))
         return holder.fence
 
@@ -299,8 +286,8 @@ class Draft:
 
     def _repeated(self, log: int, stream: str, head: _Head, entries: Sequence[Entry]) -> Placed | Appended | None:
         asked, found = (log, stream, entries[0].id), None
-        # What stands is older than what is in this draft. An id that no log takes stands nowhere; it is refused later.
-        if head.presumed and _is_storable(entries[0].id):
+        # What stands is older than what is in this draft.
+        if head.presumed:
             found = self._found.get(asked)
             if found is None:
                 self.asked[asked] = max(self.asked.get(asked, 0), len(entries))
@@ -351,10 +338,6 @@ class Draft:
 
 def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[Sequence[Any]]:
     return list(zip(*rows, strict=True)) if rows else [()] * width
-
-
-def _is_storable(id: str) -> bool:
-    return "\0" not in id and not any("\ud800" <= character <= "\udfff" for character in id)
 
 
 def _same(stream: str, entries: Sequence[Entry], rows: Sequence[Found]) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import apsw
 
+from cauce.backends.health import Health
 from cauce.backends.sqlite.file import connect, create, folder_of, forget, guard
+from cauce.backends.sqlite.health import health_of
 from cauce.backends.sqlite.log import Reader, SQLiteLog
 from cauce.backends.sqlite.stores import SQLiteStores
 from cauce.backends.sqlite.table import Names, Table
@@ -113,6 +115,7 @@ class SQLiteBus:
             self._writer = Writer(path, turnstile, journal, clock, self._patience, threads.pop_all().close)
             undo.callback(self._writer.stop)
             await self._writer.start()
+            self._connection = reader.connection
             self.facts, self.commands, self.records = (
                 SQLiteLog(f"{self.id}:{table.name}", table, self._writer, reader) for table in journal.tables
             )
@@ -144,6 +147,10 @@ class SQLiteBus:
     def stores(self) -> SQLiteStores:
         """Where services keep what is their own: a folder beside the file."""
         return SQLiteStores(folder_of(self.path), self._clock)
+
+    async def health(self) -> Health:
+        """What the file, its place and SQLite are, against what the promises need."""
+        return health_of(self.path, self._connection)
 
     async def close(self) -> None:
         """Write what waits, then let go of the file. In a process forked since, nothing is touched."""

@@ -8,14 +8,24 @@ each connection knows from having looked at these rows once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import apsw
 
 from cauce.errors import Damaged
 
-__all__ = ["CHAPTER_BITS", "TAIL", "Chain", "first_of", "last_of", "write_chapters", "written_upto", "wrong_chapters"]
+__all__ = [
+    "CHAPTER_BITS",
+    "TAIL",
+    "Chain",
+    "forgotten",
+    "last_of",
+    "remove",
+    "write_chapters",
+    "written_upto",
+    "wrong_chapters",
+]
 
 CHAPTER_BITS = 8
 
@@ -25,30 +35,44 @@ TAIL = 16_384
 
 def written_upto(connection: apsw.Connection, log: str) -> int:
     """The position up to which the chapters of a log are written."""
-    row = connection.execute(f"select position from {log}_chapters where stream = 0").fetchone()
+    row = connection.execute(f"select position from {log}_chapters where stream = 0 and chapter = 0").fetchone()
     return row[0] if row else 0
 
 
-def first_of(connection: apsw.Connection, log: str) -> int:
-    """The first position of a log that may have lost its beginning, as only the commands may; of others 0.
+def forgotten(connection: apsw.Connection, log: str) -> int:
+    """How many entries were removed on purpose, as only commands are. It stands beside the place of the chapters.
 
-    Nothing before it counts: neither the pointers that lead there nor the chapters that end there. A stream that has
-    nothing else begins again at version 1.
+    A pointer to one of them leads nowhere, and there the stream begins; one of which nothing is left begins again at
+    version 1. Where the number has changed nothing that was known of the streams can be relied on.
     """
-    row = connection.execute(f"select min(position) from {log}").fetchone() if log == "commands" else None
-    return (row and row[0]) or 0
+    if log != "commands":
+        return 0
+    row = connection.execute(f"select position from {log}_chapters where stream = 0 and chapter = 1").fetchone()
+    return row[0] if row else 0
 
 
-def last_of(connection: apsw.Connection, log: str, stream: int, first: int) -> tuple[int, int] | None:
-    """Version and position of a stream's last entry in the chapters, of a log that begins at `first`.
+def remove(connection: apsw.Connection, log: str, gone: Sequence[tuple[int, int]]) -> int:
+    """Remove entries, each a position and its stream, the first of what is left of that stream; gives how many."""
+    removed = 0
+    for position, _ in gone:
+        connection.execute(f"delete from {log} where position = ?", (position,))
+        removed += connection.changes()
+    last = {stream: position for position, stream in gone}
+    connection.executemany(f"delete from {log}_chapters where stream = ? and position <= ?", list(last.items()))
+    count = forgotten(connection, log) + removed
+    connection.execute(f"insert or replace into {log}_chapters values (0, 1, ?)", (count,))
+    return removed
+
+
+def last_of(connection: apsw.Connection, log: str, stream: int) -> tuple[int, int] | None:
+    """Version and position of a stream's last entry in the chapters.
 
     Raises `Damaged` where another stream, or nothing, stands there.
     """
     row = connection.execute(
-        # Chapters of a stream that began again may have higher numbers than the new ones.
         f"select c.position, f.stream, f.version from {log}_chapters c left join {log} f on f.position = c.position "
-        "where c.stream = ? and c.position >= ? order by c.chapter desc limit 1",
-        (stream, first),
+        "where c.stream = ? order by c.chapter desc limit 1",
+        (stream,),
     ).fetchone()
     if row is None:
         return None
@@ -68,15 +92,11 @@ def write_chapters(connection: apsw.Connection, log: str, position: int) -> None
 
 
 def wrong_chapters(connection: apsw.Connection, log: str, upto: int) -> Iterator[Any]:
-    """Each chapter that does not end where it is said: stream, chapter, where it ends, what is said.
-
-    What ends before the log begins is left out: it is of no use any more, and of no harm.
-    """
+    """Each chapter that does not end where it is said: stream, chapter, where it ends, what is said."""
     return connection.execute(
         "select coalesce(f.stream, c.stream), coalesce(f.chapter, c.chapter), f.position, c.position from "
         f"(select stream, version >> {CHAPTER_BITS} as chapter, max(position) as position from {log} "
-        f"where position <= ? group by 1, 2) f full join (select * from {log}_chapters where stream > 0 "
-        f"and position >= (select min(position) from {log})) c "
+        f"where position <= ? group by 1, 2) f full join (select * from {log}_chapters where stream > 0) c "
         "on f.stream = c.stream and f.chapter = c.chapter where f.position is not c.position",
         (upto,),
     )
@@ -88,18 +108,21 @@ class Chain:
     def __init__(self, connection: apsw.Connection, log: str) -> None:
         self._connection, self._log = connection, log
         self._tail: dict[int, int] = {}
-        self._upto = self._seen = 0
+        self._upto = self._seen = self._forgot = 0
 
     def walk(self, columns: str) -> str:
         """A query for entries of a stream in order; its values are `end`, a position, and how many behind that."""
+        there = f" and exists (select 1 from {self._log} p where p.position = f.previous)" if self.forgets else ""
         return (
-            f"with recursive chain(at) as (values (?1) union all select previous from chain join {self._log} on position = at "
-            f"where previous > ?2 and previous < at) select {columns} from (select at from chain where at > ?2 order by at limit ?3) "
+            f"with recursive chain(at) as (values (?1) union all select f.previous from chain join {self._log} f on f.position = at "
+            f"where f.previous > ?2 and f.previous < at{there}) select {columns} from (select at from chain where at > ?2 order by at limit ?3) "
             f"join {self._log} on position = at order by at"
         )
 
-    def first(self) -> int:
-        return first_of(self._connection, self._log)
+    @property
+    def forgets(self) -> bool:
+        """Whether entries may be gone on purpose, as of the last `end`."""
+        return self._forgot > 0
 
     def before(self, position: int) -> tuple[int, int | None, int | None]:
         """Where the entry at a position says that its stream's one before it lies, and the stream and version there."""
@@ -116,6 +139,9 @@ class Chain:
 
         And whether it is a place on the way, so that there must be as many.
         """
+        forgot = forgotten(self._connection, self._log)
+        if forgot != self._forgot:
+            self._forgot, self._upto = forgot, -1
         chapters = (limit >> CHAPTER_BITS) + 3
         ends: list[Any] = self._connection.execute(
             f"select position from {self._log}_chapters where stream = ? and position > ? order by chapter limit ?",

@@ -15,15 +15,17 @@ from cauce.backends.sqlite.chain import Chain
 from cauce.backends.sqlite.file import translate
 from cauce.backends.sqlite.table import Table
 from cauce.backends.sqlite.writer import Writer
-from cauce.codec import Entry
+from cauce.codec import Entry, time_in
 from cauce.errors import Damaged, Refused
-from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_put
+from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_forget, check_put
 
 __all__ = ["Reader", "SQLiteLog"]
 
 _POLL = 0.5
 _WINDOW = 50_000
 _LONGEST = 5_000
+_SOME = 2_000
+_SLOW = 1024 * 1024
 _OVERHEAD = 200
 """About as many bytes as an entry of nothing is worth, in memory and in time."""
 
@@ -145,6 +147,41 @@ class SQLiteLog:
         with self._reader:
             return self._head()
 
+    async def forget(self, domain: str, slot: int, upto: int, before: int) -> int:
+        check_forget(self._table.name, domain, slot)
+        removed = looked = 0
+        more = True
+        while more:
+            gone, looked, more = self._old(domain, slot, looked, upto, before)
+            if gone:
+                # Too much to be done while the loop stands still.
+                removed += await self._writer.submit(self._table.remove, gone, size=_SLOW)
+            # Others get their turn on the loop between two looks.
+            await self._woken(EVERYTHING, 0)
+        return removed
+
+    def _old(
+        self, domain: str, slot: int, after: int, upto: int, before: int
+    ) -> tuple[list[tuple[int, int]], int, bool]:
+        """What may go of the next entries of the log, how far was looked, and whether to look further."""
+        gone, old, position = list[tuple[int, int]](), False, after
+        with self._reader:
+            upto = min(upto, self._head() - 1)
+            types = set(self._reader.types_of(frozenset({domain}), frozenset()))
+            rows: list[Any] = self._reader.connection.execute(
+                "select position, stream, type, meta from commands where position > ? and position <= ? "
+                "order by position limit ?",
+                (after, upto, _SOME),
+            ).fetchall()
+        for position, stream, type, raw in rows:
+            old = time_in(raw) < before
+            if stream % 16 == slot and type in types:
+                if not old:
+                    return gone, position, False
+                gone.append((position, stream))
+        # What is old behind one that is not was said by a clock that was wrong, and goes later.
+        return gone, position, old and len(rows) == _SOME
+
     def wake(self, rows: list[tuple[Any, ...]] | None) -> None:
         """Wake who waits for one of these rows; None: another process wrote, so whoever waits looks again."""
         if not self._waiters:
@@ -221,13 +258,10 @@ class SQLiteLog:
         """The entries of one stream, found by their chain."""
         assert filter.stream is not None
         stream = self._reader.stream(filter.stream)
-        begin = self._chain.first()
-        # What lay before the beginning of the log is gone, and pointers to it are none.
-        behind = max(after, begin - 1)
-        end, on = (0, False) if stream is None else self._chain.end(stream, behind, limit)
-        if end <= behind:
+        end, on = (0, False) if stream is None else self._chain.end(stream, after, limit)
+        if end <= after:
             return Page([], head)
-        entries = self._entries(self._chain.walk(self._columns(bodies)), (end, behind, limit))
+        entries = self._entries(self._chain.walk(self._columns(bodies)), (end, after, limit))
         # A pointer is in no digest, so what it leads to is looked at.
         if (
             not entries
@@ -236,7 +270,7 @@ class SQLiteLog:
                 entry.stream != filter.stream or entry.version != version
                 for version, entry in enumerate(entries, entries[0].version)
             )
-            or not self._begins(stream, entries[0], behind, begin)
+            or not self._begins(stream, entries[0], after)
         ):
             raise Damaged(f"{filter.stream} breaks off behind position {after} of {self._table.name}: run cauce verify")
         looked = entries[-1].position if len(entries) == limit else head
@@ -247,12 +281,14 @@ class SQLiteLog:
             return Page([], looked)
         return Page([entry for entry in entries if not filter.types or entry.type in filter.types], looked)
 
-    def _begins(self, stream: int | None, entry: Entry, behind: int, begin: int) -> bool:
+    def _begins(self, stream: int | None, entry: Entry, behind: int) -> bool:
         """Whether nothing of the stream can lie between a position and this entry."""
         previous, before, version = self._chain.before(entry.position)
         if entry.version == 1 or not previous:
             return entry.version == 1 and not previous
-        return previous < begin or (previous <= behind and (before, version) == (stream, entry.version - 1))
+        if before is None:
+            return self._chain.forgets and 0 < previous < entry.position
+        return previous <= behind and (before, version) == (stream, entry.version - 1)
 
     @staticmethod
     def _columns(bodies: bool) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import apsw
 import msgspec
 
-from cauce.accept import check_name, check_stream, slot_of
-from cauce.backends.sqlite.chain import TAIL, first_of, last_of, write_chapters, written_upto
-from cauce.codec import Entry, digest_at, schema_in
+from cauce.accept import slot_of
+from cauce.backends.sqlite.chain import TAIL, forgotten, last_of, remove, write_chapters, written_upto
+from cauce.codec import Entry, digest, schema_in
 from cauce.errors import Conflict, Fenced, Held, IdReused
-from cauce.log import Appended, Claim
+from cauce.log import Appended, Claim, check_claim
 
 __all__ = ["Names", "Table"]
 
@@ -50,13 +51,10 @@ class Names:
         self.types.clear()
 
     def stream(self, name: str) -> tuple[int, dict[str, int]]:
-        """The number of a stream, 0 if it has none yet, and the numbers of its domain's types.
-
-        Raises `Refused` for a name that no log takes.
-        """
+        """The number of a stream, 0 if it has none yet, and the numbers of its domain's types."""
         found = self.streams.get(name)
         if found is None:
-            row = self._connection.execute("select id from streams where name = ?", (check_stream(name),)).fetchone()
+            row = self._connection.execute("select id from streams where name = ?", (name,)).fetchone()
             if row is None:
                 return 0, {}
             found = self._remember(name, row[0])
@@ -79,12 +77,10 @@ class Names:
         return self._remember(name, id)
 
     def types_of(self, domain: str, entries: Sequence[Entry]) -> list[int]:
-        """The numbers of their types, made now if they are new. Raises `Refused` for a name that no log takes."""
+        """The numbers of their types, made now if they are new."""
         types = self.types.get(domain, {})
         found = [types.get(entry.type) for entry in entries]
         if None in found:
-            for entry in entries:
-                check_name(entry.type)
             return [self.types.get(domain, {}).get(entry.type) or self._type(domain, entry.type) for entry in entries]
         return cast(list[int], found)
 
@@ -99,10 +95,12 @@ class Names:
         self.types.setdefault(domain, {})[name] = found
         return found
 
-    def fence(self, log: str, name: str) -> int:
-        """The fence that stands for a name, 0 if it was never claimed."""
+    def fence(self, log: str, claim: Claim) -> int:
+        """The fence that stands for a name, 0 if it was never claimed. Raises `Fenced` where it never can be."""
+        name = claim.name
         found = self.fences.get((log, name))
         if found is None:
+            check_claim(claim)
             row = self._connection.execute(
                 "select fence from claims where log = ? and name = ?", (log, name)
             ).fetchone()
@@ -117,7 +115,7 @@ class Table:
         self._connection, self._names, self.name, self.last = connection, names, name, last
         self._insert = f"insert {'or replace ' if last else ''}into {name} values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
         self._heads: dict[int, _Head] = {}
-        self._first = 0
+        self._forgot = 0
         self._rows: list[tuple[Any, ...]] = []
         self._flushed: list[tuple[Any, ...]] = []
         self._ids: dict[str, int] = {}
@@ -143,14 +141,14 @@ class Table:
             return
         position = self._connection.execute(f"select coalesce(max(position), 0) from {self.name}").get
         self._chapters = position if self.last else written_upto(self._connection, self.name)
-        first = first_of(self._connection, self.name)
-        if self.position < self._chapters or full or first != self._first:
+        forgot = forgotten(self._connection, self.name)
+        if self.position < self._chapters or full or forgot != self._forgot:
             # The rows between say too little: a stream may have moved on before them, and its row be gone since.
             self._heads.clear()
             self._know(self._chapters)
         else:
             self._know(self.position)
-        self.position, self._first = position, first
+        self.position, self._forgot = position, forgot
 
     def _know(self, after: int) -> None:
         """Where the streams stand that have rows behind a position."""
@@ -176,7 +174,7 @@ class Table:
             return True
         if others:
             head = self._connection.execute(f"select coalesce(max(position), 0) from {self.name}").get
-            if head - self.position > _FEW or first_of(self._connection, self.name) != self._first:
+            if head - self.position > _FEW or forgotten(self._connection, self.name) != self._forgot:
                 return True
         return not self.last and self.position - self._chapters >= TAIL - _FEW
 
@@ -188,10 +186,8 @@ class Table:
     def append(
         self, stream: str, entries: Sequence[Entry], expect: int | None, fence: Claim | None, repeat: bool
     ) -> Appended:
-        if fence is not None and self._names.fence(self.name, fence.name) != fence.fence:
-            raise Fenced(
-                f"{fence.name} has another holder by now (fence {self._names.fence(self.name, fence.name)}, ours {fence.fence}): stop writing"
-            )
+        if fence is not None and (stands := self._names.fence(self.name, fence)) != fence.fence:
+            raise Fenced(f"{fence.name} has another holder by now (fence {stands}, ours {fence.fence}): stop writing")
         id, types = self._names.streams.get(stream) or self._names.stream(stream)
         head = self._heads.get(id) or self._head(id)
         if repeat and head.version:
@@ -202,7 +198,7 @@ class Table:
         if expect is not None and expect != version:
             raise Conflict(stream, expect, version)
         # Whatever can be refused comes first, so that what was refused leaves no name behind.
-        checks = [digest_at(entry, number) for number, entry in enumerate(entries, version + 1)]
+        checks = [digest(entry, number) for number, entry in enumerate(entries, version + 1)]
         if len(entries) == 1 and (type := types.get(entries[0].type)):
             numbers = [type]
         else:
@@ -226,7 +222,7 @@ class Table:
         head = self._heads.get(id) or self._head(id)
         if version <= head.version:
             return Appended(head.version, head.position, True)
-        check = digest_at(entry, version)
+        check = digest(entry, version)
         type = types.get(entry.type) or self._names.types_of(entry.domain, [entry])[0]
         if not id:
             id = self._new(stream, head)
@@ -248,7 +244,7 @@ class Table:
                 f"select version, position from {self.name} where stream = ?", (id,)
             ).fetchone()
         else:
-            row = last_of(self._connection, self.name, id, self._first)
+            row = last_of(self._connection, self.name, id)
         head = self._heads[id] = _Head(*row) if row else _Head()
         return head
 
@@ -279,6 +275,15 @@ class Table:
             )
         return Appended(rows[-1][1], rows[-1][0], True)
 
+    def remove(self, gone: Sequence[tuple[int, int]]) -> int:
+        """Remove these entries, each a position and its stream, the first of what is left of that stream."""
+        self.flush()
+        removed = remove(self._connection, self.name, gone)
+        self._heads.clear()
+        self._know(self._chapters)
+        self._forgot += removed
+        return removed
+
     def claim(self, name: str, owner: str, over: Claim | None) -> Claim:
         row = self._connection.execute(
             "select owner, fence, beat from claims where log = ? and name = ?", (self.name, name)
@@ -291,15 +296,18 @@ class Table:
         return claim
 
     def beat(self, claim: Claim) -> Claim:
-        if self._names.fence(self.name, claim.name) != claim.fence:
+        check_claim(claim)
+        if self._names.fence(self.name, claim) != claim.fence:
             raise Fenced(f"{claim.name} has another holder by now: stop, claim again, read again")
         later = Claim(claim.name, claim.owner, claim.fence, claim.beat + 1)
         self._write_claim(later)
         return later
 
     def release(self, claim: Claim) -> None:
-        if self._names.fence(self.name, claim.name) == claim.fence:
-            self._write_claim(Claim(claim.name, "", claim.fence + 1))
+        with suppress(Fenced):
+            check_claim(claim)
+            if self._names.fence(self.name, claim) == claim.fence:
+                self._write_claim(Claim(claim.name, "", claim.fence + 1))
 
     def _write_claim(self, claim: Claim) -> None:
         self._connection.execute(

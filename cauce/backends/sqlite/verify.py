@@ -15,7 +15,7 @@ import apsw
 import msgspec
 
 from cauce.accept import slot_of
-from cauce.backends.sqlite.chain import written_upto, wrong_chapters
+from cauce.backends.sqlite.chain import forgotten, written_upto, wrong_chapters
 from cauce.backends.sqlite.file import APPLICATION_ID, FORMAT, SCHEMA, folder_of
 from cauce.backends.sqlite.peek import looking, wal_of
 from cauce.backends.sqlite.wal import Rest, rest
@@ -107,10 +107,13 @@ class _Thing:
 
 
 class _Walk:
-    """How far the reading of one log has come. `lossy`: something before could not be read, so versions may jump."""
+    """How far the reading of one log has come. `lossy`: something before could not be read, so versions may jump.
+
+    `forgot`: so many entries were removed on purpose, so that a stream may begin behind them.
+    """
 
     def __init__(self, log: str) -> None:
-        self.log, self.first, self.last, self.count, self.lossy = log, 0, 0, 0, False
+        self.log, self.last, self.count, self.forgot, self.lossy = log, 0, 0, 0, False
 
 
 class _Search:
@@ -221,6 +224,11 @@ class _Search:
     def _walk(self, connection: apsw.Connection, walk: _Walk) -> None:
         for thing in self._things.values():
             thing.version = thing.position = 0
+        forgot: Any = forgotten(connection, walk.log)
+        if type(forgot) is int and forgot >= 0:
+            walk.forgot = forgot
+        else:
+            self.find("names", f"{forgot!r} entries of {walk.log} were removed, which is no number of them", walk.log)
         on = True
         while on:
             try:
@@ -233,6 +241,12 @@ class _Search:
                 on = self._leap(connection, walk)
         if walk.log != "records" and not walk.lossy:
             self._compare_chapters(connection, walk)
+            if walk.forgot and walk.last - walk.count != walk.forgot:
+                self.find(
+                    "order",
+                    f"{walk.log} lack {walk.last - walk.count} entries, of which {walk.forgot} were removed on purpose",
+                    walk.log,
+                )
 
     def _compare_chapters(self, connection: apsw.Connection, walk: _Walk) -> None:
         """Each chapter ends where it says, and none is missing: else a stream would look shorter than it is."""
@@ -285,21 +299,19 @@ class _Search:
             if version != thing.version + 1 or records:
                 self._leaps_version(walk, thing, position, version)
             if previous != thing.position and not walk.lossy:
-                self._points_elsewhere(walk, thing, position, previous)
+                self._points_elsewhere(connection, walk, thing, position, previous)
             thing.version = version
             if not records:
                 thing.position = position
 
     def _may_leap(self, walk: _Walk, position: Any) -> bool:
-        """Positions of facts count from 1; of commands, the beginning may be gone; of records, some are."""
+        """Positions count from 1; of commands some may be gone, which are counted in the end, and of records."""
         log, last = walk.log, walk.last
         if type(position) is not int or position <= last:
             self.find("order", f"{log} position {position} comes after {last}: the rest of it was not read", log, last)
             return False
-        if log == "facts" or (log == "commands" and last):
+        if log == "facts" or (log == "commands" and not walk.forgot):
             self.find("order", f"{log} positions {last + 1} to {position - 1} are missing", log, last + 1)
-        if not last:
-            walk.first = position
         return True
 
     def _leaps_version(self, walk: _Walk, thing: _Thing, position: int, version: Any) -> None:
@@ -310,7 +322,7 @@ class _Search:
             return
         if walk.log == "records":
             wrong = thing.version > 0
-        elif walk.lossy or (walk.log == "commands" and walk.first > 1 and not thing.version):
+        elif walk.lossy or (walk.forgot and not thing.version):
             wrong = version <= thing.version
         else:
             wrong = True
@@ -322,9 +334,13 @@ class _Search:
                 position,
             )
 
-    def _points_elsewhere(self, walk: _Walk, thing: _Thing, position: int, previous: Any) -> None:
-        if walk.log == "commands" and not thing.position and type(previous) is int and 0 < previous < walk.first:
-            return
+    def _points_elsewhere(
+        self, connection: apsw.Connection, walk: _Walk, thing: _Thing, position: int, previous: Any
+    ) -> None:
+        if walk.forgot and not thing.position and type(previous) is int and 0 < previous < position:
+            there = connection.execute(f"select 1 from {walk.log} where position = ?", (previous,)).fetchone()
+            if there is None:
+                return
         self.find(
             "order",
             f"{walk.log} position {position} ({thing.name}) points back at {previous!r}, not at {thing.position}",

@@ -1,0 +1,1 @@
+"""On NATS JetStream: `python -m benchmarks append --bus nats://`."""

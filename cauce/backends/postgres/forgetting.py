@@ -1,0 +1,72 @@
+"""Commands that are decided and old, removed: looked for page by page, and taken out in turns of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from cauce.backends.postgres.link import Link
+from cauce.backends.postgres.migrations import lock_number
+from cauce.codec import time_in
+
+__all__ = ["forget"]
+
+_SOME = 2_000
+# Of a page of the log what is in the slot, and the last, which says how old the page is.
+_NEXT = """
+    with page as materialized (
+        select c.position, c.domain, c.slot, c.meta from commands c where c.position > $1
+        and c.position <= least($2, (select t.commands - 1 from turns t order by t.change desc limit 1))
+        order by c.position limit $3
+    ), ends as (select count(*) as many, max(position) as last from page)
+    select p.position, p.domain = $4 and p.slot = $5, p.meta, e.many from page p, ends e
+    where (p.domain = $4 and p.slot = $5) or p.position = e.last order by p.position"""
+# A turn that writes nothing: whoever was sure how streams stand looks again.
+_TURN = """
+    insert into turns (change, writer, turn, facts, commands, records)
+    select t.change + 1, $1, 0, t.facts, t.commands, t.records from turns t order by t.change desc limit 1"""
+_REMOVE = "delete from commands where position = any($1::bigint[]) returning position"
+
+
+class _Old(msgspec.Struct, frozen=True):
+    """What may go of a page, how far it goes, and whether to look further."""
+
+    gone: list[int]
+    looked: int
+    more: bool
+
+
+async def forget(link: Link, domain: str, slot: int, upto: int, before: int) -> int:
+    """See `cauce.log.Log.forget`. Where a reply was lost, what it removed is not counted."""
+    removed, page = 0, _Old([], 0, True)
+    while page.more:
+        rows = await link.fetch(_NEXT, page.looked, upto, _SOME, domain, slot)
+        page = _old(rows, before)
+        if page.gone:
+            removed += await _remove(link, page.gone)
+    return removed
+
+
+def _old(rows: list[Any], before: int) -> _Old:
+    gone, looked, old = list[int](), 0, False
+    for looked, own, raw, _ in rows:
+        old = time_in(raw) < before
+        if own and not old:
+            return _Old(gone, looked, False)
+        if own:
+            gone.append(looked)
+    # What is old behind one that is not was said by a clock that was wrong, and goes later.
+    return _Old(gone, looked, old and rows[-1][3] == _SOME)
+
+
+async def _remove(link: Link, gone: list[int]) -> int:
+    lock = lock_number(link.schema)
+
+    async def work(session: Any) -> int:
+        async with session.transaction():
+            await session.execute(f"select pg_advisory_xact_lock({lock})")
+            await session.execute(_TURN, link.clock.id())
+            return len(await session.fetch(_REMOVE, gone))
+
+    return await link.again(work)
