@@ -105,6 +105,7 @@ class Commander:
         self._folder, self._schema, self._bus, self._leases = folder, schema, bus, leases
         self._facts, self._clock = bus.facts, bus.clock
         self._things: dict[str, _Standing] = {}
+        self._loading: dict[str, asyncio.Future[None]] = {}
         self._deciding: dict[str, asyncio.Future[None] | None] = {}
         self._turns: dict[str, _Turn] = {}
         self.slots: set[int] = set()
@@ -537,13 +538,25 @@ class Commander:
         return claim
 
     async def _load(self, key: str) -> _Standing:
+        while (loading := self._loading.get(key)) is not None:
+            # A crowd that asks for one thing would take all connections to a server from whoever else reads.
+            await asyncio.wait([loading])
+            if (thing := self._things.get(key)) is not None:
+                return thing
+        self._loading[key] = loaded = asyncio.get_running_loop().create_future()
+        try:
+            return await self._loaded(key)
+        finally:
+            del self._loading[key]
+            loaded.set_result(None)
+
+    async def _loaded(self, key: str) -> _Standing:
         if key in self._unsure:
             # What is still under way for it would come between: it stands in the cache no more, and not in the log yet.
             await self._sure(key)
         folded = await self._folder.fold(self._facts, key)
         if len(self._things) >= _CACHED:
             self._evict()
-        # Another call may have loaded it meanwhile; then that one counts.
         return self._things.setdefault(key, _Standing(folded))
 
     def _evict(self) -> None:

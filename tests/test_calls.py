@@ -43,7 +43,7 @@ from cauce.backends.sqlite.table import Table
 from cauce.backends.sqlite.turnstile import Turnstile
 from cauce.bus import Bus, Cause
 from cauce.codec import Entry, Meta, moment, seal
-from cauce.fold import Folded
+from cauce.fold import Folded, Folder
 from cauce.log import Filter, Log
 from cauce.records import Records
 from cauce.testing import VirtualClock
@@ -654,6 +654,24 @@ async def test_a_damaged_wish_is_not_decided_but_stops_the_service_loudly(bus_ur
 
 
 # ------------------------------------------------------------------------------------- deciding ahead of the disk
+
+
+async def test_many_calls_at_once_on_a_thing_that_was_not_read_yet_read_it_once(
+    each_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(service, bus=each_bus) as bus:
+        await bus.call(Add("a"))
+    fold, folds = Folder.fold, list[str]()
+
+    async def counted(self: Folder, facts: Log, key: str, **at: Any) -> Folded:
+        folds.append(key)
+        return await fold(self, facts, key, **at)
+
+    async with running(service, bus=each_bus) as bus:
+        monkeypatch.setattr(Folder, "fold", counted)
+        receipts = await asyncio.gather(*(bus.call(Add("a")) for _ in range(300)))
+        assert sorted(receipt.version for receipt in receipts) == list(range(2, 302))
+        assert folds == ["a"]
 
 
 async def test_200_concurrent_calls_on_one_thing_end_consistent_and_without_a_gap(each_bus: str) -> None:
