@@ -135,15 +135,22 @@ class Copies:
     async def start(self, fail: Callable[[BaseException], None]) -> None:
         """Return when all replicas are complete, by this process or by the one that leads.
 
+        One that leads and does not know a view, as older code does not, is not waited for long: it is built later.
         Raises `Damaged` for a build of another log, or ahead of this one. What is found damaged later is given to
         `fail`.
         """
         for derived in (*self.facts_side, *self.records_side):
             derived.failed.add_done_callback(lambda failed: _told(failed, fail))
-        head = await self._records.head()
+        head, began, told = await self._records.head(), self._clock.monotonic(), False
         while not await self._lead.take():
-            if await self._complete(head):
+            if await self._complete(head, views=not told):
                 return
+            if not told and self._clock.monotonic() - began > _WAIT:
+                told = True
+                _log.warning(
+                    "%s: who feeds its views and replicas has not all of them: if that is older code, stop it",
+                    self._service,
+                )
             await self._clock.sleep(_POLL)
         await self._open()
         if self.records_side:
@@ -151,10 +158,10 @@ class Copies:
         for derived in self.records_side:
             await derived.wait(head)
 
-    async def _complete(self, head: int) -> bool:
-        """Whether who leads has all builds there, and the replicas up to the head."""
+    async def _complete(self, head: int, *, views: bool) -> bool:
+        """Whether who leads has all builds there, or those of replicas alone, and the replicas up to the head."""
         try:
-            for derived in self.facts_side:
+            for derived in self.facts_side if views else ():
                 await derived.holds(0)
             return all([await derived.holds(head) for derived in self.records_side])
         except Unavailable:

@@ -218,9 +218,12 @@ class Derived:
 
     async def open(self) -> None:
         """Find the build to go on with, or make one. Raises `Damaged` for one of another log, or ahead of this."""
-        head = await self._log.head()
+        head, told = await self._log.head(), False
         while not await self._find(head):
-            # Somebody rebuilds it; what comes of that is live then.
+            # What comes of that is live then.
+            if not told:
+                _log.warning("%s waits: another process builds it", self.shape.what)
+                told = True
             await self._clock.sleep(_POLL)
 
     async def _find(self, head: int) -> bool:
@@ -314,6 +317,7 @@ class Derived:
             await self._stop()
         except Exception as error:
             _log.warning("%s: what it read last is read again: %s", self.shape.what, error)
+        await self._builds.building.release()
         self._queue, self._in_hand = [], []
         self._upto = self._given = self._looked = self._committed = self._written = self._gap = 0
 
@@ -321,7 +325,6 @@ class Derived:
         """Write what was given and the place, and let go."""
         await self.stop()
         await self.reading.close()
-        await self._builds.building.release()
         if self._build is not None:
             await self._build.close()
             self._build = None
@@ -469,6 +472,9 @@ class Derived:
         if self._target is None and not (number := await self._builds.live()):
             raise Unusable(f"{self._builds.place} has none that is live")
         build = await self._checked(await self._builds.open(number), await self._log.head())
+        if build.fingerprint != self.shape.fingerprint:
+            await build.close()
+            raise Unavailable(f"{build.place} was built by other code: start this process anew with it")
         if number != self._build.number:
             _log.info("%s goes on with %s", self.shape.what, build.place)
         self._gap = max(self._gap, self._committed)
@@ -478,10 +484,10 @@ class Derived:
             await self._clear()
 
     async def _anew(self, error: Unusable) -> None:
-        """Begin another build, because the one in use is gone or broken."""
+        """Begin another build, because the one in use is gone or broken. What others read they go on reading."""
         _log.warning("%s: %s: it is built anew", self.shape.what, error)
         self._gap = max(self._gap, self._committed)
-        while not await self._make(live=True):
+        while not await (self._make(live=True) if self._target is None else self._beside(await self._log.head())):
             await self._clock.sleep(_POLL)
 
     async def _reach(self) -> None:
@@ -507,7 +513,17 @@ class Derived:
             return
         if self._written < self._committed:
             await self._place(self._committed)
-        await self._switch()
+        old = await self._builds.hold()
+        try:
+            # Who fed the old one before may have gone on for a moment, and somebody has read that.
+            reached = await self.reading.position() if old is not None else 0
+            if self._committed < reached <= await self._log.head():
+                self._target = reached
+                return
+            await self._switch()
+        finally:
+            if old is not None:
+                await old.close()
         assert self._build is not None
         _log.info("%s is built: %s is live", self.shape.what, self._build.place)
 

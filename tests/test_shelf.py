@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 from cauce import Bus, Damaged, NotPermitted, Refused, Service, Store, Unavailable, running
 from cauce.backends import open_backend, stores_at
+from cauce.backends.postgres.builds import SchemaBuilds
 from cauce.cli import main
 from cauce.clock import SystemClock
 from cauce.codec import Entry, Meta, digest, sealed
@@ -35,7 +36,7 @@ from shop.crm import WhoHas
 from shop.users import ChangeEmail, RegisterUser
 from tests import test_replicas
 from tests.servers import Postgres
-from tests.test_postgres import Proxy
+from tests.test_postgres import Proxy, opened
 from tests.test_replicas import FIELDS, THINGS, All
 from tests.test_views import ADD, SUMS, Grow, Grown, Rows, owner, sums
 
@@ -234,6 +235,94 @@ async def test_only_one_builds_at_a_time_and_only_one_feeds(kept_bus: str) -> No
             await first.release()
             assert await second.take()
             await second.release()
+
+
+async def grown(bus: Bus, many: int) -> None:
+    await asyncio.gather(*(bus.call(Grow(f"t{n}")) for n in range(many)))
+
+
+CHANGED = SUMS.replace("n integer", "n bigint")
+
+
+async def test_code_of_another_version_writes_nothing_into_a_build(
+    kept_bus: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(owner, sums(), bus=kept_bus) as bus, stores_of(kept_bus) as stores:
+        await grown(bus, 5)
+        await bus.settled()
+        newer = view_on(bus, stores.shelf("viewer"), sums(schema=CHANGED))
+        await newer.rebuild(lambda *_: None)
+        before = await newer.reading.position()
+        with caplog.at_level(logging.WARNING, "cauce"):
+            await grown(bus, 5)
+            async with asyncio.timeout(10):
+                while "was built by other code: start this process anew" not in caplog.text:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+        assert await rows_of(newer) == [(f"t{n}", 1) for n in range(5)]
+        assert await newer.reading.position() == before
+        await newer.close()
+    async with running(owner, sums(schema=CHANGED), bus=kept_bus) as bus:
+        await bus.settled()
+        assert await bus.ask(Rows()) == [(f"t{n}", 2) for n in range(5)]
+
+
+async def test_who_feeds_no_more_lets_another_build(kept_bus: str) -> None:
+    async with running(owner, bus=kept_bus) as bus, stores_of(kept_bus) as stores:
+        await grown(bus, 5)
+        shelf = stores.shelf("viewer")
+        old = view_on(bus, shelf, sums())
+        await old.open()
+        await old.close()
+        one, two = (view_on(bus, shelf, sums(schema=CHANGED)) for _ in range(2))
+        await one.open()
+        await one.stop()
+        async with asyncio.timeout(5):
+            await two.open()
+        await two.close()
+        await one.close()
+
+
+async def test_a_start_does_not_wait_for_a_view_that_who_feeds_does_not_know(
+    kept_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cauce.copies._WAIT", 0.2)
+    async with stores_of(kept_bus) as stores:
+        lead = stores.shelf("viewer").lead
+        assert await lead.take()
+        async with asyncio.timeout(10), running(owner, sums(), bus=kept_bus) as bus:
+            receipt = await bus.call(Grow("a"))
+            with pytest.raises(Unavailable, match="view sums of viewer is not built yet"):
+                await bus.ask(Rows(), after=receipt)
+            await lead.release()
+            assert await again(lambda: bus.ask(Rows(), after=receipt)) == [("a", 1)]
+
+
+async def test_a_new_build_is_live_only_with_all_that_was_read_of_the_old_one(kept_bus: str) -> None:
+    async with running(owner, bus=kept_bus) as bus, stores_of(kept_bus) as stores:
+        shelf = stores.shelf("viewer")
+        old, new = view_on(bus, shelf, sums()), view_on(bus, shelf, sums(schema=CHANGED))
+        await grown(bus, 5)
+        await old.open()
+        await new.open()
+        seen = await bus.facts.head()
+        # Who fed the old one does not know yet that another feeds.
+        await grown(bus, 5)
+        await feed(bus.facts, [old], bus.clock)
+        head = await bus.facts.head()
+        await old.wait(head)
+        new.start()
+        page = await bus.facts.read(Filter(domains=frozenset({"things"})), after=0, limit=1000)
+        await new.take_all([entry for entry in page.entries if entry.position <= seen])
+        new.looked(seen)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1):
+                await new.wait(seen)
+        assert await old.reading.position() == head
+        await feed(bus.facts, [new], bus.clock)
+        await new.wait(head)
+        assert await rows_of(new) == [(f"t{n}", 2) for n in range(5)]
+        await new.close()
+        await old.close()
 
 
 # --------------------------------------------------------------------------------------------------- replicas by value
@@ -494,3 +583,191 @@ async def test_a_bus_on_nats_keeps_its_views_in_postgresql(nats_bus: str, postgr
     async with running(owner, sums(), bus=nats_bus, store=postgres_bus) as bus:
         receipt = await bus.call(Grow("a"))
         assert await bus.ask(Rows(), after=receipt) == [("a", 1)]
+
+
+async def test_a_build_that_is_taken_away_unfinished_is_begun_again_beside_the_live_one(
+    postgres_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switched = list[int]()
+    switch = SchemaBuilds.switch
+
+    async def noted(builds: SchemaBuilds, build: Any) -> None:
+        switched.append(build.position)
+        await switch(builds, build)
+
+    async with running(owner, bus=postgres_bus) as bus, stores_of(postgres_bus) as stores:
+        await grown(bus, 50)
+        shelf = stores.shelf("viewer")
+        old, new = view_on(bus, shelf, sums()), view_on(bus, shelf, sums(schema=CHANGED))
+        await old.open()
+        await feed(bus.facts, [old], bus.clock)
+        head = await bus.facts.head()
+        await old.wait(head)
+        await old.close()
+        await new.open()
+        builds = shelf.builds("sums", "view sums")
+        assert await builds.numbers() == [1, 2]
+        await builds.remove([2])
+        monkeypatch.setattr(SchemaBuilds, "switch", noted)
+        await feed(bus.facts, [new], bus.clock)
+        await new.wait(head)
+        assert len(switched) == 1
+        assert switched[0] >= head
+        assert len(await rows_of(new)) == 50
+        await new.close()
+
+
+async def test_what_was_promised_of_a_view_is_not_gone_after_a_crash_of_the_server() -> None:
+    # Nothing else flushes what is committed without waiting for the disk.
+    server = Postgres(wal_writer_delay="10s")
+    try:
+        async with stores_at(server.url(), SystemClock()) as stores:
+            builds = stores.shelf("viewer").builds("sums", "view sums")
+            await builds.switch(build := await builds.create(1, "create table t (a int)", "log", ""))
+            await build.write([(1, [("insert into t values (1)", [()])])])
+            server.sql("checkpoint")
+            await build.write([(2, [("insert into t values (2)", [()])])])
+            assert await builds.reading.fetch("select count(*) from t") == [(2,)]
+            builds.reading.reached(2)
+            await asyncio.to_thread(server.restart, "immediate")
+            assert await builds.reading.position() == 1
+            with pytest.raises(Unavailable, match="view sums: the server has lost the end of it"):
+                await builds.reading.fetch("select count(*) from t")
+            build = await builds.open(1)
+            await build.write([(2, [("insert into t values (2)", [()])])])
+            assert await builds.reading.fetch("select count(*) from t") == [(2,)]
+            await builds.reading.close()
+    finally:
+        server.remove()
+
+
+async def test_who_feeds_knows_at_once_that_its_session_is_gone(postgres_bus: str, postgres: Postgres) -> None:
+    async with stores_of(postgres_bus) as stores:
+        lead = stores.shelf("viewer").lead
+        assert await lead.take()
+        lost = asyncio.create_task(lead.lost())
+        await asyncio.sleep(0.2)
+        postgres.sql("select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'cauce lead%'")
+        async with asyncio.timeout(1):
+            await lost
+        assert not lead.held
+
+
+async def test_types_are_those_of_the_build_that_is_written_and_read(postgres_bus: str) -> None:
+    tables = "create type mood as enum ('sad', 'glad'); create table sums (name text primary key, n int, m mood)"
+
+    def moody(event: Grown, db: Store) -> None:
+        db.execute(
+            "insert into sums values (?, ?, ?) on conflict (name) do update set n = sums.n + 1, m = excluded.m",
+            (event.name, event.n, "glad"),
+        )
+
+    async with running(owner, bus=postgres_bus) as bus, stores_of(postgres_bus) as stores:
+        shelf = stores.shelf("viewer")
+        view = view_on(bus, shelf, sums(moody, tables))
+        await view.open()
+        for turn in range(1, 4):
+            for each in range(2):
+                await grown(bus, 5)
+                await feed(bus.facts, [view], bus.clock)
+                await view.wait(await bus.facts.head())
+                glad = await view.reading.fetch("select n, m from sums where m = ? and name = 't1'", ("glad",))
+                assert glad == [(2 * turn - 1 + each, "glad")]
+            again = view_on(bus, shelf, sums(moody, tables))
+            await again.rebuild(lambda *_: None)
+            await again.close()
+        await view.close()
+
+
+async def test_what_tables_check_at_the_commit_is_told_of_the_event(postgres_bus: str) -> None:
+    tables = """create table sums (name text primary key, n integer not null);
+        create function looks() returns trigger language plpgsql as $$ begin
+            if new.n > 2 then perform from nowhere; end if; return null;
+        end $$;
+        create constraint trigger late after insert or update on sums deferrable initially deferred
+            for each row execute function looks()"""
+    async with running(owner, sums(schema=tables), bus=postgres_bus) as bus:
+        await bus.call(Grow("a", 2))
+        receipt = await bus.call(Grow("a"))
+        with pytest.raises(Unavailable, match=r"add failed at position \d+ .things/a, Grown.: .*nowhere"):
+            await bus.ask(Rows(), after=receipt)
+
+
+async def test_what_others_made_on_a_build_is_not_dropped_with_it(
+    postgres_bus: str, bus_name: str, postgres: Postgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with stores_of(postgres_bus) as stores:
+        builds = stores.shelf("viewer").builds("sums", "view sums")
+        for number in (1, 2):
+            await builds.switch(await builds.create(number, "create table t (a int primary key)", "log", ""))
+            if number == 1:
+                postgres.sql(
+                    f'create schema "{bus_name}_others"',
+                    f'create view "{bus_name}_others".report as select * from "{bus_name}_viewer:sums".t',
+                    f'create table "{bus_name}_others".more (a int references "{bus_name}_viewer:sums".t)',
+                )
+        await builds.remove([1])
+        assert await builds.numbers() == [1, 2]
+        assert f"because others rest on it: {bus_name}_others.more, {bus_name}_others.report: make them" in caplog.text
+        postgres.sql(f'drop schema "{bus_name}_others" cascade')
+        await builds.remove([1])
+        assert await builds.numbers() == [2]
+
+
+async def test_a_role_that_lost_its_rights_is_told_so(postgres: Postgres, postgres_bus: str, bus_name: str) -> None:
+    postgres.sql(f'create role "{bus_name}" login', f'grant create on database cauce to "{bus_name}"')
+    try:
+        async with running(owner, bus=postgres_bus) as bus:
+            await bus.call(Grow("a"))
+            async with stores_at(postgres.url(schema=bus_name, user=bus_name), SystemClock()) as stores:
+                view = view_on(bus, stores.shelf("viewer"), sums())
+                await view.open()
+                postgres.sql(f'alter schema "{bus_name}_viewer:sums" owner to postgres')
+                await feed(bus.facts, [view], bus.clock)
+                with pytest.raises(Unavailable, match="has stopped: build 1 .*permission denied"):
+                    await view.wait(await bus.facts.head())
+                await view.close()
+    finally:
+        postgres.sql(f'drop owned by "{bus_name}"', f'drop role "{bus_name}"')
+
+
+async def test_a_server_that_says_nothing_any_more_does_not_hang_who_writes(
+    postgres: Postgres, postgres_bus: str
+) -> None:
+    url = postgres_bus.replace(str(postgres.port), "{port}")
+    async with Proxy(postgres.port) as proxy, opened(url.format(port=proxy.port), patience=0.5) as backend:
+        builds = backend.stores.shelf("viewer").builds("sums", "view sums")
+        await builds.switch(build := await builds.create(1, "create table t (a int)", "log", ""))
+        await build.write([(1, ())])
+        proxy.swallow = b"cauce"
+        for stops in (False, True):
+            writing = asyncio.create_task(build.write([(2, ())]))
+            if stops:
+                await asyncio.sleep(0.2)
+                writing.cancel()
+            async with asyncio.timeout(10):
+                await asyncio.wait([writing])
+            assert writing.cancelled() if stops else isinstance(writing.exception(), Unavailable)
+        proxy.swallow = None
+        build = await builds.open(1)
+        assert await build.write([(2, ())]) == 2
+
+
+async def test_statements_that_are_slow_only_together_come_through(
+    postgres_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cauce.backends.postgres.builds.SLOWEST", 0.5)
+    monkeypatch.setattr("cauce.backends.postgres.builds._GRACE", 0.0)
+
+    def slow(event: Grown, db: Store) -> None:
+        db.execute("insert into sums select ?, ? from pg_sleep(0.1)", (event.name, event.n))
+
+    async with running(owner, bus=postgres_bus) as bus, stores_of(postgres_bus) as stores:
+        await grown(bus, 10)
+        view = view_on(bus, stores.shelf("viewer"), sums(slow))
+        await view.open()
+        await feed(bus.facts, [view], bus.clock)
+        async with asyncio.timeout(15):
+            await view.wait(await bus.facts.head())
+        assert len(await rows_of(view)) == 10
+        await view.close()

@@ -18,7 +18,7 @@ import asyncpg
 from cauce.backends.postgres.dialect import READS, check, numbered, statements
 from cauce.backends.postgres.faults import SLOWEST, blamed
 from cauce.backends.postgres.link import Link, Session, is_lost, translate
-from cauce.errors import CauceError, NotPermitted, Refused, Unavailable
+from cauce.errors import CauceError, NotPermitted, Refused, Unavailable, Unreachable
 from cauce.shelf import Build, Lock, Moved, Part, Unusable, Wrong
 from cauce.sql import Row, Run
 from cauce.threads import in_thread
@@ -27,15 +27,42 @@ __all__ = ["SchemaBuilds"]
 
 _log = logging.getLogger("cauce")
 _READERS = 4
+_GRACE = 5.0
+"""Seconds beyond what the server itself allows, after which one that does not answer counts as gone."""
+
+_REMEMBERED = (
+    asyncpg.DatatypeMismatchError,
+    asyncpg.InternalServerError,
+    asyncpg.InvalidCachedStatementError,
+    asyncpg.UndefinedFunctionError,
+)
+"""What the server says of a statement that a session remembers, and whose types are gone."""
+
 _PLACE = """create table cauce_place (
-    build text not null, number bigint not null, log text not null, position bigint not null, fingerprint text not null
+    build text not null, number bigint not null, log text not null, position bigint primary key, fingerprint text not null
 )"""
-_OPEN = "select build, number, log, position, fingerprint from {schema}.cauce_place"
+_OPEN = "select build, number, log, position, fingerprint from {schema}.cauce_place order by position desc limit 1"
+_POSITION = "select max(position) from cauce_place"
 _NUMBERS = "select substr(nspname, length($1) + 2)::bigint from pg_namespace where nspname ~ ('^' || $2 || ':[1-9][0-9]{0,9}$') order by 1"
+# What lies elsewhere and would be dropped with it: views, and tables with keys to it, columns of its types, or its
+# functions in defaults.
+_OTHERS = """with own as (
+        select 'pg_class'::regclass::oid as kind, oid from pg_class where relnamespace = to_regnamespace(quote_ident($1))
+        union all select 'pg_type'::regclass, oid from pg_type where typnamespace = to_regnamespace(quote_ident($1))
+        union all select 'pg_proc'::regclass, oid from pg_proc where pronamespace = to_regnamespace(quote_ident($1))
+    ), resting as (
+        select coalesce(r.ev_class, c.conrelid, a.adrelid, case when d.classid = 'pg_class'::regclass then d.objid end) as oid
+        from own join pg_depend d on d.refclassid = own.kind and d.refobjid = own.oid and d.deptype in ('n', 'a')
+        left join pg_rewrite r on d.classid = 'pg_rewrite'::regclass and r.oid = d.objid
+        left join pg_constraint c on d.classid = 'pg_constraint'::regclass and c.oid = d.objid
+        left join pg_attrdef a on d.classid = 'pg_attrdef'::regclass and a.oid = d.objid
+    )
+    select distinct c.oid::regclass::text from resting join pg_class c using (oid)
+    where c.relnamespace <> to_regnamespace(quote_ident($1)) and c.relkind <> 'i' order by 1"""
 # What a crash of the server takes from its end is read again: a commit need not be on the disk.
 _TAKE = """select set_config('search_path', $3, true), set_config('synchronous_commit', 'off', true),
     set_config('statement_timeout', $4, true) from {schema}.cauce_place where build = $1 and position = $2 for update"""
-_MOVE = "update {schema}.cauce_place set position = $1"
+_MOVE = "update {schema}.cauce_place set position = $1 where position = $2"
 
 
 class SchemaBuilds:
@@ -118,9 +145,15 @@ class SchemaBuilds:
 
     async def remove(self, numbers: Iterable[int]) -> None:
         for number in numbers:
-            name = quoted(f"{self._schema}:{number}")
+            name = f"{self._schema}:{number}"
             try:
-                await self._link.fetch(f"drop schema if exists {name} cascade")
+                if others := await self._link.fetch(_OTHERS, name):
+                    _log.warning(
+                        "build %s of %s stays, and is not written any more, because others rest on it: %s: make them anew on %s, then drop schema %s",
+                        number, self._what, ", ".join(each for (each,) in others), quoted(self._schema), quoted(name),
+                    )  # fmt: skip
+                    continue
+                await self._link.again(lambda session, name=name: _drop(session, name))  # type: ignore[misc]
             except CauceError as error:
                 _log.info("build %s of %s is removed another time: %s", number, self._what, error)
 
@@ -134,59 +167,101 @@ class SchemaBuild:
         self.place = f"build {self.number} in schema {quoted(name)} of {link.url}"
 
     async def write(self, parts: Iterable[Part]) -> int:
-        done = [0]
         try:
-            async with self._link.pool.acquire(timeout=self._link.patience) as session, session.transaction():
-                position = await self._written(session, parts, done)
+            async with self._link.pool.acquire(timeout=self._link.patience) as session:
+                position = await self._transaction(session, parts)
         except _Asked as asked:
             raise asked.error from None
-        except (CauceError, Wrong, Moved):
-            raise
-        except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError) as error:
+        except _Missing as missing:
             place = await _place(self._link, self._live)
             if place is not None and place[0] == self.id:
                 raise Moved(f"{self.place} is live by now") from None
-            raise Unusable(f"{self.place}: {error}") from error
+            raise Unusable(f"{self.place}: {missing}") from missing
+        except (Wrong, Moved):
+            raise
         except Exception as error:
-            # What a table checks only at the end is told at the commit.
-            if isinstance(error, asyncpg.PostgresError) and (words := blamed(error)) is not None:
-                raise Wrong(max(done[0] - 1, 0), words) from error
             raise translate(error, self.place) from error
         self.position = position
         return position
 
-    async def _written(self, session: Any, parts: Iterable[Part], done: list[int]) -> int:
-        schema, position = quoted(self.name), self.position
-        if not await session.fetch(
-            _TAKE.replace("{schema}", schema), self.id, position, f"{schema}, pg_temp", f"{SLOWEST}s"
-        ):
+    async def _transaction(self, session: Any, parts: Iterable[Part]) -> int:
+        whole, done = session.transaction(), [0]
+        try:
+            async with asyncio.timeout(self._link.patience):
+                await whole.start()
+            await self._take(session)
+            position = await self._written(session, parts, done)
+            await self._commit(whole, done)
+        except BaseException:
+            await self._rolled_back(session, whole)
+            raise
+        return position
+
+    async def _take(self, session: Any) -> None:
+        """Nobody else writes it until the end of the transaction. Raises `Moved` if somebody did before."""
+        schema = quoted(self.name)
+        values = self.id, self.position, f"{schema}, pg_temp", f"{SLOWEST}s"
+        try:
+            async with asyncio.timeout(self._link.patience + _GRACE):
+                found = await session.fetch(_TAKE.replace("{schema}", schema), *values)
+        except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError) as error:
+            raise _Missing(str(error)) from error
+        if not found:
             raise Moved(f"{self.place} is not where it was left: it goes on from there")
-        each = iter(parts)
+
+    async def _written(self, session: Any, parts: Iterable[Part], done: list[int]) -> int:
+        before, position, each = self.position, self.position, iter(parts)
         while part := await in_thread(_next, each):
             position, runs = part
             for run in runs:
                 await self._run(session, run, done)
-        await session.fetch(_MOVE.replace("{schema}", schema), position)
+        async with asyncio.timeout(self._link.patience + _GRACE):
+            await session.fetch(_MOVE.replace("{schema}", quoted(self.name)), position, before)
         return position
 
     async def _run(self, session: Any, run: Run, done: list[int]) -> None:
         sql, many = run
         try:
             check(sql, self._link.schema)
-            text = numbered(sql)
-            async with asyncio.timeout(SLOWEST + self._link.patience):
+            # What a session remembers of a text names types and tables of one build, and no other has them.
+            text = f"/* {self.id} */ {numbered(sql)}"
+            async with asyncio.timeout(SLOWEST + _GRACE):
                 if len(many) == 1:
                     await session.fetch(text, *many[0])
                 else:
                     await session.executemany(text, many)
         except Exception as error:
+            if isinstance(error, TimeoutError) and len(many) > 1:
+                raise Wrong(done[0], f"all {len(many)} together take longer than {SLOWEST} s, in {sql!r}") from error
             if is_lost(error) or (words := blamed(error)) is None:
                 raise
             raise Wrong(done[0], f"{words}, in {sql!r}") from error
         done[0] += 1
 
+    async def _commit(self, whole: Any, done: list[int]) -> None:
+        try:
+            async with asyncio.timeout(SLOWEST + _GRACE):
+                await whole.commit()
+        except asyncpg.PostgresError as error:
+            # What a table checks only at the end is told now.
+            if (words := blamed(error)) is None:
+                raise
+            raise Wrong(max(done[0] - 1, 0), words) from error
+
+    async def _rolled_back(self, session: Any, whole: Any) -> None:
+        try:
+            async with asyncio.timeout(self._link.patience):
+                await whole.rollback()
+        except Exception:
+            # Nobody is there, or nobody answers.
+            session.terminate()
+
     async def close(self) -> None:
         """It holds nothing."""
+
+
+class _Missing(Exception):
+    """There is no schema of this name, or it is none of ours."""
 
 
 class _Asked(Exception):
@@ -253,6 +328,7 @@ class _Reading:
     def __init__(self, link: Link, schema: str, what: str) -> None:
         self._link, self._schema, self._what = link, schema, what
         self._pool: Any = None
+        self._least = 0
         self._opening = asyncio.Lock()
 
     async def fetch(self, sql: str, params: Row = ()) -> list[Row]:
@@ -275,7 +351,8 @@ class _Reading:
         return place[3]
 
     def reached(self, position: int) -> None:
-        """A build is let be live only while the one before is held, and when it has all that this had."""
+        # A build is let be live only when it has all that the one before had.
+        self._least = max(self._least, position)
 
     async def _opened(self) -> Any:
         async with self._opening:
@@ -283,18 +360,27 @@ class _Reading:
                 self._pool = await self._link.another(
                     "view",
                     _READERS,
+                    self._first,
                     search_path=f"{quoted(self._schema)}, pg_temp",
                     default_transaction_read_only="on",
                     statement_timeout=f"{SLOWEST}s",
                 )
         return self._pool
 
+    async def _first(self, session: Any) -> None:
+        """A server that crashed, and so ended all sessions, may have lost the end of what somebody was told of."""
+        with suppress(asyncpg.UndefinedTableError):
+            position = await session.fetchval(_POSITION)
+            if position is not None and position < self._least:
+                raise Unreachable(f"{self._what}: the server has lost the end of it, which is read again: wait")
+
     async def _read(self, session: Any, text: str, params: Sequence[Any], sql: str) -> list[Any]:
         try:
             try:
                 return list(await session.fetch(text, *params))
-            except asyncpg.InvalidCachedStatementError:
-                # Another build is live by now, with other tables of the same names.
+            except _REMEMBERED:
+                # Another build is live by now, with other tables and types of the same names.
+                await session.reload_schema_state()
                 return list(await session.fetch(text, *params))
         except Exception as error:
             if isinstance(error, asyncpg.UndefinedTableError) and not await _is_there(session, self._schema):
@@ -322,6 +408,12 @@ def quoted(name: str) -> str:
 
 def _escaped(text: str) -> str:
     return "".join(each if each.isalnum() or each in "_:" else f"\\{each}" for each in text)
+
+
+async def _drop(session: Any, schema: str) -> None:
+    """Whoever feeds waits for it, and a reader that is slow is not worth that."""
+    async with session.transaction():
+        await session.execute(f"set local lock_timeout = '1s'; drop schema if exists {quoted(schema)} cascade")
 
 
 async def _is_there(session: Any, schema: str) -> bool:

@@ -51,6 +51,10 @@ _SETTINGS = {
     "jit": "off",
     "statement_timeout": "0",
     "synchronous_commit": "on",
+    # When our machine is gone, the server notices within 20 s, and lets go of what we held.
+    "tcp_keepalives_count": "3",
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "5",
     "timezone": "UTC",
 }
 
@@ -117,10 +121,15 @@ class Link:
             raise translate(error, self.url) from error
         self._pool = pool
 
-    async def another(self, role: str, size: int, **settings: str) -> asyncpg.Pool[asyncpg.Record]:
-        """A pool for sessions with other settings, which its owner closes; `again` takes it. It connects when used."""
+    async def another(self, role: str, size: int, first: Any = None, **settings: str) -> asyncpg.Pool[asyncpg.Record]:
+        """A pool for sessions with other settings, which its owner closes; `again` takes it. It connects when used.
+
+        Parameters:
+            first: a coroutine function that is given each session before anybody has it, and may refuse it.
+        """
+        options = self._options(role, settings)
         return await asyncpg.create_pool(
-            self._dsn, min_size=0, max_size=size, reset=_nothing, command_timeout=None, **self._options(role, settings)
+            self._dsn, min_size=0, max_size=size, init=first, reset=_nothing, command_timeout=None, **options
         )
 
     async def _look(self, session: Any) -> None:
