@@ -162,13 +162,6 @@ async def test_a_log_is_named_by_its_bus(server: Server, schema: str) -> None:
         ]
 
 
-async def test_an_id_is_as_long_as_one_likes_and_found_again(server: Server, schema: str) -> None:
-    async with opened(server.url(schema)) as bus:
-        entry = sealed("things/1", "Counted", "x" * 100_000, Meta(1), b"{}")
-        first = await bus.facts.append("things/1", [entry])
-        assert (await bus.facts.append("things/1", [entry], repeat=True)) == Appended(1, first.position, True)
-
-
 async def test_a_long_stream_is_read_page_by_page(server: Server, schema: str) -> None:
     async with opened(server.url(schema)) as bus:
         await asyncio.gather(*(add(bus.facts, f"things/{n % 2}") for n in range(400)))

@@ -73,7 +73,7 @@ create table {schema}.claims (
     + _ENTRIES % ("commands", ", version")
     + _ENTRIES % ("records", "")
     + """
--- An id may be as long as one likes, what an index holds may not.
+-- An id may be longer than what an index shall hold of each.
 create index facts_id on {schema}.facts (left(id, 36));
 create index commands_id on {schema}.commands (left(id, 36));
 """
