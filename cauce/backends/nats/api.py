@@ -81,14 +81,16 @@ async def ask(link: Link, name: str, question: object, answer: type[T]) -> T:
         except Lost:
             continue
         except NoAnswer:
-            raise Refused(
-                f"{link} has no JetStream: start the server with -js, or enable it for the account of this user"
-            ) from None
-        try:
-            return told(reply, answer)
-        except ApiError as error:
-            if error.code not in LATER or until - loop.time() < _PAUSE:
-                raise
+            if until - loop.time() < _PAUSE:
+                raise Unreachable(
+                    f"{link} has no JetStream: start the server with -js, or enable it for the account of this user"
+                ) from None
+        else:
+            try:
+                return told(reply, answer)
+            except ApiError as error:
+                if error.code not in LATER or until - loop.time() < _PAUSE:
+                    raise
         link.doubt()
         await link.clock.sleep(_PAUSE)
     raise away(link)

@@ -14,10 +14,12 @@ from typing import Any
 
 import msgspec
 
+from cauce.backends.nats.api import CHANGED, NAME_IN_USE, NO_MESSAGE, NOT_FOUND, ApiError, ask, refusal, told
 from cauce.backends.nats.call import Lost, Reply
+from cauce.backends.nats.direct import pages
 from cauce.backends.nats.link import Link
-from cauce.backends.nats.many import Many, stored
-from cauce.errors import Damaged, NoAnswer, Refused, StorageFull, Unreachable
+from cauce.backends.nats.many import stored
+from cauce.errors import Damaged, Refused, Unreachable
 
 __all__ = ["MOST", "Bucket", "Message", "Put", "Stale", "Unsure", "buckets"]
 
@@ -29,10 +31,8 @@ _AT_ONCE = 256
 _LAG = 0.05
 _GONE = b"KV-Operation: DEL\r\nNats-TTL: 60s\r\n"
 
-# Codes of errors (`err_code`) as the server's errors.json lists them.
-_NOT_FOUND, _NO_MESSAGE, _NO_SUCH_SEQUENCE, _NAME_IN_USE, _WRONG_SEQUENCE = 10059, 10037, 10043, 10058, {10071, 10164}
-_FULL = {10002, 10023, 10028, 10047, 10077, 10120, 10122}
-_PASSING = {10003, 10008, 10009, 10074, 10118, 10176}
+_GONE_ALREADY = {NO_MESSAGE, 10043}
+"""Codes of errors: no message has that sequence any more, or yet."""
 
 
 class Stale(Exception):
@@ -62,14 +62,8 @@ class Put(msgspec.Struct, gc=False):
     fence: tuple[str, int] | None = None
 
 
-class _Error(msgspec.Struct, frozen=True):
-    err_code: int = 0
-    description: str = ""
-
-
 class _Ack(msgspec.Struct, frozen=True):
-    seq: int = 0
-    error: _Error | None = None
+    seq: int
 
 
 class _Config(msgspec.Struct, frozen=True):
@@ -88,23 +82,20 @@ class _Config(msgspec.Struct, frozen=True):
 
 
 class _Info(msgspec.Struct, frozen=True):
-    config: _Config = _Config()
-    error: _Error | None = None
+    config: _Config
 
 
 class _Got(msgspec.Struct, frozen=True):
-    seq: int
-
-
-class _Found(msgspec.Struct, frozen=True):
-    message: _Got | None = None
-    error: _Error | None = None
+    message: _Ack
 
 
 class _Names(msgspec.Struct, frozen=True):
     streams: list[str] | None = None
     total: int = 0
-    error: _Error | None = None
+
+
+class _Done(msgspec.Struct, frozen=True):
+    success: bool = False
 
 
 class Bucket:
@@ -123,15 +114,12 @@ class Bucket:
 
         Raises `Refused` for a stream that would not keep what is written, with the setting and the cure.
         """
-        info = await self._api(f"STREAM.INFO.{self.name}", None, _Info)
-        if info.error is not None and info.error.err_code == _NOT_FOUND:
-            if not make:
-                return False
-            info = await self._api(f"STREAM.CREATE.{self.name}", self._wanted(), _Info)
-            if info.error is not None and info.error.err_code == _NAME_IN_USE:
-                info = await self._api(f"STREAM.INFO.{self.name}", None, _Info)
-        if info.error is not None:
-            raise await self._refusal(info.error)
+        try:
+            info = await self._info(make)
+        except ApiError as error:
+            raise self._refusal(error) from None
+        if info is None:
+            return False
         wanted = self._wanted()
         for setting in ("subjects", "storage", "retention", "max_msgs", "max_bytes", "max_age", "max_msgs_per_subject",
                         "allow_direct", "allow_atomic", "allow_msg_ttl", "deny_delete"):  # fmt: skip
@@ -143,6 +131,23 @@ class Bucket:
                 )
         self._replicas = info.config.num_replicas
         return True
+
+    async def _info(self, make: bool) -> _Info | None:
+        question = f"STREAM.INFO.{self.name}"
+        try:
+            return await ask(self.link, question, None, _Info)
+        except ApiError as error:
+            if error.code != NOT_FOUND:
+                raise
+        if not make:
+            return None
+        try:
+            return await ask(self.link, f"STREAM.CREATE.{self.name}", self._wanted(), _Info)
+        except ApiError as error:
+            if error.code != NAME_IN_USE:
+                raise
+        # Another process made it meanwhile.
+        return await ask(self.link, question, None, _Info)
 
     def _wanted(self) -> dict[str, Any]:
         return {
@@ -191,11 +196,13 @@ class Bucket:
                 await link.client.kick()
                 reply = await future
         except (Lost, TimeoutError):
+            link.doubt()
             raise Unsure(f"{link} did not say whether it wrote to {self.name}: it is asked again") from None
-        ack = await self._ack(reply)
+        at = await self._position(reply)
+        link.trust()
         self.written += len(puts)
-        self.others = ack.seq - self.written
-        return ack.seq
+        self.others = at - self.written
+        return at
 
     def _head(self, put: Put, number: int, many: int) -> bytes:
         lines = b""
@@ -213,15 +220,15 @@ class Bucket:
             )
         return lines + _GONE if put.gone else lines
 
-    async def _ack(self, reply: Reply) -> _Ack:
+    async def _position(self, reply: Reply) -> int:
         if reply.status == 503 and not reply.data:
             raise await self._missing()
-        ack = msgspec.json.decode(reply.data, type=_Ack)
-        if ack.error is not None:
-            if ack.error.err_code in _WRONG_SEQUENCE:
-                raise Stale(ack.error.description)
-            raise await self._refusal(ack.error)
-        return ack
+        try:
+            return told(reply, _Ack).seq
+        except ApiError as error:
+            if error.code in CHANGED:
+                raise Stale(str(error)) from None
+            raise self._refusal(error) from None
 
     async def delete(self, sequences: Sequence[int]) -> None:
         """Let messages be gone at once. One that is gone already is none the less."""
@@ -231,21 +238,23 @@ class Bucket:
     async def _delete(self, sequence: int) -> None:
         # Without `no_erase` the server writes over the bytes on the disk first, at a tenth of the speed.
         question = {"seq": sequence, "no_erase": True}
-        answer = await self._api(f"STREAM.MSG.DELETE.{self.name}", question, _Found)
-        if answer.error is not None and answer.error.err_code not in (_NO_MESSAGE, _NO_SUCH_SEQUENCE):
-            raise await self._refusal(answer.error)
+        try:
+            await ask(self.link, f"STREAM.MSG.DELETE.{self.name}", question, _Done)
+        except ApiError as error:
+            if error.code not in _GONE_ALREADY:
+                raise self._refusal(error) from None
 
     # ------------------------------------------------------------------------------------------------- reading
 
     async def last(self, pattern: str) -> int:
         """The sequence of the last message on a subject or pattern, as the leader has it; 0 if there is none."""
         question = {"last_by_subj": self._prefix + pattern}
-        answer = await self._api(f"STREAM.MSG.GET.{self.name}", question, _Found)
-        if answer.error is not None:
-            if answer.error.err_code == _NO_MESSAGE:
+        try:
+            return (await ask(self.link, f"STREAM.MSG.GET.{self.name}", question, _Got)).message.seq
+        except ApiError as error:
+            if error.code == NO_MESSAGE:
                 return 0
-            raise await self._refusal(answer.error)
-        return answer.message.seq if answer.message is not None else 0
+            raise self._refusal(error) from None
 
     async def read(self, pattern: str, after: int = 0, limit: int = 1_000_000) -> list[Message]:
         """Up to so many messages on a subject or pattern, by sequence, with all that was acknowledged before.
@@ -286,54 +295,30 @@ class Bucket:
             "batch": max(2, limit),
             "max_bytes": _PAGE,
         }
-        link, subject = self.link, f"$JS.API.DIRECT.GET.{self.name}"
-        for _ in range(3):
-            many = Many(subject)
-            try:
-                await link.connected(link.patience)
-                async with asyncio.timeout(link.patience):
-                    link.publish(subject, msgspec.json.encode(question), b"", link.expect(many))
-                    await link.client.kick()
-                    end = await many.future
-            except Lost:
-                continue
-            except TimeoutError:
-                break
-            if end[9:12] in (b"204", b"404"):
-                skip = len(self._prefix)
-                more = b"\r\nNats-Num-Pending: " in end and b"\r\nNats-Num-Pending: 0\r\n" not in end
-                return [_message(head, payload, skip) for head, payload in many.found], more and bool(many.found)
-            raise await self._missing()
-        raise self._away()
+        found, end = await pages(self.link, self.name, question)
+        if end.status in (204, 404):
+            skip = len(self._prefix)
+            more = end.headers.get("Nats-Num-Pending", "0") != "0"
+            return [_message(head, payload, skip) for head, payload in found], more and bool(found)
+        raise await self._missing()
 
     # ------------------------------------------------------------------------------------------------- errors
 
-    async def _api(self, name: str, question: object, answer: type[Any]) -> Any:
-        return await _api(self.link, name, question, answer)
-
     async def _missing(self) -> Exception:
         """Nobody took what was sent: the stream is gone, or its server begins or ends."""
-        info = await self._api(f"STREAM.INFO.{self.name}", None, _Info)
-        if info.error is not None:
-            return await self._refusal(info.error)
+        try:
+            await ask(self.link, f"STREAM.INFO.{self.name}", None, _Info)
+        except ApiError as error:
+            return self._refusal(error)
         return Unreachable(f"stream {self.name} on {self.link} takes nothing now: it is tried again")
 
-    async def _refusal(self, error: _Error) -> Exception:
-        if error.err_code == _NOT_FOUND:
+    def _refusal(self, error: ApiError) -> Exception:
+        if error.code == NOT_FOUND:
             return Damaged(
                 f"stream {self.name} on {self.link} is gone, and with it what the service kept: stop it, restore the "
                 "stream from a backup (nats stream restore), then start again"
             )
-        if error.err_code in _FULL:
-            return StorageFull(
-                f"{self.link} has no room for more in {self.name} ({error.description}): make room there"
-            )
-        if error.err_code in _PASSING:
-            return Unreachable(f"stream {self.name} on {self.link}: {error.description}; it is tried again")
-        return Refused(f"stream {self.name} on {self.link}: {error.description} ({error.err_code})")
-
-    def _away(self) -> Unreachable:
-        return Unreachable(f"{self.link} does not answer for {self.name}: it is tried again")
+        return refusal(error, self.link, f"stream {self.name}")
 
 
 def _message(head: bytes, payload: bytes, skip: int) -> Message:
@@ -341,28 +326,12 @@ def _message(head: bytes, payload: bytes, skip: int) -> Message:
     return Message(tuple(subject[skip:].split(".")), sequence, payload, b"\r\nKV-Operation: DEL\r\n" in head)
 
 
-async def _api(link: Link, name: str, question: object, answer: type[Any]) -> Any:
-    """The answer of JetStream to a question that may be asked twice."""
-    payload = b"" if question is None else msgspec.json.encode(question)
-    for _ in range(3):
-        try:
-            reply = await link.request(f"$JS.API.{name}", payload)
-        except Lost:
-            continue
-        except TimeoutError:
-            break
-        except NoAnswer:
-            raise Unreachable(f"{link} has no JetStream now: it is tried again; start the server with -js") from None
-        return msgspec.json.decode(reply.data, type=answer)
-    raise Unreachable(f"{link} does not answer: it is tried again")
-
-
 async def buckets(link: Link, *tokens: str) -> list[str]:
     """The names of the streams whose subjects begin so."""
     found: list[str] = []
     while True:
         question = {"subject": f"{link.subject(*tokens)}.>", "offset": len(found)}
-        names = await _api(link, "STREAM.NAMES", question, _Names)
+        names = await ask(link, "STREAM.NAMES", question, _Names)
         found += names.streams or []
         if not names.streams or len(found) >= names.total:
             return sorted(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import msgspec
 
@@ -13,7 +14,7 @@ from cauce.backends.nats.many import Many, stored
 from cauce.backends.nats.stream import Stream
 from cauce.codec import moment
 
-__all__ = ["Message", "fetch", "first_since"]
+__all__ = ["Message", "fetch", "first_since", "pages"]
 
 _BYTES = 8 * 1024 * 1024
 
@@ -32,11 +33,10 @@ async def fetch(stream: Stream, pattern: str, after: int, limit: int) -> list[Me
 
     What a follower of a cluster answers may end before what the leader has. Raises `Unreachable` and `NotPermitted`.
     """
-    link, subject = stream.link, f"$JS.API.DIRECT.GET.{stream.name}"
     found: list[Message] = []
     while len(found) < limit:
         question = {"seq": after + 1, "next_by_subj": pattern, "batch": limit - len(found), "max_bytes": _BYTES}
-        some, more = await _ask(link, stream, subject, msgspec.json.encode(question))
+        some, more = await _ask(stream, question)
         found += some
         if not more:
             break
@@ -47,35 +47,42 @@ async def fetch(stream: Stream, pattern: str, after: int, limit: int) -> list[Me
 async def first_since(stream: Stream, pattern: str, time: int) -> int:
     """The position of the first message on a pattern stored at or after a time, in microseconds since 1970; 0: none."""
     question = {"start_time": moment(time), "next_by_subj": pattern, "batch": 1}
-    some, _ = await _ask(stream.link, stream, f"$JS.API.DIRECT.GET.{stream.name}", msgspec.json.encode(question))
+    some, _ = await _ask(stream, question)
     return some[0].position if some else 0
 
 
-async def _ask(link: Link, stream: Stream, subject: str, question: bytes) -> tuple[list[Message], bool]:
-    loop = asyncio.get_running_loop()
+async def pages(link: Link, stream: str, question: dict[str, Any]) -> tuple[list[tuple[bytes, bytes]], Reply]:
+    """What one server sends for one question about a stream, as header blocks and payloads, and the end of it.
+
+    Raises `Unreachable` and `NotPermitted`.
+    """
+    loop, subject, asked = asyncio.get_running_loop(), f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(question)
     until = loop.time() + link.patience
     while (left := until - loop.time()) > 0:
         await link.connected(left)
         many = Many(subject)
-        link.publish(subject, question, b"", link.expect(many))
+        link.publish(subject, asked, b"", link.expect(many))
         await link.client.kick()
         try:
             async with asyncio.timeout(min(left, link.turn)):
-                end = Reply(b"", await many.future)
+                return many.found, Reply(b"", await many.future)
         except TimeoutError:
             link.doubt()
-            continue
         except Lost:
-            continue
-        if end.status in (204, 404):
-            skip = len(stream.everything) - 1
-            some = [_message(head, payload, skip) for head, payload in many.found]
-            return some, bool(some) and end.headers.get("Nats-Num-Pending", "0") != "0"
-        if end.status == 503:
-            # Nobody answers for the stream: it is gone, or its servers are.
-            await stream.state()
-        break
+            pass
     raise away(link)
+
+
+async def _ask(stream: Stream, question: dict[str, Any]) -> tuple[list[Message], bool]:
+    found, end = await pages(stream.link, stream.name, question)
+    if end.status in (204, 404):
+        skip = len(stream.everything) - 1
+        some = [_message(head, payload, skip) for head, payload in found]
+        return some, bool(some) and end.headers.get("Nats-Num-Pending", "0") != "0"
+    if end.status == 503:
+        # Nobody answers for the stream: it is gone, or its servers are.
+        await stream.state()
+    raise away(stream.link)
 
 
 def _message(head: bytes, payload: bytes, skip: int) -> Message:

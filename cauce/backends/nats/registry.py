@@ -10,11 +10,12 @@ from typing import Any
 
 import msgspec
 
+from cauce.backends.nats.api import NAME_IN_USE, ApiError, ask, refusal
 from cauce.backends.nats.call import Reply
+from cauce.backends.nats.direct import pages
 from cauce.backends.nats.link import Link
-from cauce.backends.nats.many import Many
 from cauce.clock import Clock
-from cauce.errors import NoAnswer, Refused, Unavailable
+from cauce.errors import NoAnswer, Unavailable
 from cauce.wire import Instance
 
 __all__ = ["BEAT", "LEASE", "Registry"]
@@ -25,27 +26,16 @@ BEAT = 2.0
 LEASE = 7.0
 """Seconds after which the server forgets who said nothing: three beats missed."""
 
-_STREAM_NOT_FOUND = 10059
-_NAME_IN_USE = 10058
 _MOST = 1000
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(tuple[Instance, ...]).decode
 
 
-class _Fault(msgspec.Struct, frozen=True):
-    err_code: int = 0
-    description: str = ""
-
-
 class _Told(msgspec.Struct, frozen=True):
     """As much of what JetStream's API answers as is looked at."""
 
-    error: _Fault | None = None
     ts: str = ""
-
-
-_told = msgspec.json.Decoder(_Told).decode
 
 
 class Registry:
@@ -72,23 +62,20 @@ class Registry:
             await self._link.request(self._subject(name), body)
 
     async def _make(self) -> None:
-        reply = await self._api(
-            f"STREAM.CREATE.{self._stream}",
-            {
-                "name": self._stream,
-                "subjects": [self._subject("*")],
-                "storage": "memory",
-                "num_replicas": self._link.address.replicas,
-                "max_msgs_per_subject": 1,
-                "max_age": int(LEASE * 1e9),
-                "allow_direct": True,
-            },
-        )
-        if reply.error is not None and reply.error.err_code != _NAME_IN_USE:
-            raise Refused(f"{self._link} keeps no list of who runs: {reply.error.description}: mend its JetStream")
-
-    async def _api(self, what: str, body: dict[str, Any]) -> _Told:
-        return _told((await self._link.request(f"$JS.API.{what}", _encode(body))).data)
+        config = {
+            "name": self._stream,
+            "subjects": [self._subject("*")],
+            "storage": "memory",
+            "num_replicas": self._link.address.replicas,
+            "max_msgs_per_subject": 1,
+            "max_age": int(LEASE * 1e9),
+            "allow_direct": True,
+        }
+        try:
+            await ask(self._link, f"STREAM.CREATE.{self._stream}", config, _Told)
+        except ApiError as error:
+            if error.code != NAME_IN_USE:
+                raise refusal(error, self._link, "the list of who runs") from None
 
     async def instances(self, is_there: Callable[[str], Any]) -> dict[str, tuple[Instance, ...]]:
         """What each process announces, by its name; when the registry cannot be read, as far as is known.
@@ -97,7 +84,7 @@ class Registry:
         """
         try:
             found = await self._read()
-        except (Unavailable, OSError, msgspec.MsgspecError) as error:
+        except (Unavailable, OSError, ApiError, msgspec.MsgspecError) as error:
             _log.warning("who runs is told as last known: %s", error)
             return self._known
         alive = await asyncio.gather(*(is_there(name) for name in found))
@@ -105,9 +92,11 @@ class Registry:
         return self._known
 
     async def _read(self) -> dict[str, tuple[Instance, ...]]:
-        told, said = await asyncio.gather(self._api(f"STREAM.INFO.{self._stream}", {}), self._all())
-        found, start = {}, len(self._subject(""))
-        if told.error is None:
+        found: dict[str, tuple[Instance, ...]] = {}
+        start = len(self._subject(""))
+        said = await self._all()
+        if said:
+            told = await ask(self._link, f"STREAM.INFO.{self._stream}", None, _Told)
             # Ages, not times: the server's clock is only compared with itself.
             here, there = self._clock.now(), _micros(told.ts)
             for each in said:
@@ -122,18 +111,8 @@ class Registry:
 
     async def _all(self) -> list[Reply]:
         """The last message of each process, in one go."""
-        await self._link.connected(self._link.patience)
-        many = Many(f"$JS.API.DIRECT.GET.{self._stream}")
-        reply = self._link.expect(many)
-        try:
-            body = _encode({"multi_last": [self._subject("*")], "batch": _MOST})
-            self._link.publish(many.subject, body, reply=reply)
-            await self._link.client.kick()
-            async with asyncio.timeout(self._link.patience):
-                await many.future
-        finally:
-            many.future.cancel()
-        return [Reply(data, head) for head, data in many.found]
+        found, _ = await pages(self._link, self._stream, {"multi_last": [self._subject("*")], "batch": _MOST})
+        return [Reply(data, head) for head, data in found]
 
 
 def _readable(body: bytes) -> tuple[Instance, ...]:
