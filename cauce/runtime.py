@@ -795,7 +795,11 @@ class _Running:
         answers = {cls: bound for cls, bound in self._functions("answer").items() if declared(cls).domain is domain}
 
         async def handler(payload: bytes) -> bytes:
-            ask = _decode_ask(payload)
+            try:
+                ask = _decode_ask(payload)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                # Any client of a server may say anything here; the other end of a socket is one of ours.
+                return _encode(Reply("Unreadable", f"{self._service.name} was asked what is no question: {error}"))
             self._in_hand += 1
             try:
                 reply = await self._reply(domain, ask, answers)

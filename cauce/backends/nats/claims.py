@@ -55,8 +55,11 @@ class Claims:
         raise Unreachable(f"{name} changes hands faster than {self._link} answers: nothing was claimed; try again")
 
     async def beat(self, claim: Claim) -> Claim:
-        if await self._heads.last(self._heads.claim(claim.name)) != claim.fence:
-            raise Fenced(f"{claim.name} has another holder by now: stop, claim again, read again")
+        stands = await self._heads.last(self._heads.claim(claim.name))
+        if stands != claim.fence:
+            raise Fenced(
+                f"{claim.name} has another holder by now (fence {stands}, ours {claim.fence}): stop, claim again, read again"
+            )
         beat = await self._publish(self._leases, self._lease(claim.name), _Lease(claim.fence), None)
         if not beat:
             raise Unreachable(f"{self._link} did not take the beat of {claim.name}: it is tried again")
