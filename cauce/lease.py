@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from cauce.clock import Clock
-from cauce.errors import Held, Unavailable
+from cauce.errors import Fenced, Held, Unavailable
 from cauce.identity import identity, is_dead
 from cauce.log import Claim, Log
 
@@ -67,6 +67,7 @@ class Leases:
     def __init__(self, log: Log, owner: str, clock: Clock) -> None:
         self._log, self.owner, self._clock = log, owner, clock
         self.claims: dict[str, Claim] = {}
+        self._leaving: set[str] = set()
 
     async def take(self, *names: str, superseded: frozenset[str] = frozenset()) -> None:
         """Take all of the names, or raise `Held` for one of them and keep none of these."""
@@ -92,12 +93,21 @@ class Leases:
         except Unavailable as error:
             _log.warning("%s was not beaten: %s", claim.name, error)
             return
+        except Fenced:
+            held = self.claims.get(claim.name)
+            if claim.name in self._leaving or held is None or held.fence != claim.fence:
+                return  # It was let go of here, before this beat had its turn.
+            raise
         if claim.name in self.claims:
             self.claims[claim.name] = later
 
     async def release(self, *names: str) -> None:
         """Let go of these names."""
         gone = [self.claims[name] for name in names if name in self.claims]
-        await asyncio.gather(*(self._log.release(claim) for claim in gone))
+        self._leaving.update(claim.name for claim in gone)
+        try:
+            await asyncio.gather(*(self._log.release(claim) for claim in gone))
+        finally:
+            self._leaving.difference_update(claim.name for claim in gone)
         for claim in gone:
             self.claims.pop(claim.name, None)

@@ -492,12 +492,13 @@ async def test_a_session_that_feeds_and_is_ended_is_followed_by_another(
             assert await bus.ask(Rows(), after=receipt, timeout=20) == [("a", 5)]
 
 
-async def test_tables_that_somebody_took_away_are_made_anew(postgres_bus: str, postgres: Postgres) -> None:
+async def test_tables_that_somebody_took_away_are_made_anew(
+    postgres_bus: str, bus_name: str, postgres: Postgres
+) -> None:
     async with running(owner, sums(), bus=postgres_bus) as bus:
         await bus.call(Grow("a"))
         await bus.settled()
-        ((name,),) = postgres.sql("select nspname from pg_namespace where nspname like '%viewer:sums'")
-        postgres.sql(f'drop schema "{name}" cascade')
+        postgres.sql(f'drop schema "{bus_name}_viewer:sums" cascade')
         receipt = await bus.call(Grow("a"))
         assert await bus.ask(Rows(), after=receipt, timeout=20) == [("a", 2)]
 

@@ -58,8 +58,11 @@ class Claims:
 
     async def beat(self, claim: Claim) -> Claim:
         check_claim(claim)
-        if await self._heads.last(self._heads.claim(claim.name)) != claim.fence:
-            raise Fenced(f"{claim.name} has another holder by now: stop, claim again, read again")
+        stands = await self._heads.last(self._heads.claim(claim.name))
+        if stands != claim.fence:
+            raise Fenced(
+                f"{claim.name} has another holder by now (fence {stands}, ours {claim.fence}): stop, claim again, read again"
+            )
         beat = await self._publish(self._leases, self._lease(claim.name), _Lease(claim.fence), None)
         if not beat:
             raise Unreachable(f"{self._link} did not take the beat of {claim.name}: it is tried again")
