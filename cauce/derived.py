@@ -89,6 +89,8 @@ class Derived:
         self._service, self._log, self._clock = service, log, clock
         self._builds = shelf.builds(shape.name, shape.what)
         self.reading = self._builds.reading
+        # What its own functions ask for must come when all others wait until it holds what was promised to them.
+        self._asking = shelf.builds(shape.name, shape.what).reading
         self._build: Build | None = None
         self._stamp: object = None
         self._target: int | None = None
@@ -325,6 +327,7 @@ class Derived:
         """Write what was given and the place, and let go."""
         await self.stop()
         await self.reading.close()
+        await self._asking.close()
         if self._build is not None:
             await self._build.close()
             self._build = None
@@ -416,7 +419,7 @@ class Derived:
             if not self._in_hand:
                 return
         try:
-            ready = await self.shape.ready(self._in_hand, self.reading.fetch)
+            ready = await self.shape.ready(self._in_hand, self._asking.fetch)
             self._written = await build.write(self._parts(ready, looked))
         except (Unusable, Moved, Unavailable, Damaged):
             raise
@@ -444,7 +447,7 @@ class Derived:
         assert build is not None
         while self._in_hand:
             entry = self._in_hand[0]
-            (ready,) = await self.shape.ready([entry], self.reading.fetch)
+            (ready,) = await self.shape.ready([entry], self._asking.fetch)
             blamed: list[tuple[str, Statement]] = []
 
             def one(

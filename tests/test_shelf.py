@@ -282,6 +282,24 @@ async def test_who_feeds_no_more_lets_another_build(kept_bus: str) -> None:
         await one.close()
 
 
+async def test_functions_that_ask_their_view_are_answered_while_it_lacks_what_was_promised(kept_bus: str) -> None:
+    async def asks(event: Grown, db: Store) -> None:
+        await db.fetch("select n from sums")
+        db.execute(ADD, (event.name, event.n))
+
+    async with running(owner, bus=kept_bus) as bus, stores_of(kept_bus) as stores:
+        await grown(bus, 5)
+        head = await bus.facts.head()
+        view = view_on(bus, stores.shelf("viewer"), sums(asks))
+        await view.open()
+        view.reading.reached(head)
+        await feed(bus.facts, [view], bus.clock)
+        async with asyncio.timeout(10):
+            await view.wait(head)
+        assert await rows_of(view) == [(f"t{n}", 1) for n in range(5)]
+        await view.close()
+
+
 async def test_a_start_does_not_wait_for_a_view_that_who_feeds_does_not_know(
     kept_bus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
