@@ -503,9 +503,21 @@ class Commander:
             return None
         page = await self._facts.read(stream, after=found[0].position - 1, limit=1)
         before = page.entries[0].checked().wished
-        if before is not None and (before.type, before.schema, before.body) != (wish.type, wish.schema, wish.body):
+        if before is not None and not self._same(before, wish):
             raise IdReused(f"{stream.stream} holds another wish with id {id}: use a fresh id for another wish")
         return Receipt(id, key, found[-1].version, found[-1].position, True)
+
+    def _same(self, before: Wish, wish: Wish) -> bool:
+        """Whether two wishes are one. Whoever wishes again after a new version was deployed may word it anew."""
+        name = self._schema.today(self.domain, wish.type)
+        if self._schema.today(self.domain, before.type) != name:
+            return False
+        if before.schema == wish.schema:
+            return bytes(before.body) == bytes(wish.body)
+        decode = self._schema.decode
+        return decode(self.domain, before.type, before.schema, bytes(before.body)) == decode(
+            self.domain, wish.type, wish.schema, bytes(wish.body)
+        )
 
     async def _audited(self, entry: Entry) -> bool:
         """Whether a wish that was sent has its verdict already: what was rejected once is not granted by a restore."""

@@ -25,6 +25,7 @@ FLOORS = (
         "identity",
         "deadline",
         "messages",
+        "upcaster",
         "schema",
         "codec",
     ),  # what travels, and its names; no I/O
