@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from cauce.accept import SLOTS, slot_of
+from cauce.accept import SLOTS, check_body, slot_of
 from cauce.bus import Ask, Bus, Cause, Context, Receipt, correlation
 from cauce.codec import Entry, Meta, Wish, derive_id, sealed
 from cauce.errors import Conflict, IdReused, NoAnswer, NotOwner, Overloaded, Refused, Rejected, Unavailable
@@ -241,10 +241,29 @@ class Commander:
             await asyncio.wait(self._audits)
         self._doubts.discard(entry.position)
 
-    async def publish(self, events: Sequence[Event], ids: Sequence[str], cause: Cause) -> None:
-        """Record facts that no command asked for; recorded once, however often it is said with the same ids."""
+    async def publish(
+        self, events: Sequence[Event], ids: Sequence[str], cause: Cause, said: Sequence[Ask] = ()
+    ) -> None:
+        """Record facts that no command asked for; recorded once, however often it is said with the same ids.
+
+        Parameters:
+            said: the same facts, as older code said them, if it did: they are recorded so, because it may have done
+                that already.
+        """
         key = _one_key(self._service, events)
-        entries = self._sealed(f"{self.domain}/{key}", events, ids, cause, self._clock.now())
+        stream, now = f"{self.domain}/{key}", self._clock.now()
+        entries = self._sealed(stream, events, ids, cause, now)
+        if said:
+            entries = [
+                sealed(
+                    stream,
+                    ask.type,
+                    each.id,
+                    msgspec.structs.replace(each.meta, schema=ask.schema),
+                    check_body(bytes(ask.body), ask.type),
+                )
+                for ask, each in zip(said, entries, strict=True)
+            ]
         with self._working(key):
             for conflicts in range(_MOST_CONFLICTS):
                 leave = await self._my_turn(key, cause, "", conflicts) if self._is_waited_for(key, conflicts) else None

@@ -758,7 +758,9 @@ class _Running:
         event = self._schemas[commander.domain].decode(commander.domain, ask.type, ask.schema, bytes(ask.body))
         assert isinstance(event, Event)
         cause = Cause(ask.causation, ask.correlation, ask.by, ask.trace, ask.tracestate)
-        await commander.publish([event], [ask.id], cause)
+        kind = declared(event)
+        older = (ask.type, ask.schema) != (kind.name, kind.version)
+        await commander.publish([event], [ask.id], cause, [ask] if older else ())
 
     async def _interval(self, bound: Bound, share: Share) -> None:
         """Run a function every so often, for ever; when it is due is kept in the store."""

@@ -475,6 +475,12 @@ def test_a_fold_that_needs_a_record_gets_one_that_other_samples_make(world: Worl
     assert "cannot be folded: KeyError" in only(world.findings(alone))["what"]
 
 
+def test_a_fold_need_not_take_what_cannot_have_come_before(world: World) -> None:
+    text = (ONE + READERS).replace("def renamed(user: User, event", "def renamed(user: User | None, event")
+    locked(world, text)
+    assert world.findings(text) == []
+
+
 def test_what_cannot_be_folded_for_want_of_a_record_is_said_and_no_finding(world: World) -> None:
     alone = (
         HEAD
@@ -605,6 +611,7 @@ def test_removing_a_used_field_of_the_library_fails_its_check_naming_its_readers
     assert "members/MemberJoined version 4, field email: was removed, but the version was not raised" in result.output
     assert "read by view desk.addresses (address), on desk.welcome, evolve members.joined" in result.output
     assert "members/MemberSignedUp version 1: samples 1, 2, 3 cannot be folded: AttributeError" in result.output
+    assert "is still read" not in result.output, "said once"
 
 
 # ------------------------------------------------------------------------------------------------ its parts

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from cauce import (
@@ -29,12 +30,14 @@ from cauce import (
     upcast,
 )
 from cauce.backends import look
+from cauce.bus import Ask
 from cauce.clock import SystemClock
 from cauce.log import Filter
 from cauce.messages import Message
 from cauce.runtime import connect, running
 from cauce.schema import Schema, encode
 from cauce.sql import Store
+from cauce.testing import VirtualClock
 
 Body = dict[str, Any]
 
@@ -466,6 +469,54 @@ async def test_a_wish_that_is_repeated_in_its_new_form_is_the_same_wish(bus_url:
     async with running(now.service, bus=bus_url) as bus:
         assert (await bus.call(now.Register("42", "Ana", "Gil"), id="wish-1")).position == receipt.position
         assert (await bus.call(old.SignUp("42", "Ana Gil"), id="wish-1")).position == receipt.position
+
+
+async def test_a_fact_that_older_code_said_is_recorded_once_as_it_was_said(bus_url: str) -> None:
+    old, now = first(), today()
+
+    def said(key: str) -> Ask:
+        body = encode(old.UserSignedUp(key, "Ana Gil"))
+        return Ask("publish", "UserSignedUp", f"said-{key}", key, 1, msgspec.Raw(body))
+
+    async with running(old.service, bus=bus_url) as bus:
+        await bus.publish("users", said("42"))
+    async with running(now.service, bus=bus_url) as bus:
+        # It was killed before it knew that this stood in the log; the other one it never came to.
+        await bus.publish("users", said("42"))
+        await bus.publish("users", said("43"))
+        entries = (await bus.facts.read(Filter(domains=frozenset({"users"})))).entries
+        assert await bus.fetch(now.User, "43") == now.User("43", "Ana", "Gil")
+    assert [(each.stream, each.type, each.meta.schema) for each in entries] == [
+        ("users/42", "UserSignedUp", 1),
+        ("users/43", "UserSignedUp", 1),
+    ]
+
+
+def test_a_wish_that_cannot_be_lifted_is_a_dead_letter_and_is_decided_after_it_was_mended(
+    virtual: Callable[[Callable[[], Awaitable[None]]], None], clock: VirtualClock, bus_url: str
+) -> None:
+    old, broken = first(), today()
+    mended = today(lambda body: {"user_id": body["user_id"], "first": body["name"], "last": ""})
+
+    async def main() -> None:
+        async with connect(bus_url, clock=clock) as bus:
+            for key, name in (("42", "Ana"), ("42", "Ana Gil"), ("43", "Eva Paz")):
+                await bus.send(old.SignUp(key, name))
+        async with running(broken.service, bus=bus_url, clock=clock) as bus:
+            await bus.settled(timeout=3_600)
+            assert [each.stream for each in (await bus.facts.read(Filter(domains=frozenset({"users"})))).entries] == [
+                "users/43"
+            ]
+        async with look(bus_url, clock) as looked:
+            (letter,) = await looked.stores.letters()
+            assert (letter.consumer, letter.stream, letter.behind) == ("decide users", "users/42", 1)
+            assert "SignUp of users (now Register), version 1, made split fail" in letter.error
+            await looked.stores.retry("users", "decide users", letter.position)
+        async with running(mended.service, bus=bus_url, clock=clock) as bus:
+            await bus.settled(timeout=3_600)
+            assert await bus.state(mended.User, "42", at=1) == mended.User("42", "Ana", "")
+
+    virtual(main)
 
 
 async def test_an_owner_of_older_code_is_understood(bus_url: str) -> None:
