@@ -213,7 +213,11 @@ def test_a_module_without_messages_is_refused(world: World, text: str) -> None:
 
 
 def test_a_module_that_is_not_there_is_refused(world: World) -> None:
-    for name, why in (("nowhere", "there is no module 'nowhere'"), ("a/b.py", "write a.b")):
+    for name, why in (
+        ("nowhere", "there is no module 'nowhere'"),
+        ("a/b.py", "write a.b"),
+        ("shop:service", "write shop"),
+    ):
         result = CliRunner().invoke(main, ["schema", "check", name])
         assert (result.exit_code, why in result.output) == (1, True)
 

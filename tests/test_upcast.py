@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 
 from cauce import (
     Bus,
@@ -31,6 +33,7 @@ from cauce import (
 )
 from cauce.backends import look
 from cauce.bus import Ask
+from cauce.cli import main
 from cauce.clock import SystemClock
 from cauce.log import Filter
 from cauce.messages import Message
@@ -389,6 +392,25 @@ async def test_today_s_code_reads_what_the_first_one_wrote(each_bus: str) -> Non
     assert events == [now.UserRegistered("42", "Ana", "Gil", "es"), now.UserRegistered("42", "Ana", "Vega", "en")]
     notices = [each for each in seen if isinstance(each, Notice) and each.key == "42"]
     assert notices == [Notice("UserRegistered", "42", 1), Notice("UserRegistered", "42", 2)]
+
+
+def test_the_command_line_shows_and_verifies_what_is_stored(bus_url: str) -> None:
+    old = first()
+
+    async def fill() -> None:
+        async with running(old.service, bus=bus_url) as bus:
+            await bus.call(old.SignUp("42", "Ana Gil"))
+
+    asyncio.run(fill())
+    today()
+    for command in (["tail"], ["show", "users/42"], ["export"]):
+        told = CliRunner().invoke(main, [*command, "--bus", bus_url, "--json"], catch_exceptions=False)
+        events = [json.loads(line) for line in told.stdout.splitlines()]
+        (event,) = [each for each in events if each["source"] == "/users"]
+        assert (event["type"], event["schemaversion"], event["data"]) == (
+            "UserSignedUp", 1, {"user_id": "42", "name": "Ana Gil"},
+        )  # fmt: skip
+    assert CliRunner().invoke(main, ["verify", "--bus", bus_url]).exit_code == 0
 
 
 async def test_views_replicas_and_reactions_to_records_know_old_names(bus_url: str) -> None:

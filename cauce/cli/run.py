@@ -160,7 +160,7 @@ def _modules(module: ModuleType) -> Iterator[ModuleType]:
 def modules(name: str) -> list[ModuleType]:
     """The module of this name, and those of a package. Raises `Refused` for what cannot be imported."""
     if not all(part.isidentifier() for part in name.split(".")):
-        raise Refused(f"{name!r} is no name of a module: {_hint(name)}")
+        raise Refused(f"{name!r} is no name of a module: {_hint(name.partition(':')[0])}")
     return list(_modules(_imported(name)))
 
 
