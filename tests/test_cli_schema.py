@@ -204,6 +204,17 @@ def test_a_lock_that_was_killed_before_its_index_is_made_by_the_next_one(world: 
     assert world.findings(ONE) == []
 
 
+def test_two_branches_that_both_locked_are_joined_by_another_lock(world: World) -> None:
+    locked(world)
+    mine = (world.lock_folder / "index.json").read_bytes()
+    locked(world, version(ONE, 2))
+    whole = world.files()
+    (world.lock_folder / "index.json").write_bytes(mine)
+    assert any("was not locked" in each["what"] for each in world.findings(version(ONE, 2)))
+    locked(world, version(ONE, 2))
+    assert world.files() == whole
+
+
 @pytest.mark.parametrize("text", ["x = 1", "from cauce import Domain\nempty = Domain('empty')"])
 def test_a_module_without_messages_is_refused(world: World, text: str) -> None:
     for result in (world.lock(text), world.check(text)):
