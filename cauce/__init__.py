@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from cauce.runtime import connect, running
     from cauce.service import Service
     from cauce.sql import Store
+    from cauce.upcaster import upcast
 else:
     # A command line that only prints its help must not pay for asyncio and all messages: names are loaded when used.
     import importlib
@@ -65,6 +66,7 @@ else:
         "runtime": ("connect", "running"),
         "service": ("Service",),
         "sql": ("Store",),
+        "upcaster": ("upcast",),
     }
     _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -116,4 +118,5 @@ __all__ = [
     "field",
     "replace",
     "running",
+    "upcast",
 ]

@@ -111,7 +111,7 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What comes back: an error by its name, or a verdict, or a body."""
+    """What comes back: an error by its name, or a verdict, or a body; `schema` is the version of a record's type."""
 
     error: str = ""
     message: str = ""
@@ -119,6 +119,7 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     position: int = 0
     changed: bool = False
     body: msgspec.Raw = msgspec.Raw(b"")
+    schema: int = 0
 
 
 _encode = msgspec.json.Encoder().encode
@@ -350,7 +351,9 @@ class Bus:
             raise NoAnswer(f"{kind.domain.name} did not answer: {error}; ask again") from None
         if not reply.changed:
             return None
-        found = Schema([record]).decode(kind.domain.name, kind.name, kind.version, bytes(reply.body))
+        # The owner may run older or newer code than this program.
+        schema = reply.schema or kind.version
+        found = Schema([record]).decode(kind.domain.name, kind.name, schema, bytes(reply.body))
         assert isinstance(found, record)
         return found
 

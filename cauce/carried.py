@@ -49,7 +49,8 @@ def _at(position: int, entry: Entry) -> Entry:
 def carried(record: type[Message], schema: Schema, entry: Entry) -> Record | None:
     """The record in an entry; None: the thing does not stand, or stands as another kind of record."""
     meta = entry.checked().meta
-    if not entry.body or entry.type != declared(record).name:
+    kind = declared(record)
+    if not entry.body or (entry.type != kind.name and entry.type not in kind.was):
         return None
     found = schema.decode(entry.domain, entry.type, meta.schema, entry.body)
     assert isinstance(found, Record)

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from cauce.accept import SLOTS, slot_of
+from cauce.accept import SLOTS, check_body, slot_of
 from cauce.bus import Ask, Bus, Cause, Context, Receipt, correlation
 from cauce.codec import Entry, Meta, Wish, derive_id, sealed, time_of
 from cauce.errors import Conflict, IdReused, NoAnswer, NotOwner, Overloaded, Refused, Rejected, Unavailable
@@ -250,10 +250,29 @@ class Commander:
             await asyncio.wait(self._audits)
         self._doubts.discard(entry.position)
 
-    async def publish(self, events: Sequence[Event], ids: Sequence[str], cause: Cause) -> None:
-        """Record facts that no command asked for; recorded once, however often it is said with the same ids."""
+    async def publish(
+        self, events: Sequence[Event], ids: Sequence[str], cause: Cause, said: Sequence[Ask] = ()
+    ) -> None:
+        """Record facts that no command asked for; recorded once, however often it is said with the same ids.
+
+        Parameters:
+            said: the same facts, as older code said them, if it did: they are recorded so, because it may have done
+                that already.
+        """
         key = _one_key(self._service, events)
-        entries = self._sealed(f"{self.domain}/{key}", events, ids, cause, self._clock.now())
+        stream, now = f"{self.domain}/{key}", self._clock.now()
+        entries = self._sealed(stream, events, ids, cause, now)
+        if said:
+            entries = [
+                sealed(
+                    stream,
+                    ask.type,
+                    each.id,
+                    msgspec.structs.replace(each.meta, schema=ask.schema),
+                    check_body(bytes(ask.body), ask.type),
+                )
+                for ask, each in zip(said, entries, strict=True)
+            ]
         with self._working(key):
             for conflicts in range(_MOST_CONFLICTS):
                 leave = await self._my_turn(key, cause, "", conflicts) if self._is_waited_for(key, conflicts) else None
@@ -512,9 +531,21 @@ class Commander:
             return None
         page = await self._facts.read(stream, after=found[0].position - 1, limit=1)
         before = page.entries[0].checked().wished
-        if before is not None and (before.type, before.schema, before.body) != (wish.type, wish.schema, wish.body):
+        if before is not None and not self._same(before, wish):
             raise IdReused(f"{stream.stream} holds another wish with id {id}: use a fresh id for another wish")
         return Receipt(id, key, found[-1].version, found[-1].position, True)
+
+    def _same(self, before: Wish, wish: Wish) -> bool:
+        """Whether two wishes are one. Whoever wishes again after a new version was deployed may word it anew."""
+        name = self._schema.today(self.domain, wish.type)
+        if self._schema.today(self.domain, before.type) != name:
+            return False
+        if before.schema == wish.schema:
+            return bytes(before.body) == bytes(wish.body)
+        decode = self._schema.decode
+        return decode(self.domain, before.type, before.schema, bytes(before.body)) == decode(
+            self.domain, wish.type, wish.schema, bytes(wish.body)
+        )
 
     async def _audited(self, entry: Entry) -> bool:
         """Whether a wish that was sent has its verdict already: what was rejected once is not granted by a restore."""

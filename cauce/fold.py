@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from cauce.errors import CauceError, Damaged, Refused
+from cauce.errors import CauceError, Damaged, Refused, Unreadable
 from cauce.log import Filter, Log
 from cauce.messages import Event, Message, Record, declared
 from cauce.schema import Schema
@@ -85,7 +85,11 @@ class Folder:
                     raise Damaged(
                         f"{entry.stream} goes from version {version} to {entry.version} at position {entry.position}: run cauce verify"
                     )
-                event = self._schema.decode(entry.domain, entry.type, meta.schema, entry.body or b"")
+                try:
+                    event = self._schema.decode(entry.domain, entry.type, meta.schema, entry.body or b"")
+                except Unreadable as error:
+                    where = f"position {entry.position} ({entry.stream} version {entry.version})"
+                    raise Unreadable(f"{where}: {error}") from error
                 try:
                     state = self.step(state, event)  # type: ignore[arg-type]
                 except CauceError:

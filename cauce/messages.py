@@ -53,18 +53,25 @@ class Domain:
         self.name = check_domain(name)
         self.key = key
         self.messages: dict[str, type[Message]] = {}
+        self.renamed: dict[str, type[Message]] = {}
 
     def __repr__(self) -> str:
         return f"Domain({self.name!r}, key={self.key!r})"
 
 
 class Declared(msgspec.Struct, frozen=True):
-    """What a message class was declared as: `kind` is event, command, query or record."""
+    """What a message class was declared as: `kind` is event, command, query or record, `was` are its earlier names."""
 
     kind: str
     domain: Domain
     name: str
     version: int
+    was: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every name under which a log may hold it: what a filter asks for."""
+        return frozenset((self.name, *self.was))
 
 
 if TYPE_CHECKING:
@@ -74,7 +81,12 @@ if TYPE_CHECKING:
         """What events, commands, queries and records have in common."""
 
         def __init_subclass__(
-            cls, *, domain: Domain | None = None, version: int = 1, name: str | None = None
+            cls,
+            *,
+            domain: Domain | None = None,
+            version: int = 1,
+            name: str | None = None,
+            was: tuple[str, ...] = (),
         ) -> None: ...
 
     @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
@@ -86,12 +98,13 @@ if TYPE_CHECKING:
 else:
 
     class _MessageType(msgspec.StructMeta):
-        def __new__(mcls, cls_name, bases, namespace, *, domain=None, version=1, name=None, **options):
+        def __new__(mcls, cls_name, bases, namespace, *, domain=None, version=1, name=None, was=(), **options):
             frame = sys._getframe(1)
             if frame.f_locals is not frame.f_globals and "__annotations__" in namespace:
                 namespace["__annotations__"] = _resolved(namespace["__annotations__"], frame)
             cls = super().__new__(mcls, cls_name, bases, namespace, **options)
-            cls.__declared__ = None if domain is None else _declare(cls, domain, version, name or cls_name)
+            cls.__declared__ = None if domain is None else _declare(cls, domain, version, name or cls_name, was)
+            cls.__upcasts__ = {}
             return cls
 
     class Message(msgspec.Struct, frozen=True, metaclass=_MessageType):
@@ -150,7 +163,7 @@ def _resolved(annotations: dict[str, Any], frame: FrameType) -> dict[str, Any]:
     return found
 
 
-def _declare(cls: Any, domain: Domain, version: int, name: str) -> Declared:
+def _declare(cls: Any, domain: Domain, version: int, name: str, was: Any) -> Declared:
     kind = next((word for base, word in _KINDS.items() if issubclass(cls, base)), None)
     if kind is None:
         raise Refused(f"{cls.__name__}: derive it from Event, Command, Query or Record")
@@ -160,12 +173,27 @@ def _declare(cls: Any, domain: Domain, version: int, name: str) -> Declared:
         raise Refused(f"{cls.__name__}: domain {domain.name!r} has no key, so it takes queries only; give it key=…")
     if kind != "query" and domain.key not in cls.__struct_fields__:
         raise Refused(f"{cls.__name__} lacks the field {domain.key!r}, the key of domain {domain.name!r}")
-    check_name(name)
+    if isinstance(was, str) or name in was:
+        raise Refused(f"{cls.__name__}: was={was!r}; write its earlier names, was=('{cls.__name__}Before',)")
     before = domain.messages.get(name)
-    if before is not None and (before.__module__, before.__qualname__) != (cls.__module__, cls.__qualname__):
+    if before is not None and not _again(before, cls):
         raise Refused(f"domain {domain.name!r} has two messages named {name!r}: {before!r} and {cls!r}; rename one")
+    for old in (name, *was):
+        check_name(old)
+        other = domain.renamed.get(old) or domain.messages.get(old)
+        if other is not None and not _again(other, cls):
+            raise Refused(
+                f"domain {domain.name!r}: {old!r} means {other!r}, so it cannot mean {cls!r} as well: rename one, or leave it out of was="
+            )
     domain.messages[name] = cls
-    return Declared(kind, domain, name, version)
+    domain.renamed = {old: each for old, each in domain.renamed.items() if not _again(each, cls)}
+    domain.renamed |= dict.fromkeys(was, cls)
+    return Declared(kind, domain, name, version, tuple(was))
+
+
+def _again(before: Any, cls: Any) -> bool:
+    """Whether a class takes the place of one: its module was read again."""
+    return (before.__module__, before.__qualname__) == (cls.__module__, cls.__qualname__)
 
 
 def declared(message: Message | type[Message]) -> Declared:

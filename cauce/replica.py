@@ -55,7 +55,7 @@ class Replica(Generic[C]):
         if len(lower) < len(self._fields) or lower & {_VERSION, _GONE}:
             raise Refused(f"{self.what}: two of {', '.join(self._fields)} are one name to SQL: rename a field")
         self._known = Schema([record])
-        self._type = kind.name
+        self._types = kind.names
         names = [f'"{name}"' for name in self._fields]
         key = f'"{self._key}"'
         columns = [
@@ -76,7 +76,7 @@ class Replica(Generic[C]):
         self._writers = [(n, each.write) for n, each in enumerate(self._fields.values()) if each.write is not None]
         self._nothing = tuple(None for _ in self._fields)
         self._at = list(self._fields).index(self._key)
-        told = [self.name, self.domain, self._type, *(f"{name} {each.hint}" for name, each in self._fields.items())]
+        told = [self.name, self.domain, kind.name, *(f"{name} {each.hint}" for name, each in self._fields.items())]
         self.fingerprint = blake2b("\0".join(told).encode(), digest_size=16).hexdigest()
 
     # ------------------------------------------------------------------------------------------------------ writing
@@ -99,7 +99,7 @@ class Replica(Generic[C]):
 
     def _row(self, entry: Entry) -> Row:
         entry.checked()
-        if not entry.body or entry.type != self._type:
+        if not entry.body or entry.type not in self._types:
             nothing: list[Any] = list(self._nothing)
             nothing[self._at] = entry.key
             return (*nothing, entry.version, 1)

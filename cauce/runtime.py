@@ -546,7 +546,7 @@ class _Running:
             meta = entry.meta if bound.notice else entry.checked().meta
             message: Any
             if bound.notice:
-                message = Notice(entry.type, entry.key, entry.version)
+                message = Notice(schema.today(entry.domain, entry.type), entry.key, entry.version)
             elif _is_record(bound):
                 message = carried(bound.messages[0], schema, entry)
                 if isinstance(entry, Superseded) or (message is None and not bound.gone):
@@ -767,7 +767,9 @@ class _Running:
         event = self._schemas[commander.domain].decode(commander.domain, ask.type, ask.schema, bytes(ask.body))
         assert isinstance(event, Event)
         cause = Cause(ask.causation, ask.correlation, ask.by, ask.trace, ask.tracestate)
-        await commander.publish([event], [ask.id], cause)
+        kind = declared(event)
+        older = (ask.type, ask.schema) != (kind.name, kind.version)
+        await commander.publish([event], [ask.id], cause, [ask] if older else ())
 
     async def _interval(self, bound: Bound, share: Share) -> None:
         """Run a function every so often, for ever; when it is due is kept in the store."""
@@ -851,8 +853,9 @@ class _Running:
         if by_hand and not body:
             raise Gone(f"{domain.name}/{ask.key} does not stand: it was deleted, or never was")
         return Reply(
-            version=folded.version, position=folded.position, body=msgspec.Raw(body or b'""'), changed=bool(body)
-        )
+            version=folded.version, position=folded.position, body=msgspec.Raw(body or b'""'), changed=bool(body),
+            schema=0 if folded.state is None else declared(folded.state).version,
+        )  # fmt: skip
 
     async def _answered(self, domain: Domain, ask: Ask, answers: dict[type[Message], Bound]) -> Reply:
         query = self._schemas[domain.name].decode(domain.name, ask.type, ask.schema, bytes(ask.body))
@@ -919,7 +922,7 @@ def _wants(bound: Bound) -> dict[str, frozenset[str]]:
         names = wants.setdefault(kind.domain.name, set())
         if not _is_record(bound):
             # Of records a deletion is wanted, too, which has a name of its own.
-            names.add(kind.name)
+            names |= kind.names
     return {domain: frozenset(types) for domain, types in wants.items()}
 
 

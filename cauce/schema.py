@@ -10,6 +10,7 @@ import msgspec
 from cauce.accept import ENTRY_BYTES, check_body, check_key, check_value
 from cauce.errors import Refused, Unreadable
 from cauce.messages import Declared, Message, declared
+from cauce.upcaster import check_chain, lifted, upcasts
 
 __all__ = ["Schema", "encode", "is_about", "key_of"]
 
@@ -17,11 +18,12 @@ __all__ = ["Schema", "encode", "is_about", "key_of"]
 class _Type:
     """What is worked out once for each message class."""
 
-    __slots__ = ("cls", "declared", "decode", "key", "loose")
+    __slots__ = ("cls", "declared", "decode", "key", "loose", "version")
 
     def __init__(self, cls: type[Message]) -> None:
         self.cls = cls
         self.declared: Declared = declared(cls)
+        self.version = self.declared.version
         self.key = self.declared.domain.key
         try:
             self.decode = msgspec.json.Decoder(cls).decode
@@ -100,31 +102,71 @@ def encode(message: Message) -> bytes:
 
 
 class Schema:
-    """The types one program knows: what turns stored bytes into messages, and nothing else does."""
+    """The types one program knows: what turns stored bytes into messages, and nothing else does.
+
+    Raises `Refused` for a class whose chain of upcasters has a gap.
+    """
 
     def __init__(self, classes: Iterable[type[Message]]) -> None:
         self._types: dict[tuple[str, str], _Type] = {}
         for cls in classes:
+            check_chain(cls)
             kind = _type(cls)
-            self._types[kind.declared.domain.name, kind.declared.name] = kind
+            for name in kind.declared.names:
+                self._types[kind.declared.domain.name, name] = kind
 
     def knows(self, domain: str, name: str) -> bool:
         """Whether this program has a class for the type."""
         return (domain, name) in self._types
 
+    def today(self, domain: str, name: str) -> str:
+        """What a type is called today; itself, where it was never renamed."""
+        kind = self._types.get((domain, name))
+        return name if kind is None else kind.declared.name
+
     def decode(self, domain: str, name: str, version: int, body: bytes) -> Message:
-        """The message in a body. Raises `Unreadable` for an unknown type, a newer schema or broken bytes."""
+        """The message in a body, lifted to the version of today.
+
+        Raises `Unreadable` for an unknown type, a newer schema, broken bytes, and what an upcaster cannot lift.
+        """
         kind = self._types.get((domain, name))
         if kind is None:
             raise Unreadable(
                 f"{domain} has a message of type {name!r}, which this program does not know: load the service that declares it"
             )
-        if version > kind.declared.version:
-            raise Unreadable(
-                f"{name} of {domain} came in schema version {version}, this program knows {kind.declared.version}: deploy the newer code here first"
-            )
+        if version != kind.version:
+            return _decode_other(kind, name, version, body)
         try:
             message: Message = kind.decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise Unreadable(f"{name} of {domain} (schema version {version}) does not fit its class: {error}") from None
+            raise _misfit(kind, name, version, error) from None
         return message
+
+
+def _decode_other(kind: _Type, name: str, version: int, body: bytes) -> Message:
+    """The message in a body that is not of the version of today."""
+    domain = kind.declared.domain.name
+    if version > kind.version:
+        raise Unreadable(
+            f"{name} of {domain} came in schema version {version}, this program knows {kind.version}: deploy the newer code here first"
+        )
+    try:
+        steps = upcasts(kind.cls)
+        if steps:
+            plain = msgspec.json.decode(body)
+            if not isinstance(plain, dict):
+                raise Unreadable(f"{name} of {domain} (schema version {version}) is no JSON object")
+            # Through JSON once more: the class then reads just what it would read if this had been stored.
+            body = _encode(lifted(kind.cls, name, version, plain))
+        message: Message = kind.decode(body)
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise _misfit(kind, name, version, error) from error
+    return message
+
+
+def _misfit(kind: _Type, name: str, version: int, error: Exception) -> Unreadable:
+    by = [getattr(step, "__qualname__", repr(step)) for at, step in sorted(upcasts(kind.cls).items()) if at >= version]
+    lifted_by = f", lifted by {', '.join(by)}," if by else ""
+    return Unreadable(
+        f"{name} of {kind.declared.domain.name} (schema version {version}){lifted_by} does not fit its class: {error}"
+    )

@@ -30,7 +30,7 @@ from cauce.messages import (
 )
 from cauce.sql import Store, Tables
 
-__all__ = ["Bound", "Part", "Service", "bind"]
+__all__ = ["Bound", "Part", "Service", "bind", "bound_parts"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=Copy)
@@ -209,10 +209,7 @@ _WANTED: dict[str, tuple[type, str]] = {
 
 def bind(service: Service) -> list[Bound]:
     """Find out what each function takes. Raises `Refused`, naming function and parameter, for what cannot be right."""
-    bounds = [
-        msgspec.structs.replace(_bind(service, part), is_async=inspect.iscoroutinefunction(part.function))
-        for part in service.parts
-    ]
+    bounds = bound_parts(service)
     _check_copies(service)
     for kind in ("decide", "evolve", "answer"):
         seen: dict[type[Message], Bound] = {}
@@ -236,6 +233,14 @@ def bind(service: Service) -> list[Bound]:
                     f"{service.name} has two `{kind}` functions named {name}: rename one, places are kept by name"
                 )
     return bounds
+
+
+def bound_parts(service: Service) -> list[Bound]:
+    """What each function takes by itself, whether or not it all fits together. Raises `Refused` as `bind`."""
+    return [
+        msgspec.structs.replace(_bind(service, part), is_async=inspect.iscoroutinefunction(part.function))
+        for part in service.parts
+    ]
 
 
 def _check_copies(service: Service) -> None:

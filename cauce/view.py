@@ -39,9 +39,10 @@ class View:
         for function, classes in functions:
             for cls in classes:
                 kind = declared(cls)
-                domain, type = kind.domain.name, kind.name
-                self._functions.setdefault((domain, type), []).append(function)
-                self.wants[domain] = self.wants.get(domain, frozenset()) | {type}
+                domain = kind.domain.name
+                for type in kind.names:
+                    self._functions.setdefault((domain, type), []).append(function)
+                self.wants[domain] = self.wants.get(domain, frozenset()) | kind.names
         self._async = any(inspect.iscoroutinefunction(function) for function, _ in functions)
         # What it never wanted before was passed by: a view that wants more events than it did begins anew, too.
         told = [schema, *sorted(f"{domain}/{type}" for domain, type in self._functions)]

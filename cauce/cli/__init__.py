@@ -33,6 +33,7 @@ COMMANDS = {
     "doctor": ("doctor:doctor", "Say whether a backend is set up so that the promises hold."),
     "migrate": ("migrate:migrate", "Make or upgrade the tables of a bus in PostgreSQL."),
     "backup": ("backup:backup", "Copy a log while it is written, and verify the copy."),
+    "schema": ("schema:schema", "What messages look like in each version: lock it, and check what changed."),
     "rebuild": ("rebuild:rebuild", "Build a view or replica anew, beside the one in use."),
     "restore": ("restore:restore", "Put a backup in the place of a log, under a new id."),
 }
@@ -93,5 +94,5 @@ def main() -> None:
     """Cauce: a bus that remembers, owners of data, and consumers that copy or ask.
 
     Ends with 0 if all went well, 1 if it was refused, 2 for wrong usage, 3 if a command was rejected, 4 if something
-    is busy or absent for the moment, 5 if stored data is damaged, 6 if `doctor` found something.
+    is busy or absent for the moment, 5 if stored data is damaged, 6 if a check found something.
     """

@@ -16,7 +16,7 @@ from cauce.errors import CauceError, Damaged, Fenced, Rejected, Unavailable
 __all__ = ["DAMAGED", "FOUND", "INTERRUPTED", "NO_ROOM", "UNREAD", "ending", "exit_code", "no_room", "quietly"]
 
 REFUSED, REJECTED, UNAVAILABLE, DAMAGED, FOUND = 1, 3, 4, 5, 6
-"""2 is click's, for wrong usage; 6 says that `cauce doctor` found something."""
+"""2 is click's, for wrong usage; 6 says that what was to be checked is not as it should be."""
 
 INTERRUPTED = 130
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

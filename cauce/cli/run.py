@@ -28,7 +28,7 @@ from cauce.runtime import DEFAULT_BUS, running
 from cauce.service import Service
 from cauce.threads import at_work
 
-__all__ = ["find", "run"]
+__all__ = ["find", "modules", "run"]
 
 
 _OTHERS = (__file__, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
@@ -155,6 +155,13 @@ def _modules(module: ModuleType) -> Iterator[ModuleType]:
     for part in pkgutil.iter_modules(getattr(module, "__path__", ())):
         if not part.ispkg and part.name != "__main__":
             yield _imported(f"{module.__name__}.{part.name}")
+
+
+def modules(name: str) -> list[ModuleType]:
+    """The module of this name, and those of a package. Raises `Refused` for what cannot be imported."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise Refused(f"{name!r} is no name of a module: {_hint(name.partition(':')[0])}")
+    return list(_modules(_imported(name)))
 
 
 def _names(module: ModuleType) -> list[str]:
