@@ -234,8 +234,8 @@ def nobody_writes(backend: str, each_bus: str, request: pytest.FixtureRequest) -
 
 
 on_sqlite = pytest.mark.parametrize("backend", ["sqlite"])
-"""Calls of a process are decided in the order in which they were made, so that a test knows what rests on what; and what
-the commander alone decides is the same code on every backend."""
+"""Calls of a process are decided in the order in which they were made, so that a test knows what rests on what; and
+what the commander alone decides is the same code on every backend."""
 
 
 @contextlib.contextmanager

@@ -420,7 +420,7 @@ def test_lines_that_come_slowly_are_written_as_they_come_and_ctrl_c_keeps_them(t
 def test_an_import_killed_in_the_middle_and_repeated_gives_what_an_undisturbed_one_gives(
     backend: str, each_bus: str, tmp_path: Path
 ) -> None:
-    many = 20_000 if backend == "sqlite" else 1_500
+    many = 20_000 if backend == "sqlite" else 2_000
     file = tmp_path / "f.jsonl"
     file.write_bytes(lines(*(OPENED | {"case": f"case-{n % 700}", "n": n, "type": f"T{n % 7}"} for n in range(many))))
     (tmp_path / "whole").mkdir()
@@ -428,7 +428,8 @@ def test_an_import_killed_in_the_middle_and_repeated_gives_what_an_undisturbed_o
     there = [killed(each_bus, file, after) for after in (many // 10, many // 2)]
     again = imported(each_bus, file)
     assert (again["events"], again["streams"]) == (many, 700)
-    assert again["repeated"] == there[-1] - 1, "one fact is the entry in the catalogue"
+    # One fact is the entry in the catalogue; a server may still have had something in hand when its client was dead.
+    assert again["repeated"] == there[-1] - 1 if backend == "sqlite" else again["repeated"] >= there[-1] - 1 > 0
     assert again["written"] == many - again["repeated"]
     assert export(each_bus) == export(tmp_path / "whole")
 
