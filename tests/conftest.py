@@ -25,6 +25,16 @@ BACKENDS = ("sqlite", "postgresql", "nats")
 _numbers = itertools.count(1)
 
 
+WHOLE = pytest.StashKey[list[str]]()
+"""The ids of all tests, where all were collected, whichever of them are run."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("lf", False):
+        config.stash[WHOLE] = [item.nodeid for item in items]
+
+
 @pytest.fixture
 def clock() -> VirtualClock:
     """A clock that jumps ahead whenever nothing else is to be done."""

@@ -234,7 +234,8 @@ def nobody_writes(backend: str, each_bus: str, request: pytest.FixtureRequest) -
 
 
 on_sqlite = pytest.mark.parametrize("backend", ["sqlite"])
-"""Where calls of a process are decided in the order in which they were made: a test knows what rests on what."""
+"""Calls of a process are decided in the order in which they were made, so that a test knows what rests on what; and
+what the commander alone decides is the same code on every backend."""
 
 
 @contextlib.contextmanager
@@ -297,6 +298,7 @@ async def test_a_rejection_is_raised_with_its_reason_and_records_nothing(each_bu
         assert await entries(bus.facts) == []
 
 
+@on_sqlite
 async def test_a_wish_that_changes_nothing_says_so_and_names_what_stands(each_bus: str) -> None:
     async with running(service, bus=each_bus) as bus:
         before = await bus.call(Add("a", 5))
@@ -332,6 +334,7 @@ async def test_nobody_who_serves_is_no_answer_at_once_and_nothing_is_stored(each
         assert [await log.head() for log in (bus.facts, bus.commands, bus.records)] == [0, 0, 0]
 
 
+@on_sqlite
 async def test_a_wish_that_no_function_decides_is_no_answer_and_named(each_bus: str) -> None:
     async with running(service, bus=each_bus) as bus:
         with pytest.raises(NoAnswer, match="Undecided"):
@@ -361,12 +364,14 @@ async def test_what_a_decider_may_not_return_is_refused_before_anything_is_writt
         assert (await bus.call(Add("a"))).version == 1
 
 
+@on_sqlite
 async def test_a_decider_may_return_any_number_of_events_in_any_order(each_bus: str) -> None:
     async with running(service, bus=each_bus) as bus:
         assert (await bus.call(Misdecide("a", "a generator"))).version == 2
         assert (await bus.call(Misdecide("a", "nothing"))).changed is False
 
 
+@on_sqlite
 async def test_a_fact_whose_record_could_not_be_written_is_refused_and_the_service_goes_on(each_bus: str) -> None:
     async with running(service, bus=each_bus) as bus:
         await bus.call(Misdecide("a", "an endless record"))
@@ -377,6 +382,7 @@ async def test_a_fact_whose_record_could_not_be_written_is_refused_and_the_servi
         assert (await bus.call(Add("a"))).version == 2
 
 
+@on_sqlite
 async def test_what_cannot_be_wished_is_refused_before_it_is_asked(each_bus: str) -> None:
     async with running(service, bus=each_bus) as bus:
         for wish in (Added("a", 1, 1), HowMany(), Counter("a", 1)):
@@ -607,6 +613,7 @@ async def test_sending_with_the_id_of_an_accepted_call_changes_nothing(each_bus:
         assert len(await entries(bus.facts)) == 1
 
 
+@on_sqlite
 async def test_another_wish_sent_with_the_id_of_an_accepted_call_changes_nothing_and_is_kept(each_bus: str) -> None:
     async with running(service, bus=each_bus) as bus:
         receipt = await bus.call(Add("a"))
@@ -776,6 +783,7 @@ def waiting_service(seen: list[int], wait: Callable[[Context], Any]) -> Service:
     return slow
 
 
+@on_sqlite
 async def test_calls_on_one_thing_whose_decider_waits_are_decided_one_after_the_other(each_bus: str) -> None:
     seen, at_once, most = list[int](), 0, 0
 
@@ -794,6 +802,7 @@ async def test_calls_on_one_thing_whose_decider_waits_are_decided_one_after_the_
         assert most > 1, "other things are decided side by side"
 
 
+@on_sqlite
 async def test_a_decider_that_waits_has_its_turn_among_many_that_do_not(each_bus: str) -> None:
     seen, enough = list[int](), False
 
@@ -812,6 +821,7 @@ async def test_a_decider_that_waits_has_its_turn_among_many_that_do_not(each_bus
         await asyncio.gather(*others)
 
 
+@on_sqlite
 async def test_a_decider_may_wait_for_another_wish_about_the_same_thing(each_bus: str) -> None:
     seen, inner = list[int](), list[Receipt]()
 
@@ -825,6 +835,7 @@ async def test_a_decider_may_wait_for_another_wish_about_the_same_thing(each_bus
         assert seen == [0, 0, 10]
 
 
+@on_sqlite
 async def test_a_decider_that_waits_is_asked_again_when_the_thing_has_changed_meanwhile(each_bus: str) -> None:
     slow = Service("counters", owns=counters)
     slow.parts += [part for part in service.parts if part.name != "add"]
@@ -1011,6 +1022,7 @@ async def test_what_is_gone_is_told_as_gone_and_kept_as_a_tombstone(each_bus: st
 # -------------------------------------------------------------------------------------------------------- state
 
 
+@on_sqlite
 async def test_how_a_thing_stood_at_a_version_or_a_moment_is_folded_from_its_facts(each_bus: str) -> None:
     base = 1_700_000_000_000_000
     # Two at the same microsecond, then a clock that was set back, then forward again.

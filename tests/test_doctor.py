@@ -88,7 +88,7 @@ def started(start: Callable[[], Any]) -> Any:
 
 
 def test_a_bus_that_is_set_up_well_is_ok_and_its_settings_are_told(each_bus: str, backend: str) -> None:
-    url = f"{each_bus}?sync=always" if backend == "nats" else each_bus
+    url = f"{each_bus}&sync=always" if backend == "nats" else each_bus
     make(url, "idle")
     found = told(url, 0)
     assert (found["backend"], found["findings"]) == (backend, [])
@@ -106,7 +106,7 @@ def test_a_bus_that_is_set_up_well_is_ok_and_its_settings_are_told(each_bus: str
 async def test_a_start_on_a_bus_that_is_set_up_well_warns_of_nothing(
     each_bus: str, backend: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert await warnings(f"{each_bus}?sync=always" if backend == "nats" else each_bus, caplog) == []
+    assert await warnings(f"{each_bus}&sync=always" if backend == "nats" else each_bus, caplog) == []
 
 
 @pytest.mark.parametrize("backend", ["postgresql", "nats"])

@@ -445,6 +445,8 @@ asyncio.run(main())
 """
 
 
+# On NATS a service with tables has the same store as on SQLite.
+@pytest.mark.parametrize("backend", ["sqlite", "postgresql"])
 def test_a_message_that_kills_the_process_is_parked_and_no_other(each_bus: str, program: Program) -> None:
     async def fill() -> None:
         async with running(owner, bus=each_bus) as bus:

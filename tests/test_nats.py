@@ -426,3 +426,18 @@ async def test_without_a_name_of_the_bus_subjects_have_no_prefix(own_nats: Nats)
         assert sorted(own_nats.streams()) == ["commands", "facts", "leases", "records"]
         found = own_nats.request("$JS.API.STREAM.MSG.GET.facts", {"seq": 1})["message"]["subject"]
         assert found == "facts.users.8.42"
+
+
+async def test_the_record_of_one_thing_is_the_last_also_for_who_follows_all_of_them(nats_bus: str) -> None:
+    bus = await backend.open(nats_bus)
+    followed = asyncio.create_task(bus.records.read(wait=10.0))
+    async with asyncio.timeout(10):
+        while not bus.records._tail.running:  # noqa: ASYNC110 - it runs once somebody waits
+            await asyncio.sleep(0.001)
+    for version in (1, 2, 3):
+        await bus.records.put("users/a", version, fact("users/a"))
+        assert (await bus.records.read(after=version - 1, wait=10.0)).entries
+        page = await bus.records.read(Filter("users/a"))
+        assert [each.version for each in page.entries] == [version]
+    await followed
+    await bus.close()

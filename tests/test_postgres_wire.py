@@ -293,3 +293,27 @@ def test_answers_come_out_of_notifications_as_they_went_in_and_none_is_too_long(
 def test_a_notification_that_is_none_of_ours_is_no_answer(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         list(unpacked(text))
+
+
+@pytest.mark.timeout(20)
+async def test_who_looks_at_the_registry_in_the_moment_it_was_read_does_not_stop_the_loop() -> None:
+    gate = asyncio.get_running_loop().create_future()
+
+    async def fetch(sql: str, *values: Any) -> list[Any]:
+        await gate
+        return [{"epoch": "e", "token": None}]
+
+    async def look_later() -> None:
+        await gate
+        await registry.look()
+
+    registry = Registry(fetch, CLOCK, "channel")
+    first = asyncio.ensure_future(registry.look())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert registry._looking is not None
+    later = [asyncio.ensure_future(look_later()) for _ in range(3)]
+    await asyncio.sleep(0)
+    gate.set_result(None)
+    await asyncio.gather(first, *later)
+    assert registry._looking is None

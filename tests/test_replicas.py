@@ -325,24 +325,24 @@ async def test_a_service_without_copies_says_so(bus_url: str) -> None:
 # ------------------------------------------------------------------------------------------------------- the shop
 
 
-async def test_the_cards_of_the_shop_are_issued_while_users_is_down(bus_url: str) -> None:
-    async with running(users.service, cards.service, bus=bus_url) as bus:
+async def test_the_cards_of_the_shop_are_issued_while_users_is_down(each_bus: str) -> None:
+    async with running(users.service, cards.service, bus=each_bus) as bus:
         await bus.call(RegisterUser("42", "Ana", "ana@example.org"))
         await bus.settled()
         with pytest.raises(Rejected, match="unknown user"):
             await bus.call(IssueCard("c0", "43"))
-    async with running(cards.service, bus=bus_url) as bus:
+    async with running(cards.service, bus=each_bus) as bus:
         with pytest.raises(NoAnswer):
             await bus.call(ChangeEmail("42", "ana@corp.example"))
         await bus.call(IssueCard("c1", "42"))
         assert await bus.state(Card, "c1") == Card("c1", "42", "Ana")
 
 
-async def test_a_late_joiner_becomes_complete_while_the_owner_is_down(bus_url: str) -> None:
-    async with running(users.service, bus=bus_url) as bus:
+async def test_a_late_joiner_becomes_complete_while_the_owner_is_down(each_bus: str) -> None:
+    async with running(users.service, bus=each_bus) as bus:
         for n in range(50):
             await bus.call(RegisterUser(str(n), f"Name {n}", f"{n}@example.org"))
-    async with running(cards.service, bus=bus_url) as bus:
+    async with running(cards.service, bus=each_bus) as bus:
         await asyncio.gather(*(bus.call(IssueCard(f"c{n}", str(n))) for n in range(50)))
         assert await bus.state(Card, "c49") == Card("c49", "49", "Name 49")
 
@@ -504,8 +504,8 @@ def test_a_damaged_record_is_found_before_it_is_kept() -> None:
         apply(made(replica), replica, [entry])
 
 
-async def test_what_is_deleted_or_becomes_another_record_is_not_there_until_it_is_again(bus_url: str) -> None:
-    async with running(owner, keeper(), bus=bus_url) as bus:
+async def test_what_is_deleted_or_becomes_another_record_is_not_there_until_it_is_again(each_bus: str) -> None:
+    async with running(owner, keeper(), bus=each_bus) as bus:
         await bus.call(SetTo("a", 1))
         assert await bus.ask(Get("a"), after=await bus.call(SetTo("a", 2))) == 2
         assert await bus.ask(Get("a"), after=await bus.call(Drop("a"))) is None
@@ -528,8 +528,8 @@ def replace_receipt(receipt: Any, **changes: Any) -> Any:
     return msgspec.structs.replace(receipt, **changes)
 
 
-async def test_a_burst_of_writes_ends_in_the_same_copies(bus_url: str) -> None:
-    async with running(owner, keeper(), bus=bus_url) as bus:
+async def test_a_burst_of_writes_ends_in_the_same_copies(each_bus: str) -> None:
+    async with running(owner, keeper(), bus=each_bus) as bus:
         await asyncio.gather(*(bus.call(SetTo(f"t{n % 20}", n)) for n in range(2000)))
         await bus.settled()
         for n in range(20):
@@ -610,7 +610,7 @@ def test_find_and_count_compare_by_value(
     assert len(connection.execute(*replica.equal(equals, 1)).fetchall()) == min(1, len(names))
 
 
-async def test_handlers_find_and_count_their_copies(bus_url: str) -> None:
+async def test_handlers_find_and_count_their_copies(each_bus: str) -> None:
     service, seen = keeper(), list[Any]()
 
     @service.on
@@ -620,7 +620,7 @@ async def test_handlers_find_and_count_their_copies(bus_url: str) -> None:
         seen.append(await ctx.count(Small, n=7))
         seen.append(await ctx.get(Small, "t3"))
 
-    async with running(owner, service, bus=bus_url) as bus:
+    async with running(owner, service, bus=each_bus) as bus:
         for n in range(4):
             await bus.call(SetTo(f"t{n}", 7 if n % 2 else n))
         await bus.settled()
@@ -632,7 +632,7 @@ async def test_handlers_find_and_count_their_copies(bus_url: str) -> None:
 # ---------------------------------------------------------------------------------------------- reactions to records
 
 
-async def test_a_reaction_to_a_record_gets_it_whole_and_is_told_when_it_is_gone(bus_url: str) -> None:
+async def test_a_reaction_to_a_record_gets_it_whole_and_is_told_when_it_is_gone(each_bus: str) -> None:
     service, seen, plain = Service("keeper"), list[Any](), list[Any]()
 
     @service.on
@@ -643,7 +643,7 @@ async def test_a_reaction_to_a_record_gets_it_whole_and_is_told_when_it_is_gone(
     async def stands(thing: Thing, ctx: Context) -> None:
         plain.append((ctx.key, thing.n, ctx.version))
 
-    async with running(owner, service, bus=bus_url) as bus:
+    async with running(owner, service, bus=each_bus) as bus:
         for command in (SetTo("a", 1), SetTo("b", 2), Drop("a"), SetTo("a", 3), Turn("b")):
             await bus.call(command)
             await bus.settled()
@@ -651,21 +651,21 @@ async def test_a_reaction_to_a_record_gets_it_whole_and_is_told_when_it_is_gone(
     assert plain == [("a", 1, 1), ("b", 2, 1), ("a", 3, 3)]
 
 
-async def test_a_burst_is_told_coalesced_and_ends_with_what_stands(bus_url: str) -> None:
+async def test_a_burst_is_told_coalesced_and_ends_with_what_stands(each_bus: str) -> None:
     service, seen = Service("keeper"), dict[str, list[int]]()
 
     @service.on
     async def stands(thing: Thing) -> None:
         seen.setdefault(thing.name, []).append(thing.n)
 
-    async with running(owner, service, bus=bus_url) as bus:
+    async with running(owner, service, bus=each_bus) as bus:
         await asyncio.gather(*(bus.call(SetTo(f"t{n % 5}", n)) for n in range(1000)))
         await bus.settled()
     assert {name: numbers[-1] for name, numbers in seen.items()} == {f"t{n}": 995 + n for n in range(5)}
     assert all(numbers == sorted(numbers) for numbers in seen.values())
 
 
-async def test_a_reaction_that_failed_gets_what_stands_when_it_is_tried_again(bus_url: str) -> None:
+async def test_a_reaction_that_failed_gets_what_stands_when_it_is_tried_again(each_bus: str) -> None:
     service, seen, fails = Service("keeper"), list[int](), [True]
 
     @service.on
@@ -674,7 +674,7 @@ async def test_a_reaction_that_failed_gets_what_stands_when_it_is_tried_again(bu
             raise ValueError("not yet")
         seen.append(thing.n)
 
-    async with running(owner, service, bus=bus_url) as bus:
+    async with running(owner, service, bus=each_bus) as bus:
         await bus.call(SetTo("a", 1))
         with pytest.raises(TimeoutError):
             await bus.settled(0.3)
@@ -720,7 +720,7 @@ async def test_a_reaction_that_failed_while_its_record_changed_stores_the_last_c
     assert len({id for _, _, id in found}) == len(found)
 
 
-async def test_a_reaction_to_records_goes_on_where_it_was(bus_url: str) -> None:
+async def test_a_reaction_to_records_goes_on_where_it_was(each_bus: str) -> None:
     def service(seen: list[int], start: Any = "first") -> Service:
         found = Service("keeper")
 
@@ -731,10 +731,10 @@ async def test_a_reaction_to_records_goes_on_where_it_was(bus_url: str) -> None:
         return found
 
     first, second, now = list[int](), list[int](), list[int]()
-    async with running(owner, service(first), bus=bus_url) as bus:
+    async with running(owner, service(first), bus=each_bus) as bus:
         await bus.call(SetTo("a", 1))
         await bus.settled()
-    async with running(owner, service(second), bus=bus_url) as bus:
+    async with running(owner, service(second), bus=each_bus) as bus:
         await bus.call(SetTo("b", 2))
         await bus.settled()
     assert (first, second) == ([1], [2])
@@ -744,7 +744,7 @@ async def test_a_reaction_to_records_goes_on_where_it_was(bus_url: str) -> None:
     async def stands(thing: Thing) -> None:
         now.append(thing.n)
 
-    async with running(owner, late, bus=bus_url) as bus:
+    async with running(owner, late, bus=each_bus) as bus:
         await bus.call(SetTo("c", 3))
         await bus.settled()
     assert now == [3]

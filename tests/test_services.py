@@ -214,7 +214,11 @@ async def test_a_function_that_cannot_be_right_is_refused_by_its_name_and_parame
     assert not Path(bus_url.removeprefix("sqlite:///")).exists()
 
 
-@pytest.mark.parametrize("thing", [functools.partial(one_parameter), lambda: None, User, 7, Service("x")], ids=str)
+@pytest.mark.parametrize(
+    "thing",
+    [functools.partial(one_parameter), lambda: None, User, 7, Service("x")],
+    ids=["partial", "lambda", "class", "number", "service"],
+)
 def test_what_is_no_function_is_refused_where_it_is_decorated_or_bound(thing: Any) -> None:
     with pytest.raises(Refused, match="tasks"):
         service = Service("tasks", owns=tasks)

@@ -70,9 +70,9 @@ async def rows_of(derived: Derived) -> list[tuple[Any, ...]]:
 # -------------------------------------------------------------------------------------------------- the same everywhere
 
 
-async def test_a_view_holds_each_event_once_however_often_its_service_stops(kept_bus: str) -> None:
+async def test_a_view_holds_each_event_once_however_often_its_service_stops(each_bus: str) -> None:
     for turn in range(3):
-        async with running(owner, sums(), bus=kept_bus) as bus:
+        async with running(owner, sums(), bus=each_bus) as bus:
             await asyncio.gather(*(bus.call(Grow(f"t{n % 7}", n)) for n in range(100)))
             receipt = await bus.call(Grow("last", 1))
             rows = await bus.ask(Rows(), after=receipt)
@@ -81,8 +81,8 @@ async def test_a_view_holds_each_event_once_however_often_its_service_stops(kept
             assert found["last"] == turn + 1
 
 
-async def test_the_shop_runs_the_same(kept_bus: str) -> None:
-    async with running(users.service, cards.service, crm.service, bus=kept_bus) as bus:
+async def test_the_shop_runs_the_same(each_bus: str) -> None:
+    async with running(users.service, cards.service, crm.service, bus=each_bus) as bus:
         await bus.call(RegisterUser("42", "Ana", "ana@example.org"))
         receipt = await bus.call(ChangeEmail("42", "ana@corp.example"))
         assert await bus.ask(WhoHas("corp.example"), after=receipt) == ["42"]
@@ -90,7 +90,7 @@ async def test_the_shop_runs_the_same(kept_bus: str) -> None:
         await bus.call(IssueCard("c1", "42"))
         assert await bus.state(Card, "c1") == Card("c1", "42", "Ana")
     # The owner is not there, and its users are known all the same.
-    async with running(cards.service, bus=kept_bus) as bus:
+    async with running(cards.service, bus=each_bus) as bus:
         await bus.call(IssueCard("c2", "42"))
 
 

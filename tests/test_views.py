@@ -230,35 +230,35 @@ async def test_reading_a_view_that_is_not_there_names_those_that_are(bus_url: st
 # --------------------------------------------------------------------------------------------------------- building
 
 
-async def test_the_crm_of_the_shop_sees_what_the_web_has_changed(bus_url: str) -> None:
-    async with running(users.service, crm.service, bus=bus_url) as bus:
+async def test_the_crm_of_the_shop_sees_what_the_web_has_changed(each_bus: str) -> None:
+    async with running(users.service, crm.service, bus=each_bus) as bus:
         await bus.call(RegisterUser("7", "Eve", "eve@example.org"))
         receipt = await bus.call(RegisterUser("42", "Ana", "ana@example.org"))
         assert await bus.ask(WhoHas("example.org"), after=receipt) == ["42", "7"]
         receipt = await bus.call(ChangeEmail("42", "ana@corp.example"), by="crm:joe")
         assert await bus.ask(WhoHas("corp.example"), after=receipt) == ["42"]
         assert await bus.ask(WhoHas("example.org")) == ["7"]
-    async with running(crm.service, bus=bus_url) as bus:
+    async with running(crm.service, bus=each_bus) as bus:
         assert await bus.ask(WhoHas("corp.example")) == ["42"]
 
 
-async def test_one_sees_ones_own_write_two_hundred_times_in_a_row(bus_url: str) -> None:
-    async with running(users.service, crm.service, bus=bus_url) as bus:
+async def test_one_sees_ones_own_write_many_times_in_a_row(backend: str, each_bus: str) -> None:
+    async with running(users.service, crm.service, bus=each_bus) as bus:
         await bus.call(RegisterUser("42", "Ana", "ana@start.example"))
-        for n in range(200):
+        for n in range(200 if backend == "sqlite" else 40):
             receipt = await bus.call(ChangeEmail("42", f"ana@corp{n}.example"))
             assert await bus.ask(WhoHas(f"corp{n}.example"), after=receipt) == ["42"], n
 
 
-async def test_a_receipt_of_what_the_view_does_not_want_is_passed_soon(bus_url: str) -> None:
-    async with running(owner, sums(), bus=bus_url) as bus:
+async def test_a_receipt_of_what_the_view_does_not_want_is_passed_soon(each_bus: str) -> None:
+    async with running(owner, sums(), bus=each_bus) as bus:
         for n in range(20):
             await bus.call(Grow("a", 1))
             receipt = await bus.call(Shrink("a"))
             assert await bus.ask(Rows(), after=receipt, timeout=4) == [("a", n + 1)]
 
 
-async def test_several_functions_build_one_view_from_several_events_in_the_order_of_the_log(bus_url: str) -> None:
+async def test_several_functions_build_one_view_from_several_events_in_the_order_of_the_log(each_bus: str) -> None:
     service = sums()
 
     @service.view("sums")
@@ -266,9 +266,9 @@ async def test_several_functions_build_one_view_from_several_events_in_the_order
         db.execute("update sums set n = n * 2 where name = ?", (event.name,))
         db.execute("update sums set n = n - 1 where name = ?", (event.name,))
 
-    async with running(owner, service, bus=bus_url) as bus:
+    async with running(owner, service, bus=each_bus) as bus:
         n, receipt = 0, None
-        for step in range(40):
+        for step in range(20):
             await bus.call(Grow("a", step))
             receipt = await bus.call(Shrink("a"))
             n = (n + step) * 2 - 1
@@ -377,14 +377,14 @@ async def test_a_plain_view_function_that_fetches_is_told_to_be_async(bus_url: s
             await bus.ask(Rows(), after=receipt)
 
 
-async def test_settled_waits_for_views(bus_url: str) -> None:
+async def test_settled_waits_for_views(each_bus: str) -> None:
     gate = threading.Event()
 
     def slow(event: Grown, db: Store) -> None:
         gate.wait(20)
         add(event, db)
 
-    async with running(owner, sums(slow), bus=bus_url) as bus:
+    async with running(owner, sums(slow), bus=each_bus) as bus:
         await bus.call(Grow("a", 3))
         with pytest.raises(TimeoutError):
             await bus.settled(0.2)
@@ -393,7 +393,7 @@ async def test_settled_waits_for_views(bus_url: str) -> None:
         assert await bus.ask(Rows()) == [("a", 3)]
 
 
-async def test_a_batch_that_is_written_while_the_service_stops_is_written_once(bus_url: str) -> None:
+async def test_a_batch_that_is_written_while_the_service_stops_is_written_once(each_bus: str) -> None:
     gate, entered = threading.Event(), threading.Event()
 
     def slow(event: Grown, db: Store) -> None:
@@ -401,12 +401,12 @@ async def test_a_batch_that_is_written_while_the_service_stops_is_written_once(b
         gate.wait(20)
         add(event, db)
 
-    async with running(owner, sums(slow), bus=bus_url) as bus:
+    async with running(owner, sums(slow), bus=each_bus) as bus:
         await bus.call(Grow("a", 3))
         assert await asyncio.to_thread(entered.wait, 20)
         await bus.call(Grow("a", 4))
         asyncio.get_running_loop().call_later(0.3, gate.set)
-    async with running(owner, sums(), bus=bus_url) as bus:
+    async with running(owner, sums(), bus=each_bus) as bus:
         await bus.settled()
         assert await bus.ask(Rows()) == [("a", 7)]
 
@@ -470,7 +470,7 @@ async def test_a_view_that_hangs_does_not_keep_its_service_from_stopping(
         assert await bus.ask(Rows()) == [("a", 3)]
 
 
-async def test_a_handler_waits_until_a_view_has_passed_a_receipt(bus_url: str) -> None:
+async def test_a_handler_waits_until_a_view_has_passed_a_receipt(each_bus: str) -> None:
     service, seen = sums(), list[Any]()
 
     @service.on
@@ -481,7 +481,7 @@ async def test_a_handler_waits_until_a_view_has_passed_a_receipt(bus_url: str) -
         seen.append(await ctx.view("sums").fetch("select n from sums where name = ?", ["b"]))
         seen.append(await ctx.ask(Rows(), after=receipt))
 
-    async with running(owner, service, bus=bus_url) as bus:
+    async with running(owner, service, bus=each_bus) as bus:
         await bus.call(Shrink("a"))
         await bus.settled()
     assert seen == [[(7,)], [("b", 7)]]

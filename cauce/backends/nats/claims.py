@@ -97,8 +97,9 @@ class Claims:
 
     def _note(self, subject: str, fence: int) -> None:
         self._heads.fences[subject] = fence
+        self._heads.wrote_up_to(fence, 1)
         if not subject.startswith(self._link.subject(self._stream.log, "$claim")):
-            self._heads.slots[f"{subject.removesuffix('$claim')}>"] = fence
+            self._heads.enter(f"{subject.removesuffix('$claim')}>", fence)
 
     async def _publish(self, stream: Stream, subject: str, body: object, expected: int | None) -> int:
         """The position of what was written, 0 where something else is the last by now, or may be."""

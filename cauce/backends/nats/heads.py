@@ -43,6 +43,7 @@ class Heads:
         self.alone = stream.head == 0
         """Whether all that was written is known here: nothing was there before, and nobody else was noticed."""
 
+        self._ours = 0
         self._heads: dict[str, Head] = {}
         self.slots: dict[str, int] = {}
         self.fences: dict[str, int] = {}
@@ -87,6 +88,20 @@ class Heads:
             self._heads.clear()
             self.alone = False
         self._heads[subject] = head
+
+    def wrote_up_to(self, last: int, count: int) -> None:
+        """This handle wrote so many messages, the last at this position; before them may stand what another wrote."""
+        self.alone = self.alone and last - count == self._ours
+        self._ours = last
+
+    def enter(self, pattern: str, last: int) -> None:
+        """A slot ends here. Where streams in it end has to be looked up after that: a write is refused for what comes
+        after the end of its slot, not for what came before."""
+        self.alone = self.alone and last <= self._ours
+        begin = pattern[:-1]
+        for subject in [each for each in self._heads if each.startswith(begin)]:
+            del self._heads[subject]
+        self.slots[pattern] = last
 
     def forget(self, subjects: Collection[str]) -> None:
         """Another has written: what was known of these streams, and of all slots and claims, is looked up again."""

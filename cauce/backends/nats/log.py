@@ -130,6 +130,11 @@ class NatsLog:
         await self._tail.wait(after, until)
 
     async def _look(self, filter: Filter, after: int, limit: int, bodies: bool) -> Page:
+        if filter.stream is not None and self._stream.last:
+            # The tail has what came, and so what stands no more.
+            state = await self._stream.state()
+            await self._check_gap(state, after)
+            return await self._record(filter, after, bodies, state.last_seq)
         if self._tail.running and self._tail.begin <= after < self._tail.covered:
             page = self._in_tail(filter, after, limit, bodies)
             if page.entries:
@@ -142,8 +147,6 @@ class NatsLog:
             return Page([], after)
         if self._tail.running and self._tail.begin <= after and self._tail.covered >= state.last_seq:
             return self._in_tail(filter, after, limit, bodies)
-        if filter.stream is not None and self._stream.last:
-            return await self._record(filter, after, bodies, state.last_seq)
         return await self._scan(filter, after, limit, bodies, state.last_seq)
 
     def _in_tail(self, filter: Filter, after: int, limit: int, bodies: bool) -> Page:

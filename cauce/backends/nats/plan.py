@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cauce.backends.nats.direct import fetch
-from cauce.backends.nats.events import decode, encode
+from cauce.backends.nats.events import decode, encode, id_of, version_of
 from cauce.backends.nats.heads import NOTHING, Head, Heads
 from cauce.backends.nats.job import Job
 from cauce.backends.nats.stream import Stream
 from cauce.codec import Entry, digest
-from cauce.errors import CauceError, Conflict, Damaged, Fenced, IdReused, OutcomeUnknown
+from cauce.errors import CauceError, Conflict, Damaged, Fenced, IdReused
 from cauce.log import Appended, Claim, check_claim
 
 __all__ = ["Plan", "draw"]
@@ -37,6 +37,7 @@ class Plan:
     def settle(self, last: int, heads: Heads) -> None:
         """The messages stand, the last at this position."""
         base = last - len(self.messages)
+        heads.wrote_up_to(last, len(self.messages))
         for job, version, number in self.written:
             position = base + number
             before = heads.head(job.subject) or NOTHING
@@ -78,8 +79,10 @@ class _Drawing:
         self._ids: set[tuple[str, str]] = set()
         self._fresh: set[str] = set()
         self._checked: set[str] = set()
+        self._sent: dict[tuple[str, int], dict[str, tuple[int, int]]] = {}
 
     async def draw(self, jobs: Sequence[Job]) -> Plan:
+        await self._learn_slots(jobs)
         await self._learn(jobs)
         for job in jobs:
             if self._waits(job):
@@ -100,6 +103,20 @@ class _Drawing:
     def _head(self, job: Job) -> Head:
         return self._heads.head(job.subject) or NOTHING
 
+    async def _learn_slots(self, jobs: Sequence[Job]) -> None:
+        """Where the slots under a fence end. First where one ends, then who holds it and where its streams end: a
+        change between the two makes the first one wrong, and the server refuses what relies on it."""
+        for subject, given in {job.subject: job.fence for job in jobs if job.fence is not None}.items():
+            try:
+                check_claim(given)
+            except Fenced:
+                continue  # as its verdict will say
+            claim = self._heads.claim(given.name)
+            pattern = self._slot(subject, claim)
+            if pattern is not None and pattern not in self._heads.slots:
+                self._heads.enter(pattern, await self._heads.last(pattern))
+                self._heads.fences[claim] = await self._heads.last(claim)
+
     async def _learn(self, jobs: Sequence[Job]) -> None:
         """Where all the streams end."""
         unknown = dict.fromkeys(
@@ -112,7 +129,10 @@ class _Drawing:
 
     def _new(self, job: Job) -> bool:
         """Whether its stream is taken not to be there yet without a look."""
-        return job.tried is None and (self._heads.alone or (job.expect == 0 and not job.repeat))
+        if job.tried is not None or self._heads.alone:
+            return job.tried is None
+        # Under a fence the server looks at the slot, and not at the stream.
+        return job.expect == 0 and not job.repeat and job.fence is None
 
     async def _take(self, job: Job) -> None:
         if await self._went_through(job):
@@ -167,12 +187,13 @@ class _Drawing:
         head = self._head(job)
         if job.tried is None or head.position <= job.tried:
             return False
-        position = await self._sent(job, head)
-        if position:
-            number = len(job.entries) - 1
-            version = job.version or await self._version_at(job, position + number)
-            self._plan.verdicts.append((job, Appended(version, position + number)))
-        return bool(position)
+        found = (await self._since(job.subject, job.tried, head.position)).get(job.entries[0].id)
+        if found is None:
+            return False
+        # The entries of one append lie side by side.
+        position, version, more = *found, len(job.entries) - 1
+        self._plan.verdicts.append((job, Appended(job.version or version + more, position + more)))
+        return True
 
     async def _repeats(self, job: Job) -> bool:
         """Whether it stands because somebody appended the same before."""
@@ -200,25 +221,23 @@ class _Drawing:
         self._plan.verdicts.append((job, Appended(entries[-1].version, entries[-1].position, True)))
         return True
 
-    async def _sent(self, job: Job, head: Head) -> int:
-        """Where the job stands that was sent before, if it does."""
-        assert job.tried is not None
-        after = job.tried
-        while after < head.position:
-            stored = await self._stream.next_of(job.subject, after + 1)
-            if stored is None:
-                return 0
-            entry = decode(self._name(stored.subject), stored.seq, stored.hdrs, stored.data)
-            if entry.id == job.entries[0].id:
-                return entry.position
-            after = stored.seq
-        return 0
-
-    async def _version_at(self, job: Job, position: int) -> int:
-        stored = await self._stream.next_of(job.subject, position)
-        if stored is None:
-            raise OutcomeUnknown(job.entries[0].id, f"append to {job.stream}")
-        return decode(self._name(stored.subject), stored.seq, stored.hdrs, stored.data).version
+    async def _since(self, subject: str, after: int, upto: int) -> dict[str, tuple[int, int]]:
+        """Position and version of each id behind a position, up to another: read once for all that were sent."""
+        found = self._sent.get((subject, after))
+        if found is None:
+            found = self._sent[subject, after] = {}
+            while after < upto:
+                some = [(each.head, each.position) for each in await fetch(self._stream, subject, after, 1000)]
+                if not some:
+                    # A follower that answers for the leader may be a moment behind.
+                    stored = await self._stream.next_of(subject, after + 1)
+                    if stored is None:
+                        break
+                    some = [(stored.hdrs, stored.seq)]
+                for head, position in some:
+                    found.setdefault(id_of(head), (position, version_of(head)))
+                after = some[-1][1]
+        return found
 
     async def _entries(self, job: Job, position: int) -> list[Entry]:
         found = await fetch(self._stream, job.subject, position - 1, len(job.entries))
@@ -233,13 +252,7 @@ class _Drawing:
         check_claim(given)
         name, fence = given.name, given.fence
         claim = self._heads.claim(name)
-        pattern = self._slot(subject, claim)
-        if pattern is not None and pattern not in self._heads.slots:
-            # First where the slot ends, then who holds it: a change between the two makes the first one wrong.
-            last = await self._heads.last(pattern)
-            self._heads.fences[claim] = await self._heads.last(claim)
-            self._heads.slots[pattern] = last
-        elif self._heads.fences.get(claim) != fence:
+        if self._heads.fences.get(claim) != fence:
             self._heads.fences[claim] = await self._heads.last(claim)
         stands = self._heads.fences[claim]
         if stands != fence:

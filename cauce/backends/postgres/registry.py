@@ -129,14 +129,21 @@ class Registry:
         while self._doubted or self._looking is not None:
             if self._looking is None:
                 self._doubted = False
-                self._looking = asyncio.get_running_loop().create_task(self.read(self._fetch))
-                self._looking.add_done_callback(self._looked_at)
+                self._looking = asyncio.get_running_loop().create_task(self._read())
+                # Who asked may have stopped waiting.
+                self._looking.add_done_callback(lambda task: task.cancelled() or task.exception())
             await asyncio.shield(self._looking)
 
-    def _looked_at(self, task: asyncio.Task[None]) -> None:
-        self._looking = None
-        if task.cancelled() or task.exception() is not None:
+    async def _read(self) -> None:
+        try:
+            await self.read(self._fetch)
+        except BaseException:
             self._doubted = True
+            raise
+        finally:
+            # Here and not in a callback, which comes a round of the loop later: who looks in between waits for nothing,
+            # and so would keep the loop, and the callback, from going on.
+            self._looking = None
 
     async def read(self, fetch: Fetch) -> None:
         """Read it now, with this connection."""
