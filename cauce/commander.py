@@ -449,8 +449,8 @@ class Commander:
     ) -> tuple[Folded, bytes]:
         """What will stand, and its record as it will be written behind: what could not be must be refused now."""
         state, body = before.state, b""
-        for event in events:
-            state = self._folder.step(state, event)
+        for version, event in enumerate(events, before.version + 1):
+            state = self._folder.step(state, event, version)
         if state is not None:
             body = encode(state)
             if not is_about(state, key):

@@ -20,6 +20,7 @@ from cauce.codec import Entry, Meta, derive_id, seal
 from cauce.commander import Commander, Decider
 from cauce.errors import CauceError, NoAnswer, NotOwner, Refused, Unavailable
 from cauce.fold import Folder, messages_of
+from cauce.folding import folder_of
 from cauce.lease import Leases, identity
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
 from cauce.schema import Schema, encode
@@ -492,10 +493,7 @@ class _Running:
 
     def _prepare(self, domain: Domain) -> None:
         schema = self._schemas[domain.name] = Schema(domain.messages.values())
-        evolve = self._functions("evolve")
-        folder = self._folders[domain.name] = Folder(
-            domain.name, {cls: bound.part.function for cls, bound in evolve.items()}, schema
-        )
+        folder = self._folders[domain.name] = folder_of(self._parts, domain)
         if domain.key is None:
             return
         deciders = {

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import apsw
 
 from cauce.accept import check_key, slot_of
-from cauce.backends.sqlite.chain import Chain
+from cauce.backends.sqlite.chain import OVERHANG, Chain
 from cauce.backends.sqlite.file import translate
 from cauce.backends.sqlite.table import Table
 from cauce.backends.sqlite.writer import Writer
@@ -225,19 +226,11 @@ class SQLiteLog:
         # What lay before the beginning of the log is gone, and pointers to it are none.
         behind = max(after, begin - 1)
         end, on = (0, False) if stream is None else self._chain.end(stream, behind, limit)
-        if end <= behind:
+        if stream is None or end <= behind:
             return Page([], head)
-        entries = self._entries(self._chain.walk(self._columns(bodies)), (end, behind, limit))
+        entries = self._walked(filter.stream, end, behind, limit, bodies)
         # A pointer is in no digest, so what it leads to is looked at.
-        if (
-            not entries
-            or (on and len(entries) < limit)
-            or any(
-                entry.stream != filter.stream or entry.version != version
-                for version, entry in enumerate(entries, entries[0].version)
-            )
-            or not self._begins(stream, entries[0], behind, begin)
-        ):
+        if not entries or (on and len(entries) < limit) or not self._begins(stream, entries[0], behind, begin):
             raise Damaged(f"{filter.stream} breaks off behind position {after} of {self._table.name}: run cauce verify")
         looked = entries[-1].position if len(entries) == limit else head
         one = entries[0]
@@ -245,10 +238,26 @@ class SQLiteLog:
             filter.slots and slot_of(one.key) not in filter.slots
         ):
             return Page([], looked)
-        return Page([entry for entry in entries if not filter.types or entry.type in filter.types], looked)
+        if filter.types:
+            entries = [entry for entry in entries if entry.type in filter.types]
+        return Page(entries, looked)
 
-    def _begins(self, stream: int | None, entry: Entry, behind: int, begin: int) -> bool:
+    def _walked(self, name: str, end: int, behind: int, limit: int, bodies: bool) -> list[Entry]:
+        """The first entries behind a position; none where the chain is broken."""
+        columns, most = self._columns(bodies), limit + OVERHANG
+        if limit >= OVERHANG:
+            entries = self._entries(self._chain.back(columns), (end, behind), most + 1)
+            if len(entries) <= most:
+                entries.reverse()
+                del entries[limit:]
+                return entries if _follow(entries, name) else []
+        entries = self._entries(self._chain.walk(columns), (end, behind, limit))
+        return entries if _follow(entries, name) else []
+
+    def _begins(self, stream: int, entry: Entry, behind: int, begin: int) -> bool:
         """Whether nothing of the stream can lie between a position and this entry."""
+        if entry.version == 1 and not behind:
+            return True  # the walk ended where it points at nothing
         previous, before, version = self._chain.before(entry.position)
         if entry.version == 1 or not previous:
             return entry.version == 1 and not previous
@@ -258,14 +267,21 @@ class SQLiteLog:
     def _columns(bodies: bool) -> str:
         return f"position, stream, version, type, id, meta, {'wish, body' if bodies else 'null, null'}, digest"
 
-    def _entries(self, query: str, values: tuple[int, ...]) -> list[Entry]:
+    def _entries(self, query: str, values: tuple[int, ...], most: int = _LONGEST) -> list[Entry]:
         streams, types = self._reader.streams, self._reader.types
+        rows: Any = self._reader.connection.execute(query, values)
         return [
             Entry(position, streams[stream], version, types[type], id, raw, wish, body, digest)
-            for position, stream, version, type, id, raw, wish, body, digest in self._reader.connection.execute(
-                query, values
-            )
+            for position, stream, version, type, id, raw, wish, body, digest in islice(rows, most)
         ]
+
+
+def _follow(entries: Sequence[Entry], name: str) -> bool:
+    """Whether these are entries of one stream, one after the other."""
+    first = entries[0].version if entries else 0
+    return {entry.stream for entry in entries} == {name} and [entry.version for entry in entries] == [
+        *range(first, first + len(entries))
+    ]
 
 
 def _done(future: asyncio.Future[None]) -> None:
