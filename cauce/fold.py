@@ -5,28 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
-import msgspec
-
 from cauce.codec import Entry, check, schema_of
 from cauce.errors import CauceError, Damaged, Inconsistent, Refused, Unreadable
-from cauce.log import Filter, Log
+from cauce.folded import EMPTY, Folded
+from cauce.log import Filter, Log, Page
 from cauce.messages import Event, Message, Record, declared
 from cauce.schema import Schema, key_of
+from cauce.snapshot import Snapshots
 
 __all__ = ["EMPTY", "Evolve", "Folded", "Folder", "messages_of"]
 
 Evolve = Callable[[Any, Any], Record | None]
 
 _PAGE = 2_000
-
-
-class Folded(msgspec.Struct, frozen=True, gc=False):
-    """How a thing stands: its record (None: it does not stand), version, and the position and id of its last fact."""
-
-    state: Record | None
-    version: int
-    position: int
-    id: str
 
 
 def messages_of(result: Any, where: str, wanted: str) -> list[Any]:
@@ -40,9 +31,6 @@ def messages_of(result: Any, where: str, wanted: str) -> list[Any]:
     raise Refused(f"{where} returned {result!r}: return {wanted}")
 
 
-EMPTY = Folded(None, 0, 0, "")
-
-
 class Folder:
     """The `evolve` functions of one domain.
 
@@ -51,7 +39,7 @@ class Folder:
         evolve: by event class; an event without one leaves what stands as it is.
         schema: knows the domain's events and records.
         needs: events whose `evolve` takes a record, and not None.
-        fold: names the code by which it folds: what other code made is not gone on from.
+        fingerprint: names the code by which it folds: from a record that other code made it does not go on.
     """
 
     def __init__(
@@ -60,9 +48,10 @@ class Folder:
         evolve: Mapping[type[Message], Evolve],
         schema: Schema,
         needs: Collection[type[Message]] = (),
-        fold: str = "",
+        fingerprint: str = "",
     ) -> None:
-        self.domain, self._evolve, self._schema, self.name = domain, dict(evolve), schema, fold
+        self.domain, self._evolve, self._schema, self.fingerprint = domain, dict(evolve), schema, fingerprint
+        self._snapshots = Snapshots(domain, fingerprint, schema)
         self._begin = {cls: each for cls, each in evolve.items() if cls not in needs}
         # By type: how a body in its first version is read, and its `evolve`.
         self._quick = {
@@ -99,21 +88,39 @@ class Folder:
             raise Refused(f"evolve for {event} returned {after!r}: return a record of {self.domain!r}, or None")
         self._right.add(type(after))
 
-    async def fold(self, facts: Log, key: str, *, at_version: int | None = None, at_time: int | None = None) -> Folded:
+    async def fold(
+        self,
+        facts: Log,
+        key: str,
+        *,
+        records: Log | None = None,
+        at_version: int | None = None,
+        at_time: int | None = None,
+    ) -> Folded:
         """How a thing stands by its facts, or stood at a version, or at a moment in microseconds since 1970.
 
         At a moment: after the longest beginning of the stream before the first fact later than it.
+
+        Parameters:
+            records: the written records, to go on from the thing's, if it is sound. At a moment it is of no use: an
+                earlier fact may be later by its time.
         """
-        folded, stream = EMPTY, Filter(f"{self.domain}/{key}")
-        looked, head = 0, await facts.head()
-        while looked < head:
-            page = await facts.read(stream, after=looked, limit=_PAGE)
+        stream, folded, page = Filter(f"{self.domain}/{key}"), EMPTY, Page([], 0)
+        before = None
+        if records is not None and at_time is None:
+            before = await self._snapshots.read(records, stream)
+        head = await facts.head()
+        if before is not None and (at_version is None or before.version <= at_version):
+            # The fact that made the record is read again: only that proves that it is one of this stream.
+            behind = await facts.read(stream, after=max(before.position - 1, 0), limit=_PAGE)
+            if self._snapshots.follows(before, behind.entries, f"{self.domain}/{key}"):
+                folded, page = before, Page(behind.entries[1:], behind.looked)
+        while True:
             wanted = _until(page.entries, at_version, at_time)
             folded = self._over(folded, wanted)
-            if len(wanted) < len(page.entries):
-                break
-            looked = page.looked
-        return folded
+            if page.looked >= head or len(wanted) < len(page.entries):
+                return folded
+            page = await facts.read(stream, after=page.looked, limit=_PAGE)
 
     def _over(self, folded: Folded, entries: Sequence[Entry]) -> Folded:
         """The hot loop: every fact that a thing is made of passes here."""

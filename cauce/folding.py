@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cauce.fingerprint import fingerprint
 from cauce.fold import Folder
-from cauce.messages import Domain, declared
+from cauce.messages import Domain, Record, declared
 from cauce.schema import Schema
 from cauce.service import Bound
 
@@ -23,4 +24,6 @@ def folder_of(parts: Sequence[Bound], domain: Domain) -> Folder:
     }
     functions = {cls: bound.part.function for cls, bound in evolve.items()}
     needs = {cls for cls, bound in evolve.items() if not bound.gone}
-    return Folder(domain.name, functions, Schema(domain.messages.values()), needs)
+    records = [cls for cls in domain.messages.values() if issubclass(cls, Record)]
+    schema = Schema(domain.messages.values())
+    return Folder(domain.name, functions, schema, needs, fingerprint(records, functions))

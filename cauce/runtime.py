@@ -825,7 +825,7 @@ class _Running:
         if ask.kind == "ask":
             return await self._answered(domain, ask, answers)
         folded = await self._folders[domain.name].fold(
-            self._bus.facts, ask.key, at_version=ask.at_version, at_time=ask.at_time
+            self._bus.facts, ask.key, records=self._bus.records, at_version=ask.at_version, at_time=ask.at_time
         )
         body = b"" if folded.state is None else encode(folded.state)
         return Reply(

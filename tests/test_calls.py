@@ -41,7 +41,7 @@ from cauce.backends.sqlite.table import Table
 from cauce.backends.sqlite.turnstile import Turnstile
 from cauce.bus import Bus, Cause
 from cauce.codec import Entry, Meta, seal
-from cauce.fold import Folded
+from cauce.folded import Folded
 from cauce.log import Filter, Log
 from cauce.records import Records
 from cauce.testing import VirtualClock

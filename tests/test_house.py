@@ -30,7 +30,7 @@ FLOORS = (
     ),  # what travels, and its names; no I/O
     ("log", "wire", "sql", "threads", "shelf", "store", "conformance"),  # the seams and their contract
     ("backends.*",),  # what implements them
-    ("fold", "lease", "bus", "shares", "consumer"),  # delivery
+    ("folded", "fingerprint", "snapshot", "fold", "lease", "bus", "shares", "consumer"),  # delivery
     (
         "records",
         "commander",
