@@ -57,7 +57,7 @@ class Snapshots:
             raise Unreadable(f"{entry.type} of {self._domain} is no record")
         return Folded(state, entry.version, meta.upto, entry.id)
 
-    def follows(self, snapshot: Folded, entries: list[Entry], stream: str) -> bool:
+    def follows(self, snapshot: Folded, entries: list[Entry], stream: Filter) -> bool:
         """Whether the stream, read from the fact that made the record, begins with that fact."""
         first = entries[0] if entries else None
         same = first is not None and (
@@ -65,7 +65,7 @@ class Snapshots:
         )
         if not same:
             self.ignored(
-                stream,
+                f"{stream.stream}",
                 f"it was made by version {snapshot.version} at position {snapshot.position}, which is not there",
             )
         return same

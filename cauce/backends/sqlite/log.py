@@ -198,12 +198,13 @@ class SQLiteLog:
             return Page([], after)
         if filter.stream is not None and not self._table.last:
             return self._stream(filter, after, limit, bodies, head)
-        until, where = head, ""
+        until, where, named = head, "", list[int]()
         if filter.stream is not None:
             stream = self._reader.stream(filter.stream)
             if stream is None:
                 return Page([], head)
-            where += f" and stream = {stream}"
+            # No number in the text: it would be parsed anew for each stream.
+            where, named = " and stream = ?", [stream]
         elif filter is not EVERYTHING and filter != EVERYTHING:
             until = min(head, after + _WINDOW)
         if filter.domains or filter.types:
@@ -214,7 +215,7 @@ class SQLiteLog:
         entries = self._entries(
             f"select {self._columns(bodies)} from {self._table.name} "
             f"where position > ? and position <= ?{where} order by position limit ?",
-            (after, until, limit),
+            (after, until, *named, limit),
         )
         return Page(entries, entries[-1].position if len(entries) == limit else until)
 
@@ -228,7 +229,7 @@ class SQLiteLog:
         end, on = (0, False) if stream is None else self._chain.end(stream, behind, limit)
         if stream is None or end <= behind:
             return Page([], head)
-        entries = self._walked(filter.stream, end, behind, limit, bodies)
+        entries = self._walked(filter.stream, end, behind, on, limit, bodies)
         # A pointer is in no digest, so what it leads to is looked at.
         if not entries or (on and len(entries) < limit) or not self._begins(stream, entries[0], behind, begin):
             raise Damaged(f"{filter.stream} breaks off behind position {after} of {self._table.name}: run cauce verify")
@@ -242,10 +243,11 @@ class SQLiteLog:
             entries = [entry for entry in entries if entry.type in filter.types]
         return Page(entries, looked)
 
-    def _walked(self, name: str, end: int, behind: int, limit: int, bodies: bool) -> list[Entry]:
+    def _walked(self, name: str, end: int, behind: int, on: bool, limit: int, bodies: bool) -> list[Entry]:
         """The first entries behind a position; none where the chain is broken."""
-        columns, most = self._columns(bodies), limit + OVERHANG
-        if limit >= OVERHANG:
+        columns, most = self._columns(bodies), limit + min(limit, OVERHANG)
+        if limit >= OVERHANG or not on:
+            # Mostly there are no more than that, and then it is quicker.
             entries = self._entries(self._chain.back(columns), (end, behind), most + 1)
             if len(entries) <= most:
                 entries.reverse()
