@@ -153,7 +153,7 @@ def check(entries: Sequence[Entry]) -> None:
             wish = entry.wish
             head = f"{entry.stream}\0{entry.version}\0{entry.type}\0{entry.id}\0".encode()
             middle = b"\0\0" if wish is None else b"\0" + wish + b"\0"
-            if crc32(head + entry.raw + middle + (entry.body or b"")) != entry.digest:
+            if crc32(b"".join((head, entry.raw, middle, entry.body or b""))) != entry.digest:
                 entry.checked()
     except (TypeError, UnicodeError):
         # Damage can change what kind of value a column holds, too.

@@ -8,9 +8,10 @@ things; their events lie in turn, as they would have come. A turn loads one thin
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from time import perf_counter
 from uuid import UUID
@@ -21,14 +22,17 @@ from eventsourcing.application import Application
 from benchmarks._load import NAME, EmailChanged, Load, UserRegistered, email, service, users
 from benchmarks._run import Sample
 from benchmarks.contenders import ours, peer
-from benchmarks.contenders.callers import WARM
+from benchmarks.contenders.callers import WARM, drive
 from cauce.backends import sqlite
 from cauce.clock import SystemClock
 from cauce.codec import Entry, Meta, Wish, derive_id, sealed
 from cauce.folding import folder_of
 from cauce.service import bind
 
-__all__ = ["fold", "get", "of_calls", "of_facts", "of_peer"]
+__all__ = ["fold", "get", "load", "of_calls", "of_facts", "of_peer", "of_records"]
+
+_BEHIND = 4
+"""Events of a thing that came after its record."""
 
 _THINGS = 20
 
@@ -64,6 +68,27 @@ async def _fold(path: Path, things: int, length: int, seconds: float) -> Sample:
         await bus.close()
 
 
+def load(path: Path, length: int, things: int, seconds: float) -> Sample:
+    """Load one thing after the other by its record and what came after it, in a domain of 10 long and 10 short ones."""
+    return asyncio.run(_loads(path, length, things, seconds))
+
+
+async def _loads(path: Path, length: int, things: int, seconds: float) -> Sample:
+    folder, bus = folder_of(bind(service), users), await sqlite.open(path)
+
+    async def work() -> None:
+        key = next(keys)
+        folded = await folder.fold(bus.facts, key, records=bus.records)
+        assert folded.version == length + _BEHIND
+
+    try:
+        keys = cycle([f"{length}.{number}" for number in range(things)])
+        await drive(work, 1, seconds * WARM)
+        return await drive(work, 1, seconds)
+    finally:
+        await bus.close()
+
+
 def get(path: Path, load: Load, length: int, seconds: float) -> Sample:
     """Get one aggregate of `eventsourcing` after the other; counted in events."""
     things = _load(load, length).things
@@ -92,6 +117,25 @@ def of_facts(path: Path, load: Load, length: int) -> None:
 def of_calls(path: Path, load: Load, length: int) -> None:
     """Facts as `call` writes them: each has the command that was wished with it, and because of what it was."""
     ours.fill(path, _facts(_load(load, length), wished=True))
+
+
+def of_records(path: Path, lengths: Sequence[int], things: int) -> None:
+    """So many things of each length, their records, and a few facts of each behind them."""
+    ours.fill(path, _mixed([(f"{length}.{number}", length) for length in lengths for number in range(things)], 0))
+    ours.catch_up(path)
+    ours.fill(path, _mixed([(f"{length}.{number}", _BEHIND) for length in lengths for number in range(things)], 1))
+
+
+def _mixed(wanted: Sequence[tuple[str, int]], begin: int) -> Iterator[Entry]:
+    """The facts of things of unlike length, spread evenly over the whole."""
+    clock, rounds = SystemClock(), max(length for _, length in wanted)
+    for round in range(rounds):
+        for key, length in wanted:
+            if (round + 1) * length // rounds == round * length // rounds:
+                continue
+            cls = EmailChanged if begin + round * length // rounds else UserRegistered
+            body = msgspec.json.encode(cls(key, NAME, email(round)))
+            yield sealed(f"users/{key}", cls.__name__, clock.id(), Meta(clock.now()), body)
 
 
 def _facts(load: Load, *, wished: bool) -> Iterator[Entry]:

@@ -140,16 +140,20 @@ class Chain:
 
         And whether it is a place on the way, so that there must be as many.
         """
-        chapters = (limit >> CHAPTER_BITS) + 3
         ends: list[Any] = self._connection.execute(
-            f"select position from {self._log}_chapters where stream = ? and position > ? order by chapter limit ?",
-            (stream, after, chapters),
+            f"select position from {self._log}_chapters where stream = ? and position >= ? order by chapter limit ?",
+            (stream, after, (limit >> CHAPTER_BITS) + 4),
         ).fetchall()
-        if len(ends) == chapters:
-            found: int = ends[-2][0]
+        # Behind the end of a chapter lie whole ones; at the beginning one of 255, as versions count from 1. Else the
+        # first may have a single entry left.
+        whole = not after or (bool(ends) and ends[0][0] == after)
+        ends = ends[1:] if ends and ends[0][0] == after else ends
+        chapters = ((limit if whole else limit + (1 << CHAPTER_BITS) - 1) >> CHAPTER_BITS) + 1
+        # The last one may have grown since it was written.
+        if len(ends) > chapters:
+            found: int = ends[chapters - 1][0]
             return found, True
         self._catch_up()
-        # The last chapter may have grown since it was written.
         return self._tail.get(stream, ends[-1][0] if ends else 0), False
 
     def _catch_up(self) -> None:
