@@ -1,8 +1,8 @@
 """What stands, made of a stream of 100, 1,000 and 10,000 events, beside the `eventsourcing` library.
 
 `fold.snapshot_100_vs_10000` is the median time to load a thing by its record of 100 events, and 4 more, beside that of
-10,000: it must not grow with what was before. `fold.1000.ours_from_calls` folds facts that have with them the wish that caused them, as `call` writes them; it is a
-figure only.
+10,000: it must not grow with what was before. `fold.1000.ours_from_calls` folds facts that have with them the wish that
+caused them, as `call` writes them; it is a figure only.
 """
 
 from __future__ import annotations
