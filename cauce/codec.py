@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from base64 import b64decode, b64encode
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ __all__ = [
     "Entry",
     "Meta",
     "Wish",
+    "check",
     "derive_id",
     "digest",
     "from_cloudevent",
@@ -27,6 +29,7 @@ __all__ = [
     "micros",
     "moment",
     "schema_in",
+    "schema_of",
     "seal",
     "sealed",
     "time_in",
@@ -46,7 +49,8 @@ class Meta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
     `time` and `expires` are microseconds since 1970 in UTC. `correlation` is empty where it is the entry's own id.
     `trace` and `tracestate` are the W3C trace context. `verdict` marks an audit entry among the commands, `again` a
-    command whose sender may have wished it before, `upto` is the facts position a written record includes.
+    command whose sender may have wished it before, `upto` is the facts position a written record includes,
+    `fold` says by which code it was made.
     """
 
     time: int
@@ -60,6 +64,7 @@ class Meta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     verdict: str = ""
     upto: int = 0
     again: bool = False
+    fold: str = ""
 
 
 class Wish(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -143,6 +148,21 @@ def digest(entry: Entry, version: int) -> int:
     return crc32(b"".join((head, entry.raw, b"\0", entry.wish, b"\0", entry.body or b"")))
 
 
+def check(entries: Sequence[Entry]) -> None:
+    """Raises `Damaged` for the first whose digest is not right: `Entry.checked` for many, in half the time."""
+    try:
+        for entry in entries:
+            wish = entry.wish
+            head = f"{entry.stream}\0{entry.version}\0{entry.type}\0{entry.id}\0".encode()
+            middle = b"\0\0" if wish is None else b"\0" + wish + b"\0"
+            if crc32(b"".join((head, entry.raw, middle, entry.body or b""))) != entry.digest:
+                entry.checked()
+    except (TypeError, UnicodeError):
+        # Damage can change what kind of value a column holds, too.
+        for entry in entries:
+            entry.checked()
+
+
 def time_of(id: str) -> int:
     """When an id was made, in microseconds since 1970, or the one that it was derived from; 0 where no id tells."""
     first, middle = id[:8], id[9:13]
@@ -182,6 +202,11 @@ def schema_in(raw: bytes) -> int:
         return _decode_schema(raw).schema
     except (msgspec.MsgspecError, UnicodeDecodeError):
         raise Damaged("an envelope that stands in the way of a repeat cannot be read: run cauce verify") from None
+
+
+def schema_of(entry: Entry) -> int:
+    """The schema version of a body. Most envelopes do not name it, and need not be decoded for it."""
+    return entry.meta.schema if b'"schema":' in entry.raw else 1
 
 
 def sealed(stream: str, type: str, id: str, meta: Meta, body: bytes, wish: bytes | None = None) -> Entry:
@@ -247,7 +272,7 @@ def to_cloudevent(entry: Entry) -> dict[str, Any]:
     optional = {
         "causation": meta.causation, "by": meta.by, "traceparent": meta.trace, "tracestate": meta.tracestate,
         "verdict": meta.verdict, "expires": str(meta.expires or ""), "upto": str(meta.upto or ""),
-        "again": meta.again,
+        "again": meta.again, "fold": meta.fold,
         "wish": b64encode(entry.wish).decode() if entry.wish is not None else "",
     }  # fmt: skip
     event.update({name: value for name, value in optional.items() if value})
@@ -280,6 +305,7 @@ class _CloudEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     expires: _Count = 0
     upto: _Count = 0
     again: bool = False
+    fold: str = ""
     wish: str = ""
     datacontenttype: str = "application/json"
     data: msgspec.Raw = msgspec.Raw(b"")
@@ -300,6 +326,7 @@ def from_cloudevent(text: bytes | str) -> Entry:
     meta = Meta(
         micros(event.time), event.schemaversion, "" if event.correlation == event.id else event.correlation,
         event.causation, event.by, event.traceparent, event.tracestate, event.expires, event.verdict, event.upto, event.again,
+        event.fold,
     )  # fmt: skip
     body = bytes(event.data)
     if body:

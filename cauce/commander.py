@@ -21,7 +21,8 @@ from cauce.accept import SLOTS, check_body, slot_of
 from cauce.bus import Ask, Bus, Cause, Context, Receipt, correlation
 from cauce.codec import Entry, Meta, Wish, derive_id, sealed, time_of
 from cauce.errors import Conflict, IdReused, NoAnswer, NotOwner, Overloaded, Refused, Rejected, Unavailable
-from cauce.fold import EMPTY, Folded, Folder, messages_of
+from cauce.fold import Folder, messages_of
+from cauce.folded import Folded
 from cauce.lease import Leases
 from cauce.log import Appended, Filter
 from cauce.messages import Event, Message, declared
@@ -115,7 +116,7 @@ class Commander:
         self._doubts: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._audits: set[asyncio.Future[Appended]] = set()
-        self.records = Records(bus.records, domain, bus.clock)
+        self.records = Records(bus.records, domain, bus.clock, folder.fingerprint)
         self._unsure = self.records.unsure
         self._slots = [f"{domain}/{slot}" for slot in range(SLOTS)]
 
@@ -477,8 +478,8 @@ class Commander:
     ) -> tuple[Folded, bytes]:
         """What will stand, and its record as it will be written behind: what could not be must be refused now."""
         state, body = before.state, b""
-        for event in events:
-            state = self._folder.step(state, event)
+        for version, event in enumerate(events, before.version + 1):
+            state = self._folder.step(state, event, version)
         if state is not None:
             body = encode(state)
             if not is_about(state, key):
@@ -585,7 +586,7 @@ class Commander:
         if key in self._unsure:
             # What is still under way for it would come between: it stands in the cache no more, and not in the log yet.
             await self._sure(key)
-        folded = await self._folder.fold(self._facts, key)
+        folded = await self._folder.fold(self._facts, key, records=self._bus.records)
         if len(self._things) >= _CACHED:
             self._evict()
         return self._things.setdefault(key, _Standing(folded))
@@ -630,8 +631,8 @@ class Commander:
         del self._unsure[key]
 
     async def _remember(self, key: str) -> None:
-        folded = await self._folder.fold(self._facts, key)
-        if folded is not EMPTY and folded.version:
+        folded = await self._folder.fold(self._facts, key, records=self._bus.records)
+        if folded.version:
             self.records.changed(key, folded)
 
     def _audit(self, stream: str, type: str, schema: int, body: bytes, cause: Cause, verdict: str) -> None:

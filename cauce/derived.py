@@ -16,7 +16,7 @@ from cauce.log import Log, filter_of
 from cauce.shelf import Build, Moved, Part, Shelf, Unusable, Wrong
 from cauce.sql import Fetch, Run, Statement
 
-__all__ = ["Derived", "Failed", "Shape", "Told", "feed", "schema_of"]
+__all__ = ["Derived", "Failed", "Shape", "Told", "feed"]
 
 _log = logging.getLogger("cauce")
 _BATCH = 20_000
@@ -600,11 +600,6 @@ async def feed(log: Log, many: Sequence[Derived], clock: Clock, told: Told = _qu
         head = await log.head()
         told(looked, head, entries)
     return entries
-
-
-def schema_of(entry: Entry) -> int:
-    """The schema version of a body. Most envelopes do not name it, and need not be decoded for it."""
-    return entry.meta.schema if b'"schema":' in entry.raw else 1
 
 
 def _seen(failed: asyncio.Future[None]) -> None:

@@ -14,6 +14,7 @@ __all__ = [
     "Gone",
     "Held",
     "IdReused",
+    "Inconsistent",
     "NoAnswer",
     "NotOwner",
     "NotPermitted",
@@ -79,6 +80,10 @@ class Unreadable(CauceError):
 
 class Damaged(CauceError):
     """Stored bytes are not what was written: stop, run `cauce verify`, restore from a backup."""
+
+
+class Inconsistent(CauceError):
+    """A fact cannot follow what stands: its `evolve` needs a record, and there is none. Mend `evolve`, or `decide`."""
 
 
 class Unavailable(CauceError):

@@ -241,6 +241,11 @@ def _named(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
 
 
-def replace(message: M, /, **changes: Any) -> M:
-    """A copy of the message with some fields changed."""
-    return msgspec.structs.replace(message, **changes)  # type: ignore[type-var]
+if TYPE_CHECKING:
+
+    def replace(message: M, /, **changes: Any) -> M:
+        """A copy of the message with some fields changed."""
+
+else:
+    # No function of ours around it: it runs for each event of a replay.
+    replace = msgspec.structs.replace

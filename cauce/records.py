@@ -11,7 +11,7 @@ from cauce.accept import slot_of
 from cauce.clock import Clock
 from cauce.codec import Entry, Meta, sealed
 from cauce.errors import CauceError, Refused, Unavailable
-from cauce.fold import Folded
+from cauce.folded import Folded
 from cauce.log import Appended, Filter, Log
 from cauce.messages import declared
 from cauce.schema import encode
@@ -28,10 +28,13 @@ class Records:
 
     Marks are written only when nothing waits and no thing is unsure (an append of it has an unknown outcome), so that
     who takes a slot over misses no stream.
+
+    Parameters:
+        fold: names the code that makes the records.
     """
 
-    def __init__(self, log: Log, domain: str, clock: Clock) -> None:
-        self._log, self._domain, self._clock = log, domain, clock
+    def __init__(self, log: Log, domain: str, clock: Clock, fold: str = "") -> None:
+        self._log, self._domain, self._clock, self._fold = log, domain, clock, fold
         self.unsure: dict[str, int] = {}
         self._dirty: dict[str, tuple[Folded, bytes | None]] = {}
         self._marks: dict[int, int] = {}
@@ -134,7 +137,7 @@ class Records:
             if body is None:
                 body = encode(folded.state)
         # A record bears the id of the fact that made it.
-        meta = Meta(self._clock.now(), schema, upto=folded.position)
+        meta = Meta(self._clock.now(), schema, upto=folded.position, fold=self._fold)
         return sealed(stream, type, folded.id, meta, body)
 
     def _mark(self, slot: int, position: int) -> asyncio.Future[Appended]:

@@ -77,7 +77,7 @@ class Replay:
 
     def _step(self, state: Record | None, event: Message) -> Record | Exception | None:
         try:
-            return self._folders[declared(event).domain.name].step(state, typing.cast("Event", event))
+            return self._folders[declared(event).domain.name].step(state, typing.cast("Event", event), 1)
         except Exception as error:
             return error
 

@@ -11,8 +11,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from cauce.codec import Entry
-from cauce.derived import Failed, schema_of
+from cauce.codec import Entry, schema_of
+from cauce.derived import Failed
 from cauce.errors import CauceError, Damaged, Refused
 from cauce.messages import Copy, copied, declared
 from cauce.schema import Schema

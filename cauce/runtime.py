@@ -22,6 +22,7 @@ from cauce.codec import Entry, Meta, derive_id, seal
 from cauce.commander import Commander, Decider
 from cauce.errors import CauceError, Gone, NoAnswer, NotOwner, Refused, Unavailable
 from cauce.fold import Folder, messages_of
+from cauce.folding import folder_of
 from cauce.lease import Leases, identity
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
 from cauce.question import completed, read
@@ -501,10 +502,7 @@ class _Running:
 
     def _prepare(self, domain: Domain) -> None:
         schema = self._schemas[domain.name] = Schema(domain.messages.values())
-        evolve = self._functions("evolve")
-        folder = self._folders[domain.name] = Folder(
-            domain.name, {cls: bound.part.function for cls, bound in evolve.items()}, schema
-        )
+        folder = self._folders[domain.name] = folder_of(self._parts, domain)
         if domain.key is None:
             return
         deciders = {
@@ -847,7 +845,7 @@ class _Running:
         if ask.kind == "ask":
             return await self._answered(domain, ask, answers)
         folded = await self._folders[domain.name].fold(
-            self._bus.facts, ask.key, at_version=ask.at_version, at_time=ask.at_time
+            self._bus.facts, ask.key, records=self._bus.records, at_version=ask.at_version, at_time=ask.at_time
         )
         body = b"" if folded.state is None else encode(folded.state)
         if by_hand and not body:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -141,6 +141,10 @@ class Schema:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise _misfit(kind, name, version, error) from None
         return message
+
+    def quick(self) -> Iterator[tuple[type[Message], Callable[[bytes], Any]]]:
+        """What reads bodies of the classes in their first version: as `decode`, but raises what msgspec does."""
+        return ((kind.cls, kind.decode) for kind in self._types.values() if kind.declared.version == 1)
 
 
 def _decode_other(kind: _Type, name: str, version: int, body: bytes) -> Message:

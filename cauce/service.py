@@ -184,7 +184,7 @@ class Service:
 
 class Bound(msgspec.Struct, frozen=True):
     """A part, and what its annotations say: the messages it takes, whether by notice, where the context goes, and
-    whether it is told that a record is gone."""
+    whether it takes None where no record stands."""
 
     part: Part
     messages: tuple[type[Message], ...]
@@ -296,6 +296,7 @@ def _bind(service: Service, part: Part) -> Bound:
     if part.kind == "on" and (record := _record(where, told[0].name, hints[told[0].name])):
         return Bound(part, record, False, context, type(None) in typing.get_args(hints[told[0].name]))
     messages, notice = _messages(where, part.kind, told[-1].name, hints[told[-1].name])
+    gone = takes == 2 and type(None) in _alternatives(hints[told[0].name])
     if takes == 2:
         for message in messages:
             _check_record(where, told[0].name, hints[told[0].name], declared(message))
@@ -306,7 +307,7 @@ def _bind(service: Service, part: Part) -> Bound:
     if part.kind == "answer":
         for message in messages:
             _check_reply(where, typing.cast("type[Query[Any]]", message))
-    return Bound(part, messages, notice, context)
+    return Bound(part, messages, notice, context, gone)
 
 
 def _check_view(where: str, hints: list[Any]) -> None:
@@ -316,7 +317,7 @@ def _check_view(where: str, hints: list[Any]) -> None:
 
 def _record(where: str, name: str, hint: Any) -> tuple[type[Message], ...]:
     """The record that a parameter asks for, alone or with None; nothing if it asks for something else."""
-    alternatives = typing.get_args(hint) if _is_union(hint) else (hint,)
+    alternatives = _alternatives(hint)
     told = [each for each in alternatives if each is not type(None)]
     records = [each for each in told if isinstance(each, type) and issubclass(each, Record)]
     if not records:
@@ -342,7 +343,7 @@ def _check_reply(where: str, query: type[Query[Any]]) -> None:
 
 def _messages(where: str, kind: str, name: str, hint: Any) -> tuple[tuple[type[Message], ...], bool]:
     wanted, words = _WANTED[kind]
-    alternatives = typing.get_args(hint) if _is_union(hint) else (hint,)
+    alternatives = _alternatives(hint)
     notices = [typing.get_args(each)[0] for each in alternatives if typing.get_origin(each) is Notice]
     if notices and kind == "on":
         if len(notices) != len(alternatives):
@@ -370,7 +371,7 @@ def _declared(where: str, name: str, cls: type) -> Declared:
 
 
 def _check_record(where: str, name: str, hint: Any, message: Declared) -> None:
-    classes = [each for each in (typing.get_args(hint) if _is_union(hint) else (hint,)) if each is not type(None)]
+    classes = [each for each in _alternatives(hint) if each is not type(None)]
     for cls in classes:
         if not (isinstance(cls, type) and issubclass(cls, Record)):
             raise Refused(
@@ -381,6 +382,10 @@ def _check_record(where: str, name: str, hint: Any, message: Declared) -> None:
             raise Refused(
                 f"{where}: parameter {name} is a record of {domain.name!r}, {message.name} is of {message.domain.name!r}"
             )
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if _is_union(hint) else (hint,)
 
 
 def _is_union(hint: Any) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from cauce.codec import Entry
-from cauce.derived import Failed, schema_of
+from cauce.codec import Entry, schema_of
+from cauce.derived import Failed
 from cauce.errors import CauceError, Damaged, Refused, Unavailable
 from cauce.messages import Message, declared
 from cauce.schema import Schema

@@ -43,7 +43,8 @@ from cauce.backends.sqlite.table import Table
 from cauce.backends.sqlite.turnstile import Turnstile
 from cauce.bus import Bus, Cause
 from cauce.codec import Entry, Meta, moment, seal
-from cauce.fold import Folded, Folder
+from cauce.fold import Folder
+from cauce.folded import Folded
 from cauce.log import Filter, Log
 from cauce.records import Records
 from cauce.testing import VirtualClock
@@ -672,7 +673,8 @@ async def test_many_calls_at_once_on_a_thing_that_was_not_read_yet_read_it_once(
 
     async def counted(self: Folder, facts: Log, key: str, **at: Any) -> Folded:
         folds.append(key)
-        return await fold(self, facts, key, **at)
+        found: Folded = await fold(self, facts, key, **at)
+        return found
 
     async with running(service, bus=each_bus) as bus:
         monkeypatch.setattr(Folder, "fold", counted)

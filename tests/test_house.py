@@ -33,7 +33,7 @@ FLOORS = (
     ),  # what travels, and its names; no I/O
     ("log", "wire", "sql", "threads", "shelf", "store", "conformance"),  # the seams and their contract
     ("backends.*",),  # what implements them
-    ("fold", "lease", "bus", "question", "shares", "consumer"),  # delivery
+    ("folded", "fingerprint", "snapshot", "fold", "lease", "bus", "question", "shares", "consumer"),  # delivery
     (
         "records",
         "audit",
@@ -48,7 +48,7 @@ FLOORS = (
         "registry",
         "guards.*",
     ),  # the patterns
-    ("service", "copying", "runtime", "corpus", "reader", "replay", "finding"),  # what a team writes against
+    ("service", "folding", "copying", "runtime", "corpus", "reader", "replay", "finding"),  # what a team writes against
     ("ext.*", "testing.*", "console.*", "demo.*", "cli.*"),  # faces
 )
 

@@ -504,7 +504,7 @@ times = st.integers(0, 253_402_300_799_999_999)
 metas = st.builds(
     Meta, time=times, schema=st.integers(1, 2**31 - 1), correlation=texts, causation=texts, by=texts,
     trace=st.just("") | st.just("00-" + "a" * 32 + "-" + "b" * 16 + "-01"), tracestate=texts,
-    expires=times, verdict=texts, upto=st.integers(0, 2**63 - 1), again=st.booleans(),
+    expires=times, verdict=texts, upto=st.integers(0, 2**63 - 1), again=st.booleans(), fold=texts,
 )  # fmt: skip
 wishes = st.none() | st.builds(
     lambda body: msgspec.json.encode(Wish("Note", msgspec.Raw(encode(Noted("a", body))))), texts

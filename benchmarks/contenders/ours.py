@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +19,9 @@ from cauce.backends import sqlite
 from cauce.backends.sqlite.file import connect
 from cauce.backends.sqlite.table import Names, Table
 from cauce.clock import SystemClock
-from cauce.codec import Meta, sealed
+from cauce.codec import Entry, Meta, sealed
 
-__all__ = ["append", "call", "catch_up", "prefill", "register"]
+__all__ = ["append", "call", "catch_up", "fill", "prefill", "register"]
 
 _TRANSACTION = 100_000
 
@@ -87,16 +87,26 @@ def prefill(path: Path, load: Load, spread: int = 1) -> None:
         spread: over how many times more things; those are of another domain.
     """
     clock = SystemClock()
+
+    def entries() -> Iterator[Entry]:
+        for number, key in enumerate(load.filling(spread), start=1):
+            stream, type = (f"users/{key}", "EmailChanged") if key < load.things else (f"visits/{key}", "Visited")
+            body = msgspec.json.encode(EmailChanged(str(key), NAME, email(number)))
+            yield sealed(stream, type, clock.id(), Meta(clock.now()), body)
+
+    fill(path, entries())
+
+
+def fill(path: Path, entries: Iterable[Entry]) -> None:
+    """These facts, put there in large transactions."""
     asyncio.run(_create(path))
     connection = connect(path)
     connection.execute("pragma synchronous = off")
     table = Table(connection, Names(connection), "facts", last=False)
     connection.execute("begin immediate")
     table.begin()
-    for number, key in enumerate(load.filling(spread), start=1):
-        stream, type = (f"users/{key}", "EmailChanged") if key < load.things else (f"visits/{key}", "Visited")
-        body = msgspec.json.encode(EmailChanged(str(key), NAME, email(number)))
-        table.append(stream, [sealed(stream, type, clock.id(), Meta(clock.now()), body)], None, None, False)
+    for number, entry in enumerate(entries, start=1):
+        table.append(entry.stream, [entry], None, None, False)
         if number % _TRANSACTION == 0:
             _commit(table, connection)
             connection.execute("begin immediate")

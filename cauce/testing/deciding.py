@@ -7,9 +7,10 @@ from collections.abc import Awaitable
 from typing import Any
 
 from cauce.errors import Refused, Rejected
-from cauce.fold import Folder, messages_of
-from cauce.messages import Command, Domain, Event, Record, declared
-from cauce.schema import Schema, encode, key_of
+from cauce.fold import messages_of
+from cauce.folding import folder_of
+from cauce.messages import Command, Event, Record, declared
+from cauce.schema import encode, key_of
 from cauce.service import Service, bind
 
 __all__ = ["Given", "Outcome", "given"]
@@ -26,13 +27,14 @@ class Given:
     def __init__(self, service: Service, events: tuple[Event, ...]) -> None:
         self._parts = bind(service)
         self._service = service
-        self._folders = {domain.name: self._folder(domain) for domain in service.owns}
+        self._folders = {domain.name: folder_of(self._parts, domain) for domain in service.owns}
         self._things = {self._thing(event) for event in events}
         if len(self._things) > 1:
             raise Refused(f"given events of several things {sorted(self._things)}: give those of one")
         self._state: Record | None = None
-        for event in events:
-            self._state = self._step(self._state, event)
+        self._version = len(events)
+        for version, event in enumerate(events, 1):
+            self._state = self._step(self._state, event, version)
 
     def when(self, command: Command) -> Outcome:
         """Decide the wish. It must be one that could travel, so bad fields are `Refused` here, too."""
@@ -54,12 +56,12 @@ class Given:
         except Rejected as rejected:
             return Outcome(self._state, [], rejected)
         state = self._state
-        for event in events:
+        for version, event in enumerate(events, self._version + 1):
             if not isinstance(event, Event):
                 raise Refused(f"{bound.name} returned {event!r}: return events, or None")
             if self._thing(event) != thing:
                 raise Refused(f"{bound.name} returned {event!r} for another thing than {command!r}")
-            state = self._step(state, event)
+            state = self._step(state, event, version)
         return Outcome(state, events, None)
 
     def _thing(self, message: Event | Command) -> tuple[str, str]:
@@ -69,20 +71,11 @@ class Given:
             raise Refused(f"service {self._service.name!r} does not own {domain.name!r} of {type(message).__name__}")
         return domain.name, key_of(message)
 
-    def _step(self, state: Record | None, event: Event) -> Record | None:
-        after = self._folders[declared(event).domain.name].step(state, event)
+    def _step(self, state: Record | None, event: Event, version: int) -> Record | None:
+        after = self._folders[declared(event).domain.name].step(state, event, version)
         if after is not None:
             encode(after)
         return after
-
-    def _folder(self, domain: Domain) -> Folder:
-        evolve = {
-            cls: each.part.function
-            for each in self._parts
-            for cls in each.messages
-            if each.part.kind == "evolve" and declared(cls).domain is domain
-        }
-        return Folder(domain.name, evolve, Schema(domain.messages.values()))
 
 
 class Outcome:

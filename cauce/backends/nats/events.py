@@ -123,6 +123,8 @@ def _optional(meta: Meta, lines: list[bytes]) -> None:
         lines.append(b"ce-upto: %d\r\n" % meta.upto)
     if meta.again:
         lines.append(b"ce-again: true\r\n")
+    if meta.fold:
+        lines.append(b"ce-fold: %b\r\n" % _value(meta.fold))
 
 
 def decode(name: str, position: int, head: bytes, payload: bytes, bodies: bool = True) -> Entry:
@@ -177,6 +179,7 @@ def _raw(found: dict[bytes, bytes], id: str) -> bytes:
             "" if correlation == id else correlation, _text(get(b"ce-causation", b"")), _text(get(b"ce-by", b"")),
             _text(get(b"ce-traceparent", b"")), _text(get(b"ce-tracestate", b"")), int(get(b"ce-expires", 0)),
             _text(get(b"ce-verdict", b"")), int(get(b"ce-upto", 0)), b"ce-again" in found,
+            _text(get(b"ce-fold", b"")),
         )
     )  # fmt: skip
 

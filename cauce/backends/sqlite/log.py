@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import apsw
 
 from cauce.accept import check_key, slot_of
-from cauce.backends.sqlite.chain import Chain
+from cauce.backends.sqlite.chain import OVERHANG, Chain
 from cauce.backends.sqlite.file import translate
 from cauce.backends.sqlite.table import Table
 from cauce.backends.sqlite.writer import Writer
@@ -234,12 +235,13 @@ class SQLiteLog:
             return Page([], after)
         if filter.stream is not None and not self._table.last:
             return self._stream(filter, after, limit, bodies, head)
-        until, where = head, ""
+        until, where, named = head, "", list[int]()
         if filter.stream is not None:
             stream = self._reader.stream(filter.stream)
             if stream is None:
                 return Page([], head)
-            where += f" and stream = {stream}"
+            # No number in the text: it would be parsed anew for each stream.
+            where, named = " and stream = ?", [stream]
         elif filter is not EVERYTHING and filter != EVERYTHING:
             until = min(head, after + _WINDOW)
         if filter.domains or filter.types:
@@ -250,7 +252,7 @@ class SQLiteLog:
         entries = self._entries(
             f"select {self._columns(bodies)} from {self._table.name} "
             f"where position > ? and position <= ?{where} order by position limit ?",
-            (after, until, limit),
+            (after, until, *named, limit),
         )
         return Page(entries, entries[-1].position if len(entries) == limit else until)
 
@@ -259,19 +261,11 @@ class SQLiteLog:
         assert filter.stream is not None
         stream = self._reader.stream(filter.stream)
         end, on = (0, False) if stream is None else self._chain.end(stream, after, limit)
-        if end <= after:
+        if stream is None or end <= after:
             return Page([], head)
-        entries = self._entries(self._chain.walk(self._columns(bodies)), (end, after, limit))
+        entries = self._walked(filter.stream, end, after, on, limit, bodies)
         # A pointer is in no digest, so what it leads to is looked at.
-        if (
-            not entries
-            or (on and len(entries) < limit)
-            or any(
-                entry.stream != filter.stream or entry.version != version
-                for version, entry in enumerate(entries, entries[0].version)
-            )
-            or not self._begins(stream, entries[0], after)
-        ):
+        if not entries or (on and len(entries) < limit) or not self._begins(stream, entries[0], after):
             raise Damaged(f"{filter.stream} breaks off behind position {after} of {self._table.name}: run cauce verify")
         looked = entries[-1].position if len(entries) == limit else head
         one = entries[0]
@@ -279,10 +273,27 @@ class SQLiteLog:
             filter.slots and slot_of(one.key) not in filter.slots
         ):
             return Page([], looked)
-        return Page([entry for entry in entries if not filter.types or entry.type in filter.types], looked)
+        if filter.types:
+            entries = [entry for entry in entries if entry.type in filter.types]
+        return Page(entries, looked)
 
-    def _begins(self, stream: int | None, entry: Entry, behind: int) -> bool:
+    def _walked(self, name: str, end: int, behind: int, on: bool, limit: int, bodies: bool) -> list[Entry]:
+        """The first entries behind a position; none where the chain is broken."""
+        columns, most = self._columns(bodies), limit + min(limit, OVERHANG)
+        if limit >= OVERHANG or not on:
+            # Mostly there are no more than that, and then it is quicker.
+            entries = self._entries(self._chain.back(columns), (end, behind), most + 1)
+            if len(entries) <= most:
+                entries.reverse()
+                del entries[limit:]
+                return entries if _follow(entries, name) else []
+        entries = self._entries(self._chain.walk(columns), (end, behind, limit))
+        return entries if _follow(entries, name) else []
+
+    def _begins(self, stream: int, entry: Entry, behind: int) -> bool:
         """Whether nothing of the stream can lie between a position and this entry."""
+        if entry.version == 1 and not behind:
+            return True  # the walk ended where it points at nothing
         previous, before, version = self._chain.before(entry.position)
         if entry.version == 1 or not previous:
             return entry.version == 1 and not previous
@@ -294,14 +305,21 @@ class SQLiteLog:
     def _columns(bodies: bool) -> str:
         return f"position, stream, version, type, id, meta, {'wish, body' if bodies else 'null, null'}, digest"
 
-    def _entries(self, query: str, values: tuple[int, ...]) -> list[Entry]:
+    def _entries(self, query: str, values: tuple[int, ...], most: int = _LONGEST) -> list[Entry]:
         streams, types = self._reader.streams, self._reader.types
+        rows: Any = self._reader.connection.execute(query, values)
         return [
             Entry(position, streams[stream], version, types[type], id, raw, wish, body, digest)
-            for position, stream, version, type, id, raw, wish, body, digest in self._reader.connection.execute(
-                query, values
-            )
+            for position, stream, version, type, id, raw, wish, body, digest in islice(rows, most)
         ]
+
+
+def _follow(entries: Sequence[Entry], name: str) -> bool:
+    """Whether these are entries of one stream, one after the other."""
+    first = entries[0].version if entries else 0
+    return {entry.stream for entry in entries} == {name} and [entry.version for entry in entries] == [
+        *range(first, first + len(entries))
+    ]
 
 
 def _done(future: asyncio.Future[None]) -> None:
