@@ -10,8 +10,9 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import tracemalloc
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,13 @@ from shop.users import ChangeEmail, RegisterUser, User
 from tests.wires import CLOCK, Peer, Start, starter, until
 
 Program = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A short one: pytest's own are longer than a socket's address may be where several processes run tests."""
+    with tempfile.TemporaryDirectory(prefix="cauce-wire-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -112,8 +112,14 @@ class Nats:
         raise ConnectionError(f"the server closed the connection when asked {subject}")
 
     def streams(self) -> list[str]:
-        """The names of all streams; buckets are streams, too."""
-        return self.request("$JS.API.STREAM.NAMES").get("streams") or []
+        """The names of all streams; buckets are streams, too. A cluster may be without a leader for a while."""
+        for last in (False, False, False, True):
+            try:
+                return self.request("$JS.API.STREAM.NAMES").get("streams") or []
+            except OSError:
+                if last:
+                    raise
+        raise AssertionError
 
     def drop(self, bus: str) -> None:
         """Take a bus away: all streams that bear its name."""
