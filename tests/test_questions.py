@@ -87,7 +87,7 @@ async def test_a_type_and_a_body_are_a_command_that_is_kept_as_one_of_ours_would
     assert bytes(mine.wished.body) == b'{"name":"a","drops":2}'
     assert mine.meta.causation
     assert await asked(bus, "pots", {"type": "Pot", "key": "a"}) == {
-        "version": 2, "position": receipt.position, "changed": True, "body": {"name": "a", "drops": 5},
+        "schema": 1, "version": 2, "position": receipt.position, "changed": True, "body": {"name": "a", "drops": 5},
     }  # fmt: skip
     before = await asked(bus, "pots", {"type": "Pot", "key": "a", "at_version": 1})
     assert before["body"] == {"name": "a", "drops": 2}
