@@ -171,3 +171,23 @@ async def test_many_on_one_stream_whose_answer_comes_late_stand_once_and_are_fou
     assert len(asked) < 10
     assert not late
     await bus.close()
+
+
+def chained(pace: Pace, message: float, batch: float) -> float:
+    """The share of chains among groups of 64, of which each fiftieth takes twenty times as long."""
+    taken = 0
+    for group in range(2000):
+        long = 1 if (group + 1) % 50 else 20
+        if pace.chains(64):
+            taken += 1
+            pace.chain(64, 64 * message * long)
+        else:
+            pace.batch(64, batch * long)
+    return taken / 2000
+
+
+def test_what_is_faster_is_found_and_found_again_when_it_changes() -> None:
+    pace = Pace()
+    assert chained(pace, 20e-6, 6e-3) > 0.95
+    assert chained(pace, 300e-6, 6e-3) < 0.05
+    assert chained(pace, 20e-6, 6e-3) > 0.9
