@@ -13,7 +13,7 @@ from cauce.messages import Event, Message, Record, declared
 from cauce.schema import Schema, key_of
 from cauce.snapshot import Snapshots
 
-__all__ = ["EMPTY", "Evolve", "Folded", "Folder", "messages_of"]
+__all__ = ["Evolve", "Folder", "messages_of"]
 
 Evolve = Callable[[Any, Any], Record | None]
 
@@ -53,7 +53,7 @@ class Folder:
         needs: Collection[type[Message]] = (),
         fingerprint: str = "",
     ) -> None:
-        self.domain, self._evolve, self._schema, self.fingerprint = domain, dict(evolve), schema, fingerprint
+        self.domain, self._evolve, self.schema, self.fingerprint = domain, dict(evolve), schema, fingerprint
         self._snapshots = Snapshots(domain, fingerprint, schema)
         self._begin = {cls: each for cls, each in evolve.items() if cls not in needs}
         # By name: how a body in its first version is read, and its `evolve`.
@@ -169,7 +169,7 @@ class Folder:
 
     def _decode(self, entry: Entry) -> Event:
         try:
-            event = self._schema.decode(entry.domain, entry.type, schema_of(entry), entry.body or b"")
+            event = self.schema.decode(entry.domain, entry.type, schema_of(entry), entry.body or b"")
         except Unreadable as error:
             raise Unreadable(f"position {entry.position} ({entry.stream} version {entry.version}): {error}") from error
         return cast("Event", event)

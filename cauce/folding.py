@@ -10,10 +10,10 @@ from cauce.messages import Domain, Record, declared
 from cauce.schema import Schema
 from cauce.service import Bound
 
-__all__ = ["folder_of"]
+__all__ = ["fold_of"]
 
 
-def folder_of(parts: Sequence[Bound], domain: Domain) -> Folder:
+def fold_of(parts: Sequence[Bound], domain: Domain) -> Folder:
     """The `evolve` functions of one domain."""
     evolve = {
         cls: bound

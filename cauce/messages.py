@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import types
+import typing
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, dataclass_transform
 
@@ -25,6 +27,7 @@ __all__ = [
     "Notice",
     "Query",
     "Record",
+    "alternatives",
     "check_copy",
     "copied",
     "declared",
@@ -235,6 +238,11 @@ def check_copy(copy: type[Copy]) -> None:
         raise Refused(
             f"{copy.__name__} lacks the field {kind.domain.key!r}, the key of domain {kind.domain.name!r}: add it"
         )
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows: of a union each, else the one."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _named(hint: Any) -> str:

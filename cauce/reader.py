@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from cauce.messages import Copy, Message, Record, copied
+from cauce.messages import Copy, Message, copied
 from cauce.service import Bound, Service
 
 __all__ = ["Reader", "readers"]
@@ -49,16 +49,10 @@ def _of(service: Service, bound: Bound) -> Iterator[Reader]:
     if part.kind == "view":
         where = f"view {service.name}.{part.view} ({part.name})"
     told = [name for name in inspect.signature(part.function).parameters if name != bound.context]
-    at = 1 if part.kind in ("decide", "evolve") else 0
-    if at:
-        hint = typing.get_type_hints(part.function, localns=part.names).get(told[0])
-        yield from _taken(where, part.function, told[0], _records(hint))
-    yield from _taken(where, part.function, told[at], bound.messages)
-
-
-def _records(hint: Any) -> tuple[type[Message], ...]:
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return tuple(each for each in kinds if isinstance(each, type) and issubclass(each, Record))
+    taken = (bound.stands, bound.messages) if part.kind in ("decide", "evolve") else (bound.messages,)
+    # A view has its database behind the event.
+    for name, messages in zip(told, taken, strict=False):
+        yield from _taken(where, part.function, name, messages)
 
 
 def _taken(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import msgspec
 
@@ -41,7 +40,7 @@ class Replay:
 
     def __init__(self, services: Iterable[tuple[Service, list[Bound]]], schema: Schema) -> None:
         found = [(service, bound) for service, bounds in services for bound in bounds if bound.part.kind == "evolve"]
-        self._evolve = {cls: bound.part for _, bound in found for cls in bound.messages}
+        self._evolve = {cls: bound for _, bound in found for cls in bound.messages}
         self._names = {cls: f"evolve {service.name}.{bound.name}" for service, bound in found for cls in bound.messages}
         domains = {declared(cls).domain.name for cls in self._evolve}
         self._folders = {domain: Folder(domain, self._functions(domain), schema) for domain in domains}
@@ -51,7 +50,7 @@ class Replay:
         """Samples of events that no start lets be folded."""
         events = [each for each in samples if type(each.message) in self._evolve]
         stood = [each.message for each in samples if isinstance(each.message, Record)]
-        began = [self._step(None, each.message) for each in events if _takes(self._start(each.message), None)]
+        began = [self._step(None, each.message) for each in events if self._evolve[type(each.message)].gone]
         stood += [state for state in began if isinstance(state, Record)]
         found: dict[Locked, Failure] = {}
         for each in events:
@@ -64,10 +63,10 @@ class Replay:
     def _fold(self, sample: Sample, stood: Sequence[Record]) -> str:
         """Why an event cannot be folded upon anything; empty: it can, or there is nothing to fold it upon."""
         event = sample.message
-        start, domain = self._start(event), declared(event).domain
-        same = [_of_key(state, event) for state in stood if declared(state).domain is domain and _takes(start, state)]
+        taken = self._evolve[type(event)]
+        same = [_of_key(state, event) for state in stood if isinstance(state, taken.stands)]
         # One start is enough: a fold need not take what cannot have come before.
-        starts: list[Record | None] = [*([None] if _takes(start, None) else []), *same[:_MOST]]
+        starts: list[Record | None] = [*([None] if taken.gone else []), *same[:_MOST]]
         failures = [after for state in starts if isinstance(after := self._step(state, event), Exception)]
         if not starts:
             self.notes.append(
@@ -82,18 +81,7 @@ class Replay:
             return error
 
     def _functions(self, domain: str) -> dict[type[Message], Evolve]:
-        return {cls: part.function for cls, part in self._evolve.items() if declared(cls).domain.name == domain}
-
-    def _start(self, event: Message) -> Any:
-        """What the function says that may stand before."""
-        part = self._evolve[type(event)]
-        hints = typing.get_type_hints(part.function, localns=part.names)
-        return hints.get(next(iter(part.function.__code__.co_varnames)), object)
-
-
-def _takes(hint: Any, state: Record | None) -> bool:
-    kinds = typing.get_args(hint) or (hint,)
-    return any(isinstance(state, kind) for kind in kinds if isinstance(kind, type))
+        return {cls: bound.part.function for cls, bound in self._evolve.items() if declared(cls).domain.name == domain}
 
 
 def _of_key(state: Record, event: Message) -> Record:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from operator import attrgetter
@@ -14,7 +12,7 @@ import msgspec
 from cauce.codec import Entry, schema_of
 from cauce.derived import Failed
 from cauce.errors import CauceError, Damaged, Refused
-from cauce.messages import Copy, copied, declared
+from cauce.messages import Copy, alternatives, copied, declared
 from cauce.schema import Schema
 from cauce.sql import Fetch, Row, Run, Statement, spoken
 
@@ -169,7 +167,7 @@ class _Column:
         self.read: Callable[[Any], Any] | None = None
         self.type = _TEXT
         self.fits: tuple[type[Any], ...] = (object,)
-        kinds = [each for each in _alternatives(hint) if each is not type(None)]
+        kinds = [each for each in alternatives(hint) if each is not type(None)]
         plain = kinds[0] if len(kinds) == 1 else None
         if plain is str:
             self.fits = (str,)
@@ -188,10 +186,6 @@ class _Column:
     def has(self, value: Any) -> bool:
         """Whether it may hold a value; another one is found nowhere, and no database need be asked."""
         return value is None or isinstance(value, self.fits)
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _number(value: Any) -> Any:

@@ -22,7 +22,7 @@ from cauce.codec import Entry, Meta, derive_id, seal
 from cauce.commander import Commander, Decider
 from cauce.errors import CauceError, Gone, NoAnswer, NotOwner, Refused, Unavailable
 from cauce.fold import Folder, messages_of
-from cauce.folding import folder_of
+from cauce.folding import fold_of
 from cauce.lease import Leases, identity
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
 from cauce.question import completed, read
@@ -501,8 +501,8 @@ class _Running:
         return [bound for bound in self._parts if bound.part.kind == kind]
 
     def _prepare(self, domain: Domain) -> None:
-        schema = self._schemas[domain.name] = Schema(domain.messages.values())
-        folder = self._folders[domain.name] = folder_of(self._parts, domain)
+        folder = self._folders[domain.name] = fold_of(self._parts, domain)
+        schema = self._schemas[domain.name] = folder.schema
         if domain.key is None:
             return
         deciders = {

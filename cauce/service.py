@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
@@ -24,6 +23,7 @@ from cauce.messages import (
     Notice,
     Query,
     Record,
+    alternatives,
     check_copy,
     copied,
     declared,
@@ -183,14 +183,16 @@ class Service:
 
 
 class Bound(msgspec.Struct, frozen=True):
-    """A part, and what its annotations say: the messages it takes, whether by notice, where the context goes, and
-    whether it takes None where no record stands."""
+    """A part, and what its annotations say: the messages it takes, whether by notice, where the context goes,
+    whether it takes None where no record stands, and the records that may stand for a function that is given what
+    does."""
 
     part: Part
     messages: tuple[type[Message], ...]
     notice: bool
     context: str | None
     gone: bool = False
+    stands: tuple[type[Record], ...] = ()
     is_async: bool = False
 
     @property
@@ -296,10 +298,10 @@ def _bind(service: Service, part: Part) -> Bound:
     if part.kind == "on" and (record := _record(where, told[0].name, hints[told[0].name])):
         return Bound(part, record, False, context, type(None) in typing.get_args(hints[told[0].name]))
     messages, notice = _messages(where, part.kind, told[-1].name, hints[told[-1].name])
-    gone = takes == 2 and type(None) in _alternatives(hints[told[0].name])
-    if takes == 2:
-        for message in messages:
-            _check_record(where, told[0].name, hints[told[0].name], declared(message))
+    before = alternatives(hints[told[0].name]) if takes == 2 else ()
+    stands = tuple(each for each in before if each is not type(None))
+    for message in messages if takes == 2 else ():
+        _check_records(where, told[0].name, stands, declared(message))
     if part.kind == "evolve" and (inspect.iscoroutinefunction(part.function) or context):
         raise Refused(
             f"{where}: evolve is a plain function of state and event, without await and context: a replay runs nothing else"
@@ -307,7 +309,7 @@ def _bind(service: Service, part: Part) -> Bound:
     if part.kind == "answer":
         for message in messages:
             _check_reply(where, typing.cast("type[Query[Any]]", message))
-    return Bound(part, messages, notice, context, gone)
+    return Bound(part, messages, notice, context, type(None) in before, stands)
 
 
 def _check_view(where: str, hints: list[Any]) -> None:
@@ -317,8 +319,7 @@ def _check_view(where: str, hints: list[Any]) -> None:
 
 def _record(where: str, name: str, hint: Any) -> tuple[type[Message], ...]:
     """The record that a parameter asks for, alone or with None; nothing if it asks for something else."""
-    alternatives = _alternatives(hint)
-    told = [each for each in alternatives if each is not type(None)]
+    told = [each for each in alternatives(hint) if each is not type(None)]
     records = [each for each in told if isinstance(each, type) and issubclass(each, Record)]
     if not records:
         return ()
@@ -343,16 +344,14 @@ def _check_reply(where: str, query: type[Query[Any]]) -> None:
 
 def _messages(where: str, kind: str, name: str, hint: Any) -> tuple[tuple[type[Message], ...], bool]:
     wanted, words = _WANTED[kind]
-    alternatives = _alternatives(hint)
-    notices = [typing.get_args(each)[0] for each in alternatives if typing.get_origin(each) is Notice]
+    kinds = alternatives(hint)
+    notices = [typing.get_args(each)[0] for each in kinds if typing.get_origin(each) is Notice]
     if notices and kind == "on":
-        if len(notices) != len(alternatives):
+        if len(notices) != len(kinds):
             raise Refused(f"{where}: parameter {name} mixes notices and events: write two functions")
-        flat = tuple(
-            each for notice in notices for each in (typing.get_args(notice) if _is_union(notice) else (notice,))
-        )
+        flat = tuple(each for notice in notices for each in alternatives(notice))
         return _checked(where, name, flat, wanted, words), True
-    return _checked(where, name, alternatives, wanted, words), False
+    return _checked(where, name, kinds, wanted, words), False
 
 
 def _checked(where: str, name: str, classes: tuple[Any, ...], wanted: type, words: str) -> tuple[type[Message], ...]:
@@ -370,8 +369,7 @@ def _declared(where: str, name: str, cls: type) -> Declared:
         raise Refused(f"{where}: parameter {name}: {error}") from None
 
 
-def _check_record(where: str, name: str, hint: Any, message: Declared) -> None:
-    classes = [each for each in _alternatives(hint) if each is not type(None)]
+def _check_records(where: str, name: str, classes: Iterable[Any], message: Declared) -> None:
     for cls in classes:
         if not (isinstance(cls, type) and issubclass(cls, Record)):
             raise Refused(
@@ -382,11 +380,3 @@ def _check_record(where: str, name: str, hint: Any, message: Declared) -> None:
             raise Refused(
                 f"{where}: parameter {name} is a record of {domain.name!r}, {message.name} is of {message.domain.name!r}"
             )
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if _is_union(hint) else (hint,)
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)

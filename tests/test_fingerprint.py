@@ -56,10 +56,10 @@ def scored(user: User | None, event: Scored) -> User:
 """
 
 PRINT = """
-from cauce.folding import folder_of
+from cauce.folding import fold_of
 from cauce.service import bind
 {before}
-print(folder_of(bind(service), users).fingerprint)
+print(fold_of(bind(service), users).fingerprint)
 """
 
 

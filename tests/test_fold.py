@@ -33,12 +33,12 @@ from cauce import (
     replace,
     running,
 )
-from cauce.backends.sqlite.file import folder_of as folder_of_file
+from cauce.backends.sqlite.file import folder_of
 from cauce.bus import Bus
 from cauce.codec import Meta, seal, sealed
 from cauce.fold import Folder
 from cauce.folded import Folded
-from cauce.folding import folder_of
+from cauce.folding import fold_of
 from cauce.log import Filter
 from cauce.records import Records
 from cauce.schema import encode
@@ -152,7 +152,7 @@ class Things(NamedTuple):
 @asynccontextmanager
 async def things(url: str) -> AsyncIterator[Things]:
     async with connect(url) as bus:
-        folder = folder_of(bind(service), counters)
+        folder = fold_of(bind(service), counters)
         yield Things(bus, folder, Records(bus.records, "counters", bus.clock, folder.fingerprint))
 
 
@@ -223,7 +223,7 @@ async def test_of_short_streams_no_record_is_read_and_of_long_ones_not_their_beg
             await on.happened(*(Added(key, 1) for _ in range(length)))
             await on.kept(key)
         # A new one, which has seen nothing yet.
-        fresh = on._replace(folder=folder_of(bind(service), counters))
+        fresh = on._replace(folder=fold_of(bind(service), counters))
         evolved.clear()
         assert (await fresh.fold("short")).version == 3
         assert evolved == ["short"] * 3
@@ -328,7 +328,7 @@ async def test_a_log_that_lost_its_end_is_folded_as_far_as_it_goes(
         await on.happened(*(Added("a", 1) for _ in range(5)))
         await on.kept("a")
     sql(bus_url, "delete from facts where position > 3")
-    (folder_of_file(path_of(bus_url)) / "witness").unlink()
+    (folder_of(path_of(bus_url)) / "witness").unlink()
     async with things(bus_url) as on:
         assert await on.fold("a") == await on.from_the_first("a")
         assert (await on.fold("a")).version == 3
@@ -444,7 +444,7 @@ async def test_what_evolve_may_not_return_and_what_cannot_be_read_is_said_with_i
             raise RuntimeError("of all numbers")
         return event if event.by else Counter(event.name, 0)
 
-    folder = folder_of(bind(wrong), counters)
+    folder = fold_of(bind(wrong), counters)
     async with things(bus_url) as on:
         await on.happened(Added("a", 0), Added("a", 1), Added("b", 0), Added("b", 13))
         await on.bus.facts.append("counters/c", [sealed("counters/c", "Added", "c", Meta(1), b'{"name":"c","by":"x"}')])

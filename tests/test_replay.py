@@ -155,7 +155,7 @@ async def test_a_rebuild_runs_view_functions_only(bus_url: str, tmp_path: Path) 
 async def test_a_fold_of_all_that_ever_was_runs_evolve_functions_only(each_bus: str) -> None:
     await lived_through(each_bus)
     async with connect(each_bus) as bus:
-        folds = folding.folder_of(bind(service), accounts)
+        folds = folding.fold_of(bind(service), accounts)
         stands = [await folds.fold(bus.facts, f"a{number}") for number in range(THINGS)]
     assert [each.state for each in stands] == [Account(f"a{number}", sum(range(TIMES))) for number in range(THINGS)]
     assert ran == {"evolve": sum(each.version for each in stands)}

@@ -26,7 +26,7 @@ from benchmarks.contenders.callers import WARM, drive
 from cauce.backends import sqlite
 from cauce.clock import SystemClock
 from cauce.codec import Entry, Meta, Wish, derive_id, sealed
-from cauce.folding import folder_of
+from cauce.folding import fold_of
 from cauce.service import bind
 
 __all__ = ["fold", "get", "load", "of_calls", "of_facts", "of_peer", "of_records"]
@@ -49,7 +49,7 @@ def fold(path: Path, load: Load, length: int, seconds: float) -> Sample:
 
 
 async def _fold(path: Path, things: int, length: int, seconds: float) -> Sample:
-    folder, bus = folder_of(bind(service), users), await sqlite.open(path)
+    folder, bus = fold_of(bind(service), users), await sqlite.open(path)
     facts = bus.facts
 
     async def work(seconds: float) -> Sample:
@@ -74,7 +74,7 @@ def load(path: Path, length: int, things: int, seconds: float) -> Sample:
 
 
 async def _loads(path: Path, length: int, things: int, seconds: float) -> Sample:
-    folder, bus = folder_of(bind(service), users), await sqlite.open(path)
+    folder, bus = fold_of(bind(service), users), await sqlite.open(path)
 
     async def work() -> None:
         key = next(keys)

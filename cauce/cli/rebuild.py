@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from contextlib import AsyncExitStack
 from typing import NamedTuple
 
@@ -37,8 +35,6 @@ def rebuild(service: str, name: str, url: str, store: str | None, as_json: bool)
     Runs beside the service, or while it does not run. Only view functions run, no reaction does. What was interrupted
     is gone on with.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     found = asyncio.run(_rebuild(url, store, list(find(service).values()), name))
     if as_json:
         print_json(

@@ -67,8 +67,6 @@ def run(
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Harmless("%(asctime)s %(levelname)-8s %(because)s%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     found = {service: name for each_name in names for name, service in find(each_name).items()}
     if each:
         ctx.exit(asyncio.run(run_each(list(found.values()), bus, store, drain, with_parent=with_parent)))
@@ -124,7 +122,12 @@ def find(name: str) -> dict[str, Service]:
 
 
 def _imported(name: str) -> ModuleType:
-    """The module of this name. What keeps it from being imported is told by the line of the user's own code."""
+    """The module of this name, from the folder of the call, too.
+
+    What keeps it from being imported is told by the line of the user's own code.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
     except SyntaxError as error:

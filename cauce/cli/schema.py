@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -108,8 +106,6 @@ def check_(ctx: click.Context, module: str, folder: Path, against: Path | None, 
 
 def _declared(module: str) -> tuple[list[Domain], list[Service]]:
     """The domains of which a module knows messages, and its services. Raises `Refused` where there is none."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     domains, services = dict[Domain, None](), dict[Service, None]()
     for part in modules(module):
         for each in vars(part).values():

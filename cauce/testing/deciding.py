@@ -8,7 +8,7 @@ from typing import Any
 
 from cauce.errors import Refused, Rejected
 from cauce.fold import messages_of
-from cauce.folding import folder_of
+from cauce.folding import fold_of
 from cauce.messages import Command, Event, Record, declared
 from cauce.schema import encode, key_of
 from cauce.service import Service, bind
@@ -27,7 +27,7 @@ class Given:
     def __init__(self, service: Service, events: tuple[Event, ...]) -> None:
         self._parts = bind(service)
         self._service = service
-        self._folders = {domain.name: folder_of(self._parts, domain) for domain in service.owns}
+        self._folders = {domain.name: fold_of(self._parts, domain) for domain in service.owns}
         self._things = {self._thing(event) for event in events}
         if len(self._things) > 1:
             raise Refused(f"given events of several things {sorted(self._things)}: give those of one")
