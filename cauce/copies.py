@@ -121,7 +121,7 @@ class Copies:
         self._replicas = {
             replica.copy: (replica, Derived(replica, service, records, shelf, clock)) for replica in replicas
         }
-        self._shelf, self._lead = shelf, shelf.lead
+        self._lead = shelf.lead
         self._readings = {name: _Reading(derived) for name, derived in self._views.items()}
 
     @property
@@ -213,7 +213,6 @@ class Copies:
     async def close(self) -> None:
         await asyncio.gather(*(derived.close() for derived in (*self.facts_side, *self.records_side)))
         await self._lead.release()
-        await self._shelf.close()
 
     # ------------------------------------------------------------------------------------------------------ reading
 

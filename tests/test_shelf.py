@@ -776,7 +776,7 @@ async def test_statements_that_are_slow_only_together_come_through(
     postgres_bus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cauce.backends.postgres.builds.SLOWEST", 0.5)
-    monkeypatch.setattr("cauce.backends.postgres.builds._GRACE", 0.0)
+    monkeypatch.setattr("cauce.backends.postgres.builds.GRACE", 0.0)
 
     def slow(event: Grown, db: Store) -> None:
         db.execute("insert into sums select ?, ? from pg_sleep(0.1)", (event.name, event.n))

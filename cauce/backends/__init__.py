@@ -22,6 +22,7 @@ __all__ = [
     "examine",
     "installed",
     "look",
+    "nothing_at",
     "open_backend",
     "scheme_of",
     "stores_at",
@@ -197,6 +198,11 @@ def installed(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise Refused(f"this address needs {error.name}: pip install 'cauce[{extra}]'") from None
+
+
+def nothing_at(place: object) -> Refused:
+    """What is told where there is no bus, and none is to be made."""
+    return Refused(f"there is no bus at {place}: name another with --bus, or let a service or an import make this one")
 
 
 def _path(url: str) -> Path:

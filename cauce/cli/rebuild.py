@@ -82,9 +82,8 @@ async def _rebuild(url: str, store: str | None, services: list[Service], name: s
         logs = await stack.enter_async_context(reading(url))
         stores = logs.stores if store is None else await stack.enter_async_context(stores_at(store, clock))
         service, shape, on_records = _wanted(services, name, stores)
-        shelf = stores.shelf(service.name)
-        stack.push_async_callback(shelf.close)
-        derived = Derived(shape, service.name, logs.records if on_records else logs.facts, shelf, clock)
+        shelf, log = stores.shelf(service.name), logs.records if on_records else logs.facts
+        derived = Derived(shape, service.name, log, shelf, clock)
         stack.push_async_callback(derived.close)
         kind = "replica" if on_records else "view"
         with bar(f"rebuild {shape.name}", "records" if on_records else "events") as told:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from cauce.backends import nothing_at
 from cauce.backends.health import DURABLE, NOTHING_LOST, ONE_ORDER, Finding
 from cauce.backends.nats.api import NAME_IN_USE, NO_MESSAGE, NOT_FOUND, ApiError, ask, refusal
 from cauce.backends.nats.link import Link
@@ -138,9 +139,7 @@ class Stream:
             if error.code != NOT_FOUND:
                 raise self.refusal(error) from error
         if not make:
-            raise Refused(
-                f"there is no bus at {self.link}: name another with --bus, or let a service or an import make this one"
-            )
+            raise nothing_at(self.link)
         return await self._make(self._wanted())
 
     async def _make(self, wanted: dict[str, Any]) -> Info:

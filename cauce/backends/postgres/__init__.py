@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from cauce.backends import nothing_at
 from cauce.backends.health import Health
 from cauce.backends.postgres.health import health_of
 from cauce.backends.postgres.link import Link
@@ -16,7 +17,6 @@ from cauce.backends.postgres.table import LOGS, Draft
 from cauce.backends.postgres.wire import PostgresWire
 from cauce.backends.postgres.writer import Writer
 from cauce.clock import Clock, SystemClock
-from cauce.errors import Refused
 
 __all__ = ["PostgresBus", "open", "stores_at"]
 
@@ -87,9 +87,7 @@ async def _there(link: Link) -> None:
     """Raises `Refused` where there is no bus."""
     ((found,),) = await link.fetch("select to_regnamespace(quote_ident($1)) is not null", link.schema)
     if not found:
-        raise Refused(
-            f"there is no bus at {link.url}: name another with --bus, or let a service or an import make this one"
-        )
+        raise nothing_at(link.url)
 
 
 @asynccontextmanager

@@ -9,40 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import asyncpg
 
-from cauce.backends.postgres.dialect import READS, check, numbered, statements
-from cauce.backends.postgres.faults import SLOWEST, blamed
+from cauce.backends.postgres.dialect import check, numbered, statements
+from cauce.backends.postgres.faults import GRACE, SLOWEST, blamed
+from cauce.backends.postgres.home import quoted
 from cauce.backends.postgres.link import Link, Session, is_lost, translate
-from cauce.errors import CauceError, NotPermitted, Refused, Unavailable, Unreachable
+from cauce.backends.postgres.reading import LiveReading, Place, is_there, place_of
+from cauce.errors import CauceError, NotPermitted, Refused
 from cauce.shelf import Build, Lock, Moved, Part, Unusable, Wrong
-from cauce.sql import Row, Run
+from cauce.sql import Run
 from cauce.threads import in_thread
 
 __all__ = ["SchemaBuilds"]
 
 _log = logging.getLogger("cauce")
-_READERS = 4
-_GRACE = 5.0
-"""Seconds beyond what the server itself allows, after which one that does not answer counts as gone."""
-
-_REMEMBERED = (
-    asyncpg.DatatypeMismatchError,
-    asyncpg.InternalServerError,
-    asyncpg.InvalidCachedStatementError,
-    asyncpg.UndefinedFunctionError,
-)
-"""What the server says of a statement that a session remembers, and whose types are gone."""
-
 _PLACE = """create table cauce_place (
     build text not null, number bigint not null, log text not null, position bigint primary key, fingerprint text not null
 )"""
-_OPEN = "select build, number, log, position, fingerprint from {schema}.cauce_place order by position desc limit 1"
-_POSITION = "select max(position) from cauce_place"
 _NUMBERS = "select substr(nspname, length($1) + 2)::bigint from pg_namespace where nspname ~ ('^' || $2 || ':[1-9][0-9]{0,9}$') order by 1"
 # What lies elsewhere and would be dropped with it: views, and tables with keys to it, columns of its types, or its
 # functions in defaults.
@@ -72,7 +59,7 @@ class SchemaBuilds:
         self._link, self._schema, self._what = link, schema, what
         self.building = building
         self.place = f"schema {quoted(schema)} of {link.url}"
-        self.reading = _Reading(link, schema, what)
+        self.reading = LiveReading(link, schema, what)
         self._live: str | None = None
         self._held: _Hold | None = None
 
@@ -80,9 +67,9 @@ class SchemaBuilds:
         return self._live
 
     async def live(self) -> int:
-        place = await _place(self._link, self._schema)
-        self._live = place[0] if place else None
-        return place[1] if place else 0
+        place = await place_of(self._link, self._schema)
+        self._live = place.build if place else None
+        return place.number if place else 0
 
     async def numbers(self) -> list[int]:
         found = await self._link.fetch(_NUMBERS, self._schema, _escaped(self._schema))
@@ -91,14 +78,14 @@ class SchemaBuilds:
 
     async def open(self, number: int) -> SchemaBuild:
         for name in (self._schema, f"{self._schema}:{number}"):
-            place = await _place(self._link, name)
-            if place is not None and place[1] == number:
+            place = await place_of(self._link, name)
+            if place is not None and place.number == number:
                 return SchemaBuild(self._link, self._schema, name, place)
         raise Unusable(f"build {number} of {self.place} is missing")
 
     async def create(self, number: int, tables: str, log: str, fingerprint: str) -> SchemaBuild:
         name = f"{self._schema}:{number}"
-        place = (self._link.clock.id(), number, log, 0, fingerprint)
+        place = Place(self._link.clock.id(), number, log, 0, fingerprint)
         session = await self._link.dedicated("build", search_path=f"{quoted(name)}, pg_temp", lock_timeout="0")
         try:
             async with session.transaction():
@@ -161,7 +148,7 @@ class SchemaBuilds:
 class SchemaBuild:
     """One schema, and how far it is."""
 
-    def __init__(self, link: Link, live: str, name: str, place: tuple[str, int, str, int, str]) -> None:
+    def __init__(self, link: Link, live: str, name: str, place: Place) -> None:
         self._link, self._live, self.name = link, live, name
         self.id, self.number, self.log, self.position, self.fingerprint = place
         self.place = f"build {self.number} in schema {quoted(name)} of {link.url}"
@@ -173,8 +160,8 @@ class SchemaBuild:
         except _Asked as asked:
             raise asked.error from None
         except _Missing as missing:
-            place = await _place(self._link, self._live)
-            if place is not None and place[0] == self.id:
+            place = await place_of(self._link, self._live)
+            if place is not None and place.build == self.id:
                 raise Moved(f"{self.place} is live by now") from None
             raise Unusable(f"{self.place}: {missing}") from missing
         except (Wrong, Moved):
@@ -202,7 +189,7 @@ class SchemaBuild:
         schema = quoted(self.name)
         values = self.id, self.position, f"{schema}, pg_temp", f"{SLOWEST}s"
         try:
-            async with asyncio.timeout(self._link.patience + _GRACE):
+            async with asyncio.timeout(self._link.patience + GRACE):
                 found = await session.fetch(_TAKE.replace("{schema}", schema), *values)
         except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError) as error:
             raise _Missing(str(error)) from error
@@ -215,7 +202,7 @@ class SchemaBuild:
             position, runs = part
             for run in runs:
                 await self._run(session, run, done)
-        async with asyncio.timeout(self._link.patience + _GRACE):
+        async with asyncio.timeout(self._link.patience + GRACE):
             await session.fetch(_MOVE.replace("{schema}", quoted(self.name)), position, before)
         return position
 
@@ -225,7 +212,7 @@ class SchemaBuild:
             check(sql, self._link.schema)
             # What a session remembers of a text names types and tables of one build, and no other has them.
             text = f"/* {self.id} */ {numbered(sql)}"
-            async with asyncio.timeout(SLOWEST + _GRACE):
+            async with asyncio.timeout(SLOWEST + GRACE):
                 if len(many) == 1:
                     await session.fetch(text, *many[0])
                 else:
@@ -240,7 +227,7 @@ class SchemaBuild:
 
     async def _commit(self, whole: Any, done: list[int]) -> None:
         try:
-            async with asyncio.timeout(SLOWEST + _GRACE):
+            async with asyncio.timeout(SLOWEST + GRACE):
                 await whole.commit()
         except asyncpg.PostgresError as error:
             # What a table checks only at the end is told now.
@@ -301,12 +288,12 @@ class _Hold:
 
     async def start(self, schema: str) -> None:
         await self._session.execute("begin")
-        if await _is_there(self._session, schema):
+        if await is_there(self._session, schema):
             await self._session.execute(f"select from {quoted(schema)}.cauce_place for update")
 
     async def switch(self, schema: str, build: SchemaBuild) -> None:
         execute = self._session.execute
-        if await _is_there(self._session, schema):
+        if await is_there(self._session, schema):
             ((id, number),) = await self._session.fetch(f"select build, number from {quoted(schema)}.cauce_place")
             if id == build.id:
                 return
@@ -322,88 +309,8 @@ class _Hold:
         self._session.terminate()
 
 
-class _Reading:
-    """Sessions that see the live build, and nothing else that is named without a schema."""
-
-    def __init__(self, link: Link, schema: str, what: str) -> None:
-        self._link, self._schema, self._what = link, schema, what
-        self._pool: Any = None
-        self._least = 0
-        self._opening = asyncio.Lock()
-
-    async def fetch(self, sql: str, params: Row = ()) -> list[Row]:
-        try:
-            check(sql, self._link.schema, READS)
-            return await self.rows(sql, params)
-        except Refused as error:
-            raise Refused(f"{self._what}: {error}") from None
-
-    async def rows(self, sql: str, params: Row = ()) -> list[Row]:
-        text, pool = numbered(sql), await self._opened()
-        return [
-            tuple(row) for row in await self._link.again(lambda session: self._read(session, text, params, sql), pool)
-        ]
-
-    async def position(self) -> int:
-        place = await _place(self._link, self._schema)
-        if place is None:
-            raise Unavailable(f"{self._what} is not built yet: run its service, or wait")
-        return place[3]
-
-    def reached(self, position: int) -> None:
-        # A build is let be live only when it has all that the one before had.
-        self._least = max(self._least, position)
-
-    async def _opened(self) -> Any:
-        async with self._opening:
-            if self._pool is None:
-                self._pool = await self._link.another(
-                    "view",
-                    _READERS,
-                    self._first,
-                    search_path=f"{quoted(self._schema)}, pg_temp",
-                    default_transaction_read_only="on",
-                    statement_timeout=f"{SLOWEST}s",
-                )
-        return self._pool
-
-    async def _first(self, session: Any) -> None:
-        """A server that crashed, and so ended all sessions, may have lost the end of what somebody was told of."""
-        with suppress(asyncpg.UndefinedTableError):
-            position = await session.fetchval(_POSITION)
-            if position is not None and position < self._least:
-                raise Unreachable(f"{self._what}: the server has lost the end of it, which is read again: wait")
-
-    async def _read(self, session: Any, text: str, params: Sequence[Any], sql: str) -> list[Any]:
-        try:
-            try:
-                return list(await session.fetch(text, *params))
-            except _REMEMBERED:
-                # Another build is live by now, with other tables and types of the same names.
-                await session.reload_schema_state()
-                return list(await session.fetch(text, *params))
-        except Exception as error:
-            if isinstance(error, asyncpg.UndefinedTableError) and not await _is_there(session, self._schema):
-                raise Unavailable(f"{self._what} is not built yet: run its service, or wait") from None
-            if (words := blamed(error)) is None:
-                raise
-            raise Refused(f"{words}: mend the query {sql!r}") from None
-
-    async def close(self) -> None:
-        if self._pool is not None:
-            pool, self._pool = self._pool, None
-            with suppress(Exception):
-                async with asyncio.timeout(self._link.patience):
-                    await pool.close()
-            pool.terminate()
-
-
 def _nothing() -> None:
     """Nobody waits for it to be closed."""
-
-
-def quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _escaped(text: str) -> str:
@@ -414,20 +321,3 @@ async def _drop(session: Any, schema: str) -> None:
     """Whoever feeds waits for it, and a reader that is slow is not worth that."""
     async with session.transaction():
         await session.execute(f"set local lock_timeout = '1s'; drop schema if exists {quoted(schema)} cascade")
-
-
-async def _is_there(session: Any, schema: str) -> bool:
-    return bool(await session.fetchval("select to_regclass($1) is not null", f"{quoted(schema)}.cauce_place"))
-
-
-async def _place(link: Link, schema: str) -> tuple[str, int, str, int, str] | None:
-    """What a schema says of itself; None where there is none."""
-
-    async def look(session: Any) -> Any:
-        try:
-            return await session.fetchrow(_OPEN.replace("{schema}", quoted(schema)))
-        except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
-            return None
-
-    row = await link.again(look)
-    return None if row is None else (row[0], row[1], row[2], row[3], row[4])

@@ -15,10 +15,13 @@ from cauce.errors import (
     Unreachable,
 )
 
-__all__ = ["SLOWEST", "blamed", "is_lost", "translate"]
+__all__ = ["GRACE", "SLOWEST", "blamed", "is_lost", "translate"]
 
 SLOWEST = 30
 """Seconds that one statement of a service may take: others wait for it."""
+
+GRACE = 5.0
+"""Seconds beyond what the server itself allows, after which one that does not answer counts as gone."""
 
 _THEIRS = {"0A", "21", "22", "23", "24", "25", "26", "27", "2B", "2D", "2F", "34", "38", "39", "3B", "3D", "3F", "42", "44", "54", "P0"}  # fmt: skip
 """Classes of SQLSTATE that say that the statement is wrong, or what it was given."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from cauce.backends import nothing_at
 from cauce.backends.health import DURABLE, ONE_ORDER, Finding, Health
 from cauce.backends.postgres.link import Link
 from cauce.backends.postgres.migrations import format_of
 from cauce.backends.postgres.schema import STEPS
 from cauce.clock import Clock
-from cauce.errors import Refused
 
 __all__ = ["examine", "health_of"]
 
@@ -75,9 +75,7 @@ async def examine(url: str, clock: Clock) -> Health:
     try:
         format = await format_of(link)
         if format is None:
-            raise Refused(
-                f"there is no bus at {link.url}: name another with --bus, or let a service or an import make this one"
-            )
+            raise nothing_at(link.url)
         health = await health_of(link)
         pooled = await _shares_sessions(link)
         seen = {**health.seen, "format": format, **_said(await link.fetch(_LONG))}

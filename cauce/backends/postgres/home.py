@@ -14,7 +14,7 @@ from cauce.backends.postgres.link import Link, Session, translate
 from cauce.backends.postgres.migrations import lock_number
 from cauce.errors import NotPermitted, Refused
 
-__all__ = ["FORMAT", "Home", "filled", "furnish", "home_of"]
+__all__ = ["FORMAT", "Home", "filled", "furnish", "home_of", "quoted"]
 
 FORMAT = 1
 _LONGEST = 63
@@ -139,8 +139,12 @@ def home_of(bus: str, service: str) -> Home:
         digest = blake2b(f"{bus}/{service}".encode(), digest_size=8).hexdigest()
         # Two underscores and then 16 digits are the end of no other name: a service's digits follow one or four.
         name = f"{name[: _LONGEST - 19]}___{digest}"
-    quoted = '"' + name.replace('"', '""') + '"'
-    return Home(service, name, quoted, lock_number(name, "store"))
+    return Home(service, name, quoted(name), lock_number(name, "store"))
+
+
+def quoted(name: str) -> str:
+    """A name as SQL takes it."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def filled(sql: str, home: Home) -> str:

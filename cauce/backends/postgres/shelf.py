@@ -49,9 +49,6 @@ class PostgresShelf:
             except Refused as error:
                 raise Refused(f"{what}: its schema is refused: {error}") from None
 
-    async def close(self) -> None:
-        """Nothing is open that is not somebody's own."""
-
 
 class SessionLock:
     """An advisory lock of a session: gone with it, whoever ends it. Who holds it looks whether it is still there."""

@@ -20,7 +20,7 @@ import asyncpg
 import msgspec
 
 from cauce.backends.postgres.dialect import numbered
-from cauce.backends.postgres.faults import SLOWEST, blamed
+from cauce.backends.postgres.faults import GRACE, SLOWEST, blamed
 from cauce.backends.postgres.home import Home, filled
 from cauce.backends.postgres.link import Link, Session, is_lost, translate
 from cauce.errors import Busy, CauceError, Fenced, Overloaded, Refused, Unreachable
@@ -31,9 +31,6 @@ __all__ = ["Units", "bad_statement"]
 _MOST_WAITING = 20_000
 _MOST_BYTES = 64 * 1024 * 1024
 _AT_ONCE = 1_000
-_GRACE = 5.0
-"""Seconds beyond what the server itself allows, after which one that does not answer counts as gone."""
-
 _LONGEST_PAUSE = 1.0
 _TEXT = str.maketrans({0: "\\0"})
 
@@ -206,7 +203,7 @@ class Units:
         self._closing = True
         self._bell.set()
         if self._task is not None:
-            await asyncio.wait((self._task,), timeout=2 * self._link.patience + _GRACE)
+            await asyncio.wait((self._task,), timeout=2 * self._link.patience + GRACE)
             self._task.cancel()
             await asyncio.wait((self._task,))
         if self._watch is not None:
@@ -287,12 +284,12 @@ class Units:
     async def _say(self, sql: str) -> None:
         """Statements without values, all in one message."""
         assert self._session is not None
-        async with asyncio.timeout(SLOWEST + _GRACE):
+        async with asyncio.timeout(SLOWEST + GRACE):
             await self._session.execute(sql)
 
     async def _ask(self, sql: str, *values: Any) -> list[Any]:
         assert self._session is not None
-        async with asyncio.timeout(SLOWEST + _GRACE):
+        async with asyncio.timeout(SLOWEST + GRACE):
             return await self._session.fetch(sql, *values)
 
     # ---------------------------------------------------------------------------------------- one transaction
@@ -400,7 +397,7 @@ class Units:
                 runs[-1][1].append(values)
         for sql, many in runs:
             try:
-                async with asyncio.timeout(SLOWEST + _GRACE):
+                async with asyncio.timeout(SLOWEST + GRACE):
                     if len(many) > 1:
                         await self._session.executemany(numbered(sql), many)
                     else:
@@ -421,7 +418,7 @@ class Units:
         sql = ""
         try:
             for sql, values in job.unit.statements:
-                async with asyncio.timeout(SLOWEST + _GRACE):
+                async with asyncio.timeout(SLOWEST + GRACE):
                     await self._session.fetch(*_with(sql, values))
             await self._say("set constraints all immediate; release unit; set constraints all deferred")
             return True

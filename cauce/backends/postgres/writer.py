@@ -17,6 +17,7 @@ from typing import Any
 import asyncpg
 import msgspec
 
+from cauce.backends.postgres.faults import GRACE
 from cauce.backends.postgres.link import Link, Session, is_lost, translate
 from cauce.backends.postgres.table import LOGS, Asked, Draft, Found, Job, Known, Placed
 from cauce.errors import Busy, CauceError, OutcomeUnknown, Overloaded, Refused, Unreachable
@@ -30,9 +31,6 @@ _TURN_JOBS = 2_000
 _TURN_BYTES = 4 * 1024 * 1024
 _TRIES = 4
 """So often a turn may have presumed wrongly before it keeps the lock while it learns."""
-
-_GRACE = 5.0
-"""Seconds beyond the wait for the lock after which a server that does not answer counts as gone."""
 
 _TIDY_EVERY = 1_000
 _KEPT = "interval '5 minutes'"
@@ -127,7 +125,7 @@ class Writer:
             self._bell.set_result(None)
         tasks = [task for task in (self._task, self._asking, self._tidying) if task is not None]
         if self._task is not None:
-            await asyncio.wait((self._task,), timeout=2 * (self._link.patience + _GRACE))
+            await asyncio.wait((self._task,), timeout=2 * (self._link.patience + GRACE))
         for task in tasks:
             task.cancel()
         if tasks:
@@ -198,7 +196,7 @@ class Writer:
         idle = str(max(round(self._link.patience * 500), 200))
         session = await self._link.dedicated("writer", idle_in_transaction_session_timeout=idle)
         try:
-            async with asyncio.timeout(self._link.patience + _GRACE):
+            async with asyncio.timeout(self._link.patience + GRACE):
                 self._call = await session.prepare(_TAKE_TURN)
         except BaseException:
             session.terminate()
@@ -245,7 +243,7 @@ class Writer:
             reply = await self._say(jobs, sent, found)
             if reply["well"]:
                 return reply
-        async with asyncio.timeout(2 * (self._link.patience + _GRACE)):
+        async with asyncio.timeout(2 * (self._link.patience + GRACE)):
             # The first of these calls takes the lock, and the transaction keeps it.
             await session.execute("begin")
             while not (reply := await self._say(jobs, sent, found))["well"]:
@@ -260,7 +258,7 @@ class Writer:
         verdicts = _decided(draft, jobs)
         arguments = draft.arguments()
         sent.append((draft, verdicts))
-        async with asyncio.timeout(self._link.patience + _GRACE):
+        async with asyncio.timeout(self._link.patience + GRACE):
             (reply,) = await self._call.fetch(self._known.change, self._id, self._number, *arguments)
             if reply["repeats"]:
                 asked = list(draft.asked.items())
@@ -296,7 +294,7 @@ class Writer:
 
     async def _settle(self, lost: _Lost) -> None:
         assert self._session is not None
-        async with asyncio.timeout(self._link.patience + _GRACE):
+        async with asyncio.timeout(self._link.patience + GRACE):
             (reply,) = await self._session.fetch(_SETTLE, self._id, lost.number)
         self._lost = None
         self._known.doubt()

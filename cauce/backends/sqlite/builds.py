@@ -60,9 +60,6 @@ class SQLiteShelf:
         finally:
             connection.close()
 
-    async def close(self) -> None:
-        """Nothing is open that is not somebody's own."""
-
 
 class FileLock:
     """A lock that the kernel takes from a dead process."""
