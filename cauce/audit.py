@@ -10,9 +10,12 @@ from cauce.errors import CauceError, Unavailable
 from cauce.log import Log
 from cauce.store import Store
 
-__all__ = ["Audit"]
+__all__ = ["SHORTEST", "Audit"]
 
 _log = logging.getLogger("cauce")
+
+SHORTEST = 3_600.0
+"""Seconds that the audit time is at least: whoever says a command again within half of it is heard."""
 
 _EVERY = 3_600.0
 _SOON = 30.0

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from cauce.accept import SLOTS, check_body, slot_of
+from cauce.audit import SHORTEST
 from cauce.bus import Ask, Bus, Cause, Context, Receipt, correlation
 from cauce.codec import Entry, Meta, Wish, derive_id, sealed, time_of
 from cauce.errors import Conflict, IdReused, NoAnswer, NotOwner, Overloaded, Refused, Rejected, Unavailable
@@ -39,8 +40,8 @@ _IMPATIENT = 3
 
 _NESTED = 0.5
 _CACHED = 100_000
-_LATE = 1_800_000_000
-"""Microseconds, half the shortest audit time: an earlier try of what was said before may be forgotten by now."""
+_LATE = round(SHORTEST * 1_000_000) // 2
+"""Microseconds: an earlier try of what was said longer ago may be forgotten by now."""
 
 _PAUSE = 0.25
 _LONGEST_PAUSE = 5.0

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from cauce.accept import check_domain
+from cauce.audit import SHORTEST
 from cauce.bus import Context, reply_type
 from cauce.errors import Refused
 from cauce.messages import (
@@ -38,7 +39,6 @@ Kind = Literal["decide", "evolve", "on", "answer", "every", "view", "replica"]
 Start = Literal["first", "now"]
 
 AUDIT = 30 * 86_400.0
-_SHORTEST = 3_600.0
 
 ATTEMPTS = 12
 """How often a message is tried when nothing else is said: with the delays between, for about ten minutes."""
@@ -81,8 +81,8 @@ class Service:
         schema: Tables | Iterable[Tables] = (),
         audit: float | None = AUDIT,
     ) -> None:
-        if audit is not None and not _SHORTEST <= audit < 1e11:
-            raise Refused(f"{name}: audit={audit}: say a number of seconds, {_SHORTEST:g} or more, or None for ever")
+        if audit is not None and not SHORTEST <= audit < 1e11:
+            raise Refused(f"{name}: audit={audit}: say a number of seconds, {SHORTEST:g} or more, or None for ever")
         # A service's name goes where a domain's goes: into files, subjects and addresses.
         self.name = Domain(name).name
         self.owns = (owns,) if isinstance(owns, Domain) else tuple(owns)

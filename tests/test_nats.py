@@ -6,8 +6,7 @@ import asyncio
 import inspect
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -18,39 +17,16 @@ from nats.protocol.parser import Parser
 
 from cauce.accept import ENTRY_BYTES, slot_of
 from cauce.backends import nats as backend
-from cauce.backends.nats import NatsBus, forgetting
+from cauce.backends.nats import forgetting
 from cauce.backends.nats.client import Client
 from cauce.backends.nats.link import OLDEST
 from cauce.backends.nats.names import text, token
-from cauce.clock import SystemClock
-from cauce.codec import Entry, Meta, sealed
+from cauce.codec import Meta, sealed
 from cauce.conformance import HOSTILE
 from cauce.errors import Busy, Damaged, NotPermitted, OutcomeUnknown, Overloaded, Refused, Unreachable
 from cauce.log import Appended, Filter
+from tests.cluster_load import CLOCK, all_of, fact, opened
 from tests.servers import Missing, Nats, absent
-
-CLOCK = SystemClock()
-
-
-@asynccontextmanager
-async def opened(url: str, *, patience: float = 5.0) -> AsyncIterator[NatsBus]:
-    bus = await backend.open(url, patience=patience)
-    try:
-        yield bus
-    finally:
-        await bus.close()
-
-
-def fact(stream: str, n: int = 1, **more: Any) -> Entry:
-    return sealed(stream, "Counted", CLOCK.id(), Meta(1_700_000_000_000_000 + n), b'{"n":%d}' % n, **more)
-
-
-async def all_of(bus: NatsBus) -> list[Entry]:
-    found, looked = list[Entry](), 0
-    while looked < await bus.facts.head():
-        page = await bus.facts.read(after=looked)
-        found, looked = found + page.entries, page.looked
-    return [entry.checked() for entry in found]
 
 
 @pytest.fixture
