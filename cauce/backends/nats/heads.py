@@ -50,6 +50,7 @@ class Heads:
         self._ids: dict[str, _Ids] = {}
         self._counted = 0
         self._subjects: dict[str, str] = {}
+        self._claims: dict[str, str] = {}
 
     # ------------------------------------------------------------------------------------------------- names
 
@@ -66,6 +67,14 @@ class Heads:
 
     def claim(self, name: str) -> str:
         """The subject of a claim: among the slot's own where it is named so, else apart."""
+        found = self._claims.get(name)
+        if found is None:
+            if len(self._claims) >= _CACHED:
+                self._claims.clear()
+            found = self._claims[name] = self._of_claim(name)
+        return found
+
+    def _of_claim(self, name: str) -> str:
         domain, slash, slot = name.partition("/")
         if (
             slash
