@@ -13,7 +13,7 @@ from typing import Protocol
 import msgspec
 
 from cauce.accept import APPEND_BYTES, APPEND_ENTRIES, ENTRY_BYTES, SLOTS, check_id, check_key, check_name, check_stream
-from cauce.codec import Entry
+from cauce.codec import Entry, time_in
 from cauce.errors import Fenced, Refused
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "check_forget",
     "check_put",
     "filter_of",
+    "old_of",
 ]
 
 
@@ -188,6 +189,23 @@ class Log(Protocol):
         that cannot be; `Busy` while another removes.
         """
         ...
+
+
+def old_of(rows: Iterable[tuple[int, bool, bytes]], before: int) -> tuple[list[int], int, bool]:
+    """What `forget` may remove of a page of a log: the positions, how far it was looked, and whether to look further.
+
+    Parameters:
+        rows: in their order the position of each entry, whether it is in the slot, and its envelope.
+    """
+    gone, looked, old = list[int](), 0, False
+    for looked, own, raw in rows:
+        old = time_in(raw) < before
+        if own and not old:
+            return gone, looked, False
+        if own:
+            gone.append(looked)
+    # What is old behind one that is not was said by a clock that was wrong, and goes later.
+    return gone, looked, old
 
 
 # Each append asks, mostly for what it asked before.

@@ -19,6 +19,7 @@ from cauce.backends.nats.call import Lost, Reply
 from cauce.backends.nats.direct import pages
 from cauce.backends.nats.link import Link
 from cauce.backends.nats.many import stored
+from cauce.backends.nats.stream import Info, cure_of
 from cauce.errors import Damaged, Refused, Unreachable
 
 __all__ = ["MOST", "Bucket", "Message", "Put", "Stale", "Unsure", "buckets"]
@@ -66,25 +67,6 @@ class _Ack(msgspec.Struct, frozen=True):
     seq: int
 
 
-class _Config(msgspec.Struct, frozen=True):
-    subjects: list[str] = []
-    storage: str = "file"
-    retention: str = "limits"
-    num_replicas: int = 1
-    max_msgs: int = -1
-    max_bytes: int = -1
-    max_age: int = 0
-    max_msgs_per_subject: int = -1
-    allow_direct: bool = False
-    allow_atomic: bool = False
-    allow_msg_ttl: bool = False
-    deny_delete: bool = False
-
-
-class _Info(msgspec.Struct, frozen=True):
-    config: _Config
-
-
 class _Got(msgspec.Struct, frozen=True):
     message: _Ack
 
@@ -127,32 +109,32 @@ class Bucket:
             if stands != wanted[setting]:
                 raise Refused(
                     f"stream {self.name} has {setting} = {stands!r}, with which it cannot be a store: "
-                    f"set it to {wanted[setting]!r} (nats stream edit {self.name}), or give the bus another name"
+                    f"{cure_of(self.name, setting, wanted[setting])}"
                 )
         self._replicas = info.config.num_replicas
         return True
 
-    async def _info(self, make: bool) -> _Info | None:
+    async def _info(self, make: bool) -> Info | None:
         question = f"STREAM.INFO.{self.name}"
         try:
-            return await ask(self.link, question, None, _Info)
+            return await ask(self.link, question, None, Info)
         except ApiError as error:
             if error.code != NOT_FOUND:
                 raise
         if not make:
             return None
         try:
-            return await ask(self.link, f"STREAM.CREATE.{self.name}", self._wanted(), _Info)
+            return await ask(self.link, f"STREAM.CREATE.{self.name}", self._wanted(), Info)
         except ApiError as error:
             if error.code != NAME_IN_USE:
                 raise
         # Another process made it meanwhile.
-        return await ask(self.link, question, None, _Info)
+        return await ask(self.link, question, None, Info)
 
     def _wanted(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "subjects": [self._prefix + ">"],
+            "subjects": (self._prefix + ">",),
             "storage": "file",
             "retention": "limits",
             "discard": "new",
@@ -307,7 +289,7 @@ class Bucket:
     async def _missing(self) -> Exception:
         """Nobody took what was sent: the stream is gone, or its server begins or ends."""
         try:
-            await ask(self.link, f"STREAM.INFO.{self.name}", None, _Info)
+            await ask(self.link, f"STREAM.INFO.{self.name}", None, Info)
         except ApiError as error:
             return self._refusal(error)
         return Unreachable(f"stream {self.name} on {self.link} takes nothing now: it is tried again")

@@ -14,7 +14,7 @@ from cauce.backends.nats.api import NAME_IN_USE, NO_MESSAGE, NOT_FOUND, ApiError
 from cauce.backends.nats.link import Link
 from cauce.errors import CauceError, Damaged, Refused, Unreachable
 
-__all__ = ["Cluster", "Config", "Info", "Peer", "State", "Stored", "Stream", "info_of", "streams_of"]
+__all__ = ["Cluster", "Config", "Info", "Peer", "State", "Stored", "Stream", "cure_of", "info_of", "streams_of"]
 
 _ID = "cauce-id"
 _LIMITS = ("retention", "max_msgs", "max_bytes", "max_age", "max_msgs_per_subject")
@@ -48,6 +48,7 @@ class Config(msgspec.Struct, frozen=True):
     max_msg_size: int = -1
     allow_direct: bool = False
     allow_atomic: bool = False
+    allow_msg_ttl: bool = False
     deny_delete: bool = False
     deny_purge: bool = False
     sealed: bool = False
@@ -207,9 +208,7 @@ class Stream:
                 yield self._wrong(name, False, True, NOTHING_LOST)
 
     def _wrong(self, name: str, found: object, needed: object, promise: str) -> Finding:
-        # What a stream is stored on is settled when it is made.
-        edit = "" if name == "storage" else f"set it to {needed!r} (nats stream edit {self.name}), or "
-        cure = f"{edit}give the bus another name"
+        cure = cure_of(self.name, name, needed)
         return Finding(f"{name} of stream {self.name}", repr(found), repr(needed), promise, cure)
 
     # ------------------------------------------------------------------------------------------------- watching
@@ -283,6 +282,12 @@ class Stream:
 
     def refusal(self, error: ApiError) -> Exception:
         return refusal(error, self.link, f"stream {self.name}")
+
+
+def cure_of(stream: str, setting: str, needed: object) -> str:
+    """What to do about a setting of a stream. What it is stored on is settled when it is made."""
+    edit = "" if setting == "storage" else f"set it to {needed!r} (nats stream edit {stream}), or "
+    return f"{edit}give the bus another name"
 
 
 async def info_of(link: Link, name: str) -> Info:

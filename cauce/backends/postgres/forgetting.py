@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from cauce.backends.postgres.link import Link
 from cauce.backends.postgres.migrations import lock_number
-from cauce.codec import time_in
+from cauce.log import old_of
 
 __all__ = ["forget"]
 
@@ -29,35 +27,16 @@ _TURN = """
 _REMOVE = "delete from commands where position = any($1::bigint[]) returning position"
 
 
-class _Old(msgspec.Struct, frozen=True):
-    """What may go of a page, how far it goes, and whether to look further."""
-
-    gone: list[int]
-    looked: int
-    more: bool
-
-
 async def forget(link: Link, domain: str, slot: int, upto: int, before: int) -> int:
     """See `cauce.log.Log.forget`. Where a reply was lost, what it removed is not counted."""
-    removed, page = 0, _Old([], 0, True)
-    while page.more:
-        rows = await link.fetch(_NEXT, page.looked, upto, _SOME, domain, slot)
-        page = _old(rows, before)
-        if page.gone:
-            removed += await _remove(link, page.gone)
+    removed, looked, more = 0, 0, True
+    while more:
+        rows = await link.fetch(_NEXT, looked, upto, _SOME, domain, slot)
+        gone, looked, old = old_of(((position, own, raw) for position, own, raw, _ in rows), before)
+        more = old and rows[-1][3] == _SOME
+        if gone:
+            removed += await _remove(link, gone)
     return removed
-
-
-def _old(rows: list[Any], before: int) -> _Old:
-    gone, looked, old = list[int](), 0, False
-    for looked, own, raw, _ in rows:
-        old = time_in(raw) < before
-        if own and not old:
-            return _Old(gone, looked, False)
-        if own:
-            gone.append(looked)
-    # What is old behind one that is not was said by a clock that was wrong, and goes later.
-    return _Old(gone, looked, old and rows[-1][3] == _SOME)
 
 
 async def _remove(link: Link, gone: list[int]) -> int:

@@ -16,9 +16,20 @@ from cauce.backends.sqlite.chain import OVERHANG, Chain
 from cauce.backends.sqlite.file import translate
 from cauce.backends.sqlite.table import Table
 from cauce.backends.sqlite.writer import Writer
-from cauce.codec import Entry, time_in
+from cauce.codec import Entry
 from cauce.errors import Damaged, Refused
-from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_forget, check_put
+from cauce.log import (
+    EVERYTHING,
+    Appended,
+    Claim,
+    Filter,
+    Page,
+    check_append,
+    check_filter,
+    check_forget,
+    check_put,
+    old_of,
+)
 
 __all__ = ["Reader", "SQLiteLog"]
 
@@ -165,7 +176,6 @@ class SQLiteLog:
         self, domain: str, slot: int, after: int, upto: int, before: int
     ) -> tuple[list[tuple[int, int]], int, bool]:
         """What may go of the next entries of the log, how far was looked, and whether to look further."""
-        gone, old, position = list[tuple[int, int]](), False, after
         with self._reader:
             upto = min(upto, self._head() - 1)
             types = set(self._reader.types_of(frozenset({domain}), frozenset()))
@@ -174,14 +184,11 @@ class SQLiteLog:
                 "order by position limit ?",
                 (after, upto, _SOME),
             ).fetchall()
-        for position, stream, type, raw in rows:
-            old = time_in(raw) < before
-            if stream % 16 == slot and type in types:
-                if not old:
-                    return gone, position, False
-                gone.append((position, stream))
-        # What is old behind one that is not was said by a clock that was wrong, and goes later.
-        return gone, position, old and len(rows) == _SOME
+        gone, looked, old = old_of(
+            ((position, stream % 16 == slot and type in types, raw) for position, stream, type, raw in rows), before
+        )
+        streams = {position: stream for position, stream, _, _ in rows}
+        return [(position, streams[position]) for position in gone], looked, old and len(rows) == _SOME
 
     def wake(self, rows: list[tuple[Any, ...]] | None) -> None:
         """Wake who waits for one of these rows; None: another process wrote, so whoever waits looks again."""
