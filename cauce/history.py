@@ -85,7 +85,7 @@ def _wish(folder: Folder, meta: Meta, wisher: Entry | None) -> str:
 
 
 async def page(folder: Folder, facts: Log, records: Log, ask: Ask) -> Reply:
-    """The next page of what was asked as `history` or `states`: it always fits the wire, and holds one at least."""
+    """The next page of what was asked as `history` or `states`, never too large for a wire."""
     if ask.kind == "history":
         return Reply(body=msgspec.Raw(_encode(await _changes(folder, facts, ask.key, ask.since))))
     return Reply(body=msgspec.Raw(_encode(await _standing(folder, facts, records, ask))))
@@ -96,11 +96,11 @@ async def _changes(folder: Folder, facts: Log, key: str, after: int) -> Changes:
     async with aclosing(changes(folder, facts, key, after=after)) as all_of_them:
         try:
             async for change in all_of_them:
-                body = b"null" if change.after is None else encode(change.after)
-                size += len(body) + len(change.id) + len(change.causation) + len(change.correlation) + len(change.by)
+                each = _told(change)
+                size += len(_encode(each))
                 if told and (size > _BYTES or len(told) >= _MOST):
                     return Changes(told, more=True)
-                told.append(_told(change, body))
+                told.append(each)
         except Exception:
             # What comes before a fact that cannot be folded is told; who asks on learns of it.
             if not told:
@@ -109,10 +109,11 @@ async def _changes(folder: Folder, facts: Log, key: str, after: int) -> Changes:
     return Changes(told)
 
 
-def _told(change: Change[Record], body: bytes) -> Told:
+def _told(change: Change[Record]) -> Told:
+    body, schema = (b"null", 0) if change.after is None else (encode(change.after), declared(change.after).version)
     return Told(
         change.version, change.position, micros(change.time), change.event, change.id, change.by, change.wish,
-        change.causation, change.correlation, 0 if change.after is None else declared(change.after).version, msgspec.Raw(body),
+        change.causation, change.correlation, schema, msgspec.Raw(body),
     )  # fmt: skip
 
 
@@ -135,11 +136,11 @@ async def _standing(folder: Folder, facts: Log, records: Log, ask: Ask) -> Stand
             for first, each in zip(some, folded, strict=True):
                 if each.state is None:
                     continue
-                body = encode(each.state)
-                size += len(body)
+                told = Stood(declared(each.state).version, msgspec.Raw(encode(each.state)))
+                size += len(_encode(told))
                 if found and (size > _BYTES or len(found) >= _MOST):
                     return Standing(found, first.position - 1, upto)
-                found.append(Stood(declared(each.state).version, msgspec.Raw(body)))
+                found.append(told)
         looked, left = read.looked, left - len(read.entries)
     return Standing(found, min(looked, upto), upto)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
@@ -61,6 +61,10 @@ class Seen(Event, domain=people):
 class Tagged(Event, domain=people):
     id: str
     tag: str
+
+
+class Noted(Event, domain=people, name="N" * 128):
+    id: str
 
 
 class Left(Event, domain=people):
@@ -208,16 +212,6 @@ async def test_a_long_history_comes_in_pages_and_lacks_nothing(
             monkeypatch.setattr(f"cauce.history.{name}", number)
         assert await all_of(bus.history(Person, "ana")) == whole
         assert await all_of(bus.history(Person, "ana", after=2)) == whole[2:]
-
-
-async def test_pages_of_large_records_fit_the_wire(each_bus: str) -> None:
-    """Each is as large as an entry may nearly be, so no two of them fit one message of NATS."""
-    large = 749_000
-    async with running(service, bus=each_bus) as bus:
-        await wrote(bus, Joined("ana", "a" * large), Joined("ana", "b" * large), Joined("eva", "c" * large))
-        found = [each.after async for each in bus.history(Person, "ana")]
-        assert [each and each.name[-1] for each in found] == ["a", "b"]
-        assert [each.name[-1] async for each in bus.states(Person)] == ["b", "c"]
 
 
 async def test_facts_of_an_import_have_no_wish_and_those_of_today_s_names_are_told_by_them(each_bus: str) -> None:
@@ -411,11 +405,11 @@ async def test_a_domain_as_it_stood_at_a_moment_has_what_had_begun_by_then(each_
 
 OWNER = """
 import asyncio, sys
+from importlib import import_module
 from cauce import running
-from shop import users
 
 async def main():
-    async with running(users.service, bus=sys.argv[1]) as bus:
+    async with running(import_module(sys.argv[2]).service, bus=sys.argv[1]) as bus:
         print("ready", flush=True)
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
@@ -423,11 +417,44 @@ asyncio.run(main())
 """
 
 
-async def test_a_client_looks_back_through_an_owner_in_another_process(
-    program: Callable[..., subprocess.Popen[str]], each_bus: str
+@pytest.fixture
+def owner(program: Callable[..., subprocess.Popen[str]], each_bus: str) -> Callable[[str], Awaitable[None]]:
+    """Serves a module in another process: in one of their own the wire is a call, and carries anything."""
+
+    async def start(module: str) -> None:
+        assert await Peer(program(OWNER, each_bus, module)).said() == "ready"
+
+    return start
+
+
+async def test_pages_of_large_records_fit_the_wire(owner: Callable[[str], Awaitable[None]], each_bus: str) -> None:
+    """Each is as large as an entry may nearly be, so no two of them fit one message of NATS."""
+    large = 749_000
+    async with connect(each_bus) as client:
+        await wrote(client, Joined("ana", "a" * large), Joined("ana", "b" * large), Joined("eva", "c" * large))
+        await owner("tests.test_past")
+        found = [each.after async for each in client.history(Person, "ana")]
+        assert [each and each.name[-1] for each in found] == ["a", "b"]
+        assert [each.name[-1] async for each in client.states(Person)] == ["b", "c"]
+
+
+async def test_pages_of_many_small_changes_fit_the_wire_too(
+    owner: Callable[[str], Awaitable[None]], each_bus: str
 ) -> None:
-    there = Peer(program(OWNER, each_bus))
-    assert await there.said() == "ready"
+    """What stands around each record counts: of so many it is as much as the records."""
+    async with connect(each_bus) as client:
+        await wrote(client, Joined("ana", "n" * 100))
+        for start in range(0, 2_700, 900):
+            facts = [seal(Noted("ana"), f"{n:0>100}", Meta(1)) for n in range(start, start + 900)]
+            await client.facts.append("people/ana", facts)
+        await owner("tests.test_past")
+        assert [each.version async for each in client.history(Person, "ana")] == list(range(1, 2_702))
+
+
+async def test_a_client_looks_back_through_an_owner_in_another_process(
+    owner: Callable[[str], Awaitable[None]], each_bus: str
+) -> None:
+    await owner("shop.users")
     async with connect(each_bus) as client:
         await client.call(shop.RegisterUser("42", "Ana", "a@x.org"), by="web:eva")
         await client.call(shop.RegisterUser("43", "Eva", "e@x.org"), by="web:eva")
