@@ -233,6 +233,16 @@ def _plain(line: str) -> str:
     return click.unstyle(line)
 
 
+def test_a_long_name_of_an_event_leaves_room_between_it_and_who_wished_it() -> None:
+    for letters, who in ((30, "  Tag by crm:joe"), (44, "  Tag by crm:joe"), (128, "  Tag by crm:joe")):
+        first, *_ = map(
+            _plain, told(change(None, Person("a", "a"), event="T" * letters, by="crm:joe", wish="Tag"), 100)
+        )
+        assert first.partition("T")[2].lstrip("T").removeprefix("…") == who
+    first, *_ = map(_plain, told(change(None, Person("a", "a"), event="T" * 30), 100))
+    assert first.endswith("T")
+
+
 def test_of_two_long_values_what_differs_is_seen() -> None:
     before, after = "https://example.org/" + "a" * 90 + "/one", "https://example.org/" + "a" * 90 + "/two"
     (_, line) = map(_plain, told(change(Person("a", before), Person("a", after)), 100))
