@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Unreadable,
     )
     from cauce.messages import Command, Copy, Domain, Event, Notice, Query, Record, field, replace
+    from cauce.past import Change
     from cauce.runtime import connect, running
     from cauce.service import Service
     from cauce.sql import Store
@@ -65,6 +66,7 @@ else:
             "Unreadable",
         ),
         "messages": ("Command", "Copy", "Domain", "Event", "Notice", "Query", "Record", "field", "replace"),
+        "past": ("Change",),
         "runtime": ("connect", "running"),
         "service": ("Service",),
         "sql": ("Store",),
@@ -86,6 +88,7 @@ __all__ = [
     "Bus",
     "Busy",
     "CauceError",
+    "Change",
     "Clock",
     "Command",
     "Conflict",

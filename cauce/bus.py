@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
@@ -13,10 +13,11 @@ import msgspec
 from cauce import errors
 from cauce.accept import check_key, slot_of
 from cauce.clock import Clock
-from cauce.codec import Entry, Meta, derive_id, micros, sealed
+from cauce.codec import Entry, Meta, derive_id, micros, moment, sealed
 from cauce.errors import CauceError, Conflict, Gone, NoAnswer, NotOwner, OutcomeUnknown, Refused, Unreadable
 from cauce.log import Filter, Log
 from cauce.messages import Command, Copy, Declared, Event, Message, Query, Record, declared
+from cauce.past import Change, Changes, Standing, check_count, moment_or_version
 from cauce.schema import Schema, encode, key_of
 from cauce.sql import Store
 from cauce.wire import Wire
@@ -90,6 +91,9 @@ NOTHING = Cause()
 class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
     """What goes over the wire to an owner: a command (`call`), a query (`ask`), a record to fold (`fetch`, `state`).
 
+    Or a page of the past is wished for: `history` of a thing behind version `since`, `states` of all things first met
+    behind position `since`, as they stood at position `upto`.
+
     By hand `type` and `body` are enough, or for a record `type` and `key`: see `cauce.question`.
     """
 
@@ -108,6 +112,8 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
     at_version: int | None = None
     at_time: int | None = None
     after: After | None = None
+    since: int = 0
+    upto: int | None = None
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -124,6 +130,8 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
 
 _encode = msgspec.json.Encoder().encode
 _decode_reply = msgspec.json.Decoder(Reply).decode
+_decode_changes = msgspec.json.Decoder(Changes).decode
+_decode_standing = msgspec.json.Decoder(Standing).decode
 _ERRORS: dict[str, type[CauceError]] = {
     name: cls
     for name, cls in vars(errors).items()
@@ -285,11 +293,78 @@ class Bus:
     async def state(
         self, record: type[R], key: str, *, at: int | datetime | None = None, timeout: float = TIMEOUT
     ) -> R | None:
-        """How a thing stands, or stood at a version or moment, folded from its facts by its owner.
+        """How a thing stands, or stood, folded from its facts by its owner; None: it did not stand.
 
-        At a moment: after the longest beginning of its stream before the first fact later than it.
+        Parameters:
+            at: a version, 0 for before the first; or a moment, by the times of the facts: then what stood after the
+                longest beginning of its stream before the first fact later than it.
+            timeout: seconds.
+
+        Raises `Refused` for a version that never was and for a datetime without a time zone; `NoAnswer`.
         """
         return await self._state("state", record, key, timeout, NOTHING, at)
+
+    async def history(
+        self, record: type[R], key: str, *, after: int = 0, timeout: float = TIMEOUT
+    ) -> AsyncIterator[Change[R]]:
+        """What changed of a thing, fact by fact, from the first to the last as it is now, folded by its owner.
+
+        It comes page by page, so a history of any length takes little memory. A fact that cannot be folded is raised
+        when all before it were given.
+
+        Parameters:
+            after: a version: only what came later.
+            timeout: seconds for each page.
+
+        Raises `NoAnswer`, and what folding raises.
+        """
+        kind, schema = _declared(record, "record"), Schema([record])
+        wanted = check_count(after, "after", "a version, 0 or more")
+        # A page tells what stood after each fact: the one before the first that is wanted tells what stood before it.
+        since, before, more = max(wanted - 1, 0), None, True
+        while more:
+            ask = Ask("history", kind.name, self.clock.id(), check_key(key), kind.version, since=since)
+            page = _decode_changes((await self._look(kind.domain.name, ask, timeout)).body)
+            for told in page.told:
+                stands = _found(record, schema, told.schema, bytes(told.after)) if told.schema else None
+                if told.version > wanted:
+                    yield Change(
+                        told.version, told.position, moment(told.time), told.event, told.id, told.by, told.wish,
+                        told.causation, told.correlation, before, stands,
+                    )  # fmt: skip
+                since, before = told.version, stands
+            more = page.more
+
+    async def states(
+        self, record: type[R], *, at: datetime | None = None, upto: int | None = None, timeout: float = TIMEOUT
+    ) -> AsyncIterator[R]:
+        """All things of a domain that stand, or stood, each once, in the order of their first facts.
+
+        It comes page by page, so a domain of any size takes little memory. All are shown at one place in the log,
+        though others write meanwhile: what comes behind it is not seen.
+
+        Parameters:
+            at: a moment, as in `state`.
+            upto: a position of the facts, such as that of a `Receipt` or a `Change`; the last one if not said.
+            timeout: seconds for each page.
+
+        Raises `Refused` for a position that never was and for a datetime without a time zone; `NoAnswer`, and what
+        folding raises.
+        """
+        kind, schema = _declared(record, "record"), Schema([record])
+        if at is not None and not isinstance(at, datetime):
+            raise Refused(
+                f"at={at!r}: pass a datetime; versions are those of one thing, for all at a place in the log pass upto=position"
+            )
+        at_time = None if at is None else micros(at)
+        place = None if upto is None else check_count(upto, "upto", "a position, 0 or more")
+        looked = 0
+        while place is None or looked < place:
+            ask = Ask("states", kind.name, self.clock.id(), "", kind.version, at_time=at_time, since=looked, upto=place)
+            page = _decode_standing((await self._look(kind.domain.name, ask, timeout)).body)
+            for each in page.stood:
+                yield _found(record, schema, each.schema, bytes(each.body))
+            looked, place = page.looked, page.upto
 
     async def settled(self, timeout: float = TIMEOUT) -> None:
         """Wait until every consumer of this process has passed the heads as they are now, and records are written.
@@ -337,25 +412,24 @@ class Bus:
         self, how: str, record: type[R], key: str, timeout: float, cause: Cause, at: int | datetime | None
     ) -> R | None:
         kind = _declared(record, "record")
+        at_version, at_time = moment_or_version(at)
         ask = Ask(
             how, kind.name, self.clock.id(), check_key(key), kind.version, correlation=cause.correlation, causation=cause.id,
-            at_version=at if isinstance(at, int) else None, at_time=micros(at) if isinstance(at, datetime) else None,
+            at_version=at_version, at_time=at_time,
         )  # fmt: skip
-        try:
-            reply = await self._ask(kind.domain.name, ask, timeout)
-        except TimeoutError:
-            raise NoAnswer(
-                f"{kind.domain.name} did not answer within {timeout:g} s: look whether it is blocked"
-            ) from None
-        except ConnectionError as error:
-            raise NoAnswer(f"{kind.domain.name} did not answer: {error}; ask again") from None
+        reply = await self._look(kind.domain.name, ask, timeout)
         if not reply.changed:
             return None
-        # The owner may run older or newer code than this program.
-        schema = reply.schema or kind.version
-        found = Schema([record]).decode(kind.domain.name, kind.name, schema, bytes(reply.body))
-        assert isinstance(found, record)
-        return found
+        return _found(record, Schema([record]), reply.schema or kind.version, bytes(reply.body))
+
+    async def _look(self, domain: str, ask: Ask, timeout: float) -> Reply:
+        """What an owner folds. Raises `NoAnswer`."""
+        try:
+            return await self._ask(domain, ask, timeout)
+        except TimeoutError:
+            raise NoAnswer(f"{domain} did not answer within {timeout:g} s: look whether it is blocked") from None
+        except ConnectionError as error:
+            raise NoAnswer(f"{domain} did not answer: {error}; ask again") from None
 
     async def _ask(self, address: str, ask: Ask, timeout: float) -> Reply:
         payload = await self.wire.ask(address, _encode(ask), self.clock.monotonic() + timeout)
@@ -514,6 +588,14 @@ def reply_type(query: type[Query[Any]]) -> Any:
         if getattr(base, "__origin__", None) is Query:
             return base.__args__[0]
     raise Refused(f"{query.__name__} does not say what answers it: derive it from Query[Reply]")
+
+
+def _found(record: type[R], schema: Schema, version: int, body: bytes) -> R:
+    """A record as its owner tells it, who may run older or newer code than this program."""
+    kind = declared(record)
+    found = schema.decode(kind.domain.name, kind.name, version, body)
+    assert isinstance(found, record)
+    return found
 
 
 def check_line(text: str, what: str) -> str:

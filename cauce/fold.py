@@ -100,6 +100,7 @@ class Folder:
         records: Log | None = None,
         at_version: int | None = None,
         at_time: int | None = None,
+        upto: int | None = None,
     ) -> Folded:
         """How a thing stands by its facts, or stood at a version, or at a moment in microseconds since 1970.
 
@@ -108,36 +109,43 @@ class Folder:
         Parameters:
             records: the written records, to go on from the thing's, if it is sound. At a moment it is of no use: an
                 earlier fact may be later by its time.
+            upto: only the facts up to this position, which the log has reached.
         """
-        stream, head = Filter(f"{self.domain}/{key}"), await facts.head()
+        stream, head = Filter(f"{self.domain}/{key}"), await facts.head() if upto is None else upto
         folded, page = EMPTY, Page([], 0)
         if records is not None and at_time is None:
             if self._usual < _SHORT:
                 page = await facts.read(stream, limit=_SHORT)
             if page.looked < head:
-                folded, page = await self._from_record(facts, records, stream, page, at_version)
+                folded, page = await self._from_record(facts, records, stream, page, at_version, upto)
         while True:
-            wanted = _until(page.entries, at_version, at_time)
-            folded = self._over(folded, wanted)
+            wanted = _until(page.entries, at_version, at_time, upto)
+            folded = self.over(folded, wanted)
             if page.looked >= head or len(wanted) < len(page.entries):
                 self._usual += (folded.version - self._usual) / 8
                 return folded
             page = await facts.read(stream, after=page.looked, limit=_PAGE)
 
     async def _from_record(
-        self, facts: Log, records: Log, stream: Filter, page: Page, at_version: int | None
+        self, facts: Log, records: Log, stream: Filter, page: Page, at_version: int | None, upto: int | None
     ) -> tuple[Folded, Page]:
         """What stands by the record of a thing, and a page of facts behind it; else nothing, and the page given."""
         before = await self._snapshots.read(records, stream)
-        if before is not None and (at_version is None or before.version <= at_version):
+        later = before is not None and (
+            (at_version is not None and before.version > at_version) or (upto is not None and before.position > upto)
+        )
+        if before is not None and not later:
             # The fact that made the record is read again: only that proves that it is one of this stream.
             behind = await facts.read(stream, after=max(before.position - 1, 0), limit=_PAGE)
             if self._snapshots.follows(before, behind.entries, stream):
                 return before, Page(behind.entries[1:], behind.looked)
         return EMPTY, page
 
-    def _over(self, folded: Folded, entries: Sequence[Entry]) -> Folded:
-        """The hot loop: every fact that a thing is made of passes here."""
+    def over(self, folded: Folded, entries: Sequence[Entry]) -> Folded:
+        """How a thing stands after the next facts of its stream: the hot loop, every fact that is folded passes here.
+
+        Raises what `step` raises, and `Unreadable` and `Damaged` with position and version.
+        """
         if not entries:
             return folded
         check(entries)
@@ -181,8 +189,10 @@ def _gap(entry: Entry, version: int) -> Damaged:
     )
 
 
-def _until(entries: list[Entry], at_version: int | None, at_time: int | None) -> list[Entry]:
+def _until(entries: list[Entry], at_version: int | None, at_time: int | None, upto: int | None) -> list[Entry]:
     """The entries before the first that is later."""
+    if upto is not None and entries and entries[-1].position > upto:
+        entries = [entry for entry in entries if entry.position <= upto]
     if at_version is not None:
         return [entry for entry in entries if entry.version <= at_version]
     if at_time is not None:

@@ -23,6 +23,7 @@ from cauce.commander import Commander, Decider
 from cauce.errors import CauceError, Gone, NoAnswer, NotOwner, Refused, Unavailable
 from cauce.fold import Folder, messages_of
 from cauce.folding import fold_of
+from cauce.history import page, stood
 from cauce.lease import Leases, identity
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
 from cauce.question import completed, read
@@ -844,9 +845,12 @@ class _Running:
             return Reply()
         if ask.kind == "ask":
             return await self._answered(domain, ask, answers)
-        folded = await self._folders[domain.name].fold(
-            self._bus.facts, ask.key, records=self._bus.records, at_version=ask.at_version, at_time=ask.at_time
-        )
+        folder, facts, records = self._folders[domain.name], self._bus.facts, self._bus.records
+        if ask.kind in ("history", "states"):
+            return await page(folder, facts, records, ask)
+        if ask.kind not in ("fetch", "state"):
+            raise Refused(f"{domain.name} knows no question of kind {ask.kind!r}: run newer code there")
+        folded = await stood(folder, facts, ask.key, records=records, at_version=ask.at_version, at_time=ask.at_time)
         body = b"" if folded.state is None else encode(folded.state)
         if by_hand and not body:
             raise Gone(f"{domain.name}/{ask.key} does not stand: it was deleted, or never was")

@@ -219,6 +219,7 @@ PROMISES: tuple[Promise, ...] = (
             *log("envelope and body come back byte for byte"),
             "test_upcast::test_today_s_code_reads_what_the_first_one_wrote",
             "test_upcast::test_what_a_broken_upcaster_cannot_lift_is_parked_and_read_after_it_was_mended",
+            "test_past::test_facts_of_an_import_have_no_wish_and_those_of_today_s_names_are_told_by_them",
             "test_cli_schema::test_the_library_reads_what_version_1_of_it_wrote",
             "test_cli_schema::test_removing_a_used_field_of_the_library_fails_its_check_naming_its_readers",
             "test_reactions::test_a_fact_of_a_newer_schema_or_an_unknown_shape_waits_and_is_named",

@@ -1041,7 +1041,7 @@ async def test_how_a_thing_stood_at_a_version_or_a_moment_is_folded_from_its_fac
         def moment(offset: int) -> datetime:
             return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=base + offset)
 
-        assert [await at(version) for version in (0, 1, 3, 5, 99)] == [0, 1, 3, 5, 5]
+        assert [await at(version) for version in (0, 1, 3, 5)] == [0, 1, 3, 5]
         assert [await at(moment(offset)) for offset in (-1, 0, 9, 10, 19, 20, 99)] == [0, 1, 1, 4, 4, 5, 5]
         assert await at(moment(5)) == 1, "the longest beginning before the first fact that is later"
         assert await bus.state(Counter, "a") == Counter("a", 5)

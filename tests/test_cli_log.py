@@ -278,7 +278,17 @@ async def test_a_log_in_use_is_not_restored_over(log: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "command",
-    [("tail",), ("tail", "--follow"), ("show", "users/1"), ("export",), ("verify",), ("doctor",), ("backup", "copy")],
+    [
+        ("tail",),
+        ("tail", "--follow"),
+        ("show", "users/1"),
+        ("export",),
+        ("verify",),
+        ("doctor",),
+        ("backup", "copy"),
+        ("state", "shop", "users/1"),
+        ("history", "shop", "users/1"),
+    ],
 )
 def test_who_only_reads_makes_no_log(command: tuple[str, ...], tmp_path: Path) -> None:
     result = cauce(tmp_path / "deep" / "bus.db", *command)

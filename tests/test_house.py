@@ -32,7 +32,7 @@ FLOORS = (
     ),  # what travels, and its names; no I/O
     ("log", "wire", "sql", "threads", "shelf", "store", "conformance"),  # the seams and their contract
     ("backends.*",),  # what implements them
-    ("folded", "fingerprint", "snapshot", "fold", "lease", "bus", "question", "shares", "consumer"),  # delivery
+    ("folded", "fingerprint", "snapshot", "fold", "lease", "past", "bus", "question", "shares", "consumer"),  # delivery
     (
         "records",
         "audit",

@@ -26,6 +26,8 @@ COMMANDS = {
     "demo": ("demo:demo", "See it at work: a user registers on a form, and a mail arrives."),
     "tail": ("tail:tail", "The last entries of a log, and with --follow the next ones."),
     "show": ("show:show", "All entries of one stream, with bodies."),
+    "state": ("state:state", "How one thing stands, or stood at a version or a time."),
+    "history": ("history:history", "What changed of one thing, by which event and whose wish."),
     "dead": ("dead:dead", "Messages that failed too often: list, show, retry, discard."),
     "import": ("import_:import_", "Bring events from a file of JSON lines."),
     "export": ("export:export", "Write a log as JSON lines of CloudEvents."),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
+import unicodedata
 from typing import Any
 
-__all__ = ["count", "one_line", "print_json", "write"]
+__all__ = ["count", "cut", "one_line", "print_json", "width", "write"]
 
 # C0 and C1 controls, DEL, line separators, lone surrogates, and the marks that turn the direction of writing around.
 _COMMANDS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
@@ -16,6 +17,30 @@ _IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\uf
 def one_line(text: str) -> str:
     """The text with every character that a terminal would obey written out, as \\x1b."""
     return _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def width(text: str) -> int:
+    """How many columns a terminal needs for a text on one line: two for wide letters, none for marks upon others."""
+    return len(text) if text.isascii() else sum(map(_columns, text))
+
+
+def cut(text: str, columns: int) -> str:
+    """The beginning of a text that fits so many columns, with … where something is left out."""
+    if width(text) <= columns:
+        return text
+    kept, left = "", columns - 1
+    for character in text:
+        left -= _columns(character)
+        if left < 0:
+            break
+        kept += character
+    return f"{kept}…" if columns > 0 else ""
+
+
+def _columns(character: str) -> int:
+    if unicodedata.east_asian_width(character) in "WF":
+        return 2
+    return 0 if unicodedata.category(character) in {"Mn", "Me", "Cf"} else 1
 
 
 def count(number: int, what: str) -> str:

@@ -4,7 +4,7 @@ from typing import Any, assert_type
 
 import pytest
 
-from cauce import Bus, Context, Domain, Query, Receipt, Service, Store, connect, replace, running
+from cauce import Bus, Change, Context, Domain, Query, Receipt, Service, Store, connect, replace, running
 from shop.cards import Holder
 from shop.crm import WhoHas as InDirectory
 from shop.users import ChangeEmail, RegisterUser, User, service
@@ -24,6 +24,12 @@ async def asks(bus: Bus) -> None:
     assert_type(await bus.fetch(User, "42"), User)
     assert_type(await bus.record(User, "42"), User | None)
     assert_type(await bus.state(User, "42", at=3), User | None)
+    async for change in bus.history(User, "42"):
+        assert_type(change, Change[User])
+        assert_type(change.before, User | None)
+        assert_type(change.fields, dict[str, tuple[object, object]])
+        async for user in bus.states(User, at=change.time):
+            assert_type(user, User)
 
 
 async def reads(bus: Bus, ctx: Context, db: Store) -> None:
