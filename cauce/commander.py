@@ -21,7 +21,7 @@ from cauce.accept import SLOTS, check_body, slot_of
 from cauce.audit import SHORTEST
 from cauce.bus import Ask, Bus, Cause, Context, Receipt, correlation
 from cauce.codec import Entry, Meta, Wish, derive_id, sealed, time_of
-from cauce.errors import Conflict, IdReused, NoAnswer, NotOwner, Overloaded, Refused, Rejected, Unavailable
+from cauce.errors import Conflict, Fenced, IdReused, NoAnswer, NotOwner, Overloaded, Refused, Rejected, Unavailable
 from cauce.fold import Folder, messages_of
 from cauce.folded import Folded
 from cauce.lease import Leases
@@ -181,10 +181,13 @@ class Commander:
         """While a thing is decided here, its slot is not given away. Raises `NoAnswer` where it is not held."""
         slot = slot_of(key)
         if slot not in self.slots:
-            raise NoAnswer(f"{self._slots[slot]} is not held here any more: try again")
+            raise self._not_held(key)
         self._busy[slot] += 1
         try:
             yield slot
+        except Fenced as error:
+            # That is this instance's affair, and nothing was written: whoever wished finds the one that holds it now.
+            raise self._not_held(key) from error
         finally:
             self._busy[slot] -= 1
             if not self._busy[slot]:
@@ -567,8 +570,11 @@ class Commander:
         name = self._slots[slot_of(key)]
         claim = self._leases.claims.get(name)
         if claim is None:
-            raise NoAnswer(f"{name} is not held here any more: try again")
+            raise self._not_held(key)
         return claim
+
+    def _not_held(self, key: str) -> NoAnswer:
+        return NoAnswer(f"{self._slots[slot_of(key)]} is not held here any more: try again")
 
     async def _load(self, key: str) -> _Standing:
         while (loading := self._loading.get(key)) is not None:

@@ -108,6 +108,12 @@ PROMISES: tuple[Promise, ...] = (
             "test_instances::test_a_stopped_instance_loses_its_slots_and_cannot_write_when_it_wakes_up",
             "test_instances::test_an_owner_in_two_processes_decides_each_thing_in_one_and_calls_find_it",
             "test_store_promises::test_who_was_struck_off_cannot_store_anything",
+            "test_owner::test_an_owner_that_was_stopped_writes_nothing_when_it_wakes_up_and_another_has_decided",
+            "test_owner::test_an_owner_that_is_cut_off_from_the_bus_is_replaced_and_writes_nothing_when_it_is_back",
+            "test_owner::test_an_owner_that_was_killed_is_started_again_and_goes_on_with_what_was_sent_meanwhile",
+            "test_owner::test_two_versions_of_an_owner_run_side_by_side_while_the_newer_is_deployed",
+            "test_owner::test_an_older_version_of_an_owner_decides_nothing_upon_facts_that_it_does_not_know",
+            "test_owner::test_another_service_neither_starts_with_the_domain_nor_records_its_facts_while_the_owner_is_down",
         ],
     ),
     Promise(
