@@ -29,6 +29,8 @@ _READ = 511
 """Facts that are read at once, two chapters of a stream on SQLite."""
 _LOOKED = 50_000
 """Facts that are looked through for one page of things: then it is given as it is, before the asker has waited long."""
+_FIRSTS = 1_000
+"""Facts of a domain that are read at once, without bodies, to find the first ones."""
 _AT_ONCE = 16
 """Things that are folded at once."""
 
@@ -126,7 +128,7 @@ async def _standing(folder: Folder, facts: Log, records: Log, ask: Ask) -> Stand
     found, size, looked, left = list[Stood](), 0, ask.since, _LOOKED
     while looked < upto and left > 0:
         # A thing is met at its first fact, and never again: so nobody has to remember which ones were told.
-        read = await facts.read(domain, after=looked, bodies=False)
+        read = await facts.read(domain, after=looked, limit=_FIRSTS, bodies=False)
         firsts = [entry for entry in read.entries if entry.version == 1 and _began(entry, upto, ask.at_time)]
         for start in range(0, len(firsts), _AT_ONCE):
             some = firsts[start : start + _AT_ONCE]

@@ -145,6 +145,12 @@ def test_a_history_is_told_in_blocks_with_a_line_for_each_field(users: str) -> N
         assert "has no facts" in result.stderr
 
 
+def test_a_thing_is_found_however_its_name_is_typed(bus_url: str) -> None:
+    wrote(bus_url, (UserRegistered("jos\u00e9", "Ana", "ana@x.org"), Meta(NOON), None))
+    for command in ("state", "history"):
+        assert "jos\u00e9" in cauce(bus_url, command, "shop", "users/jose\u0301").stdout
+
+
 def test_a_history_as_json_is_an_object_a_line(users: str) -> None:
     first, second = objects(cauce(users, "history", "shop", "users/42", "--json"))
     assert (first["wish"], first["by"], first["causation"]) == ("RegisterUser", "web:eva", "wish-1")
@@ -199,12 +205,16 @@ def change(
 
 
 WIDE = "漢字" * 60
-LONG = [
+LONG: list[tuple[Record | None, Record | None]] = [
     (Person("a", "x" * 300), Person("a", "y" * 300)),
     (Person("a", WIDE), Person("a", WIDE + "!")),
     (Person("a", "x"), Person("a", WIDE)),
     (Person("a", WIDE), None),
     (None, Person("a", "\x1b[31m" * 40, "é" * 200, ["a", "b" * 99])),
+    (
+        Permit("c", "a", "r", 1, data={"k" * 90: "x" * 90, WIDE: "x", "z": ""}),
+        Permit("c", "a", "r", 1, data={"k" * 90: "y" * 90, WIDE: "y"}),
+    ),
     (Person("a", "a", tags=["t" * 99]), Person("a", "a", tags=["t" * 99, "u" * 99])),
 ]
 
@@ -221,6 +231,16 @@ def test_no_line_is_wider_than_the_terminal_and_none_commands_it(columns: int, n
 
 def _plain(line: str) -> str:
     return click.unstyle(line)
+
+
+def test_a_long_name_of_an_event_leaves_room_between_it_and_who_wished_it() -> None:
+    for letters, who in ((30, "  Tag by crm:joe"), (44, "  Tag by crm:joe"), (128, "  Tag by crm:joe")):
+        first, *_ = map(
+            _plain, told(change(None, Person("a", "a"), event="T" * letters, by="crm:joe", wish="Tag"), 100)
+        )
+        assert first.partition("T")[2].lstrip("T").removeprefix("…") == who
+    first, *_ = map(_plain, told(change(None, Person("a", "a"), event="T" * 30), 100))
+    assert first.endswith("T")
 
 
 def test_of_two_long_values_what_differs_is_seen() -> None:

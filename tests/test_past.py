@@ -132,6 +132,18 @@ async def story(bus: Bus, key: str, **options: Any) -> list[tuple[int, str, dict
     return [(each.version, each.event, each.fields) for each in changes]
 
 
+def counted(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Every question that is asked from now on."""
+    asked, ask = list[bytes](), bus.wire.ask
+
+    async def counting(address: str, payload: bytes, deadline: float) -> bytes:
+        asked.append(payload)
+        return await ask(address, payload, deadline)
+
+    monkeypatch.setattr(bus.wire, "ask", counting)
+    return asked
+
+
 async def wrote(bus: Bus, *events: Event, times: list[int] | None = None) -> None:
     """Facts as an import leaves them, without a wish, at times of their own."""
     for n, event in enumerate(events):
@@ -212,7 +224,9 @@ async def test_a_long_history_comes_in_pages_and_lacks_nothing(
         assert len(whole) == 10
         for name, number in bound.items():
             monkeypatch.setattr(f"cauce.history.{name}", number)
+        asked = counted(bus, monkeypatch)
         assert await all_of(bus.history(Person, "ana")) == whole
+        assert 2 <= len(asked) <= 10
         assert await all_of(bus.history(Person, "ana", after=2)) == whole[2:]
 
 
@@ -353,9 +367,18 @@ async def test_the_things_of_a_domain_that_stand_are_told_once_each_and_those_th
         assert [each for each in found if each.id == "p3"] == [Person("p3", "again")]
 
 
-@pytest.mark.parametrize("bound", [{"_MOST": 3}, {"_BYTES": 100}, {"_BYTES": 1}, {"_LOOKED": 1}, {"_AT_ONCE": 1}])
+@pytest.mark.parametrize(
+    ("bound", "least"),
+    [
+        ({"_MOST": 3}, 7),
+        ({"_BYTES": 200}, 7),
+        ({"_BYTES": 1}, 19),
+        ({"_LOOKED": 10, "_FIRSTS": 5}, 6),
+        ({"_AT_ONCE": 1}, 1),
+    ],
+)
 async def test_a_large_domain_comes_in_pages_and_lacks_nothing(
-    bound: dict[str, int], each_bus: str, monkeypatch: pytest.MonkeyPatch
+    bound: dict[str, int], least: int, each_bus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, number in bound.items():
         monkeypatch.setattr(f"cauce.history.{name}", number)
@@ -363,7 +386,9 @@ async def test_a_large_domain_comes_in_pages_and_lacks_nothing(
         for n in range(20):
             await bus.call(Join(f"p{n}", f"Name {n}", ""))
         await bus.call(Leave("p7"))
+        asked = counted(bus, monkeypatch)
         assert [each.id async for each in bus.states(Person)] == [f"p{n}" for n in range(20) if n != 7]
+        assert len(asked) >= least
 
 
 @pytest.mark.parametrize("short", [48, 0])

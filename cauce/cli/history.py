@@ -84,10 +84,11 @@ def told(change: Change[Record], columns: int) -> Iterator[str]:
     version, when = f"{change.version:>4}  ", f"{exact_time(change.time):<26}  "
     left = columns - len(version) - len(when)
     event = cut(one_line(change.event), min(_EVENT, left))
-    event += " " * (min(_LEAST_EVENT, left) - width(event) + 2)
-    who = " ".join(each for each in (change.wish, f"by {change.by}" if change.by else "") if each)
+    gap = " " * (max(_LEAST_EVENT - width(event), 0) + 2)
+    said = " ".join(each for each in (change.wish, f"by {change.by}" if change.by else "") if each)
+    who = cut(one_line(said), left - width(event) - len(gap))
     line = click.style(version, fg="cyan") + click.style(when, dim=True) + click.style(event, bold=True)
-    yield (line + cut(one_line(who), left - width(event))).rstrip()
+    yield line + gap + who if who else line
     yield from _fields(change, columns)
 
 
