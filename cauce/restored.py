@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     class Restored(Event, Generic[R]):
         """A thing stands again as it stood: `Restored[User]`, an event of the record's domain.
 
-        It has the key of the domain under its own name, too. Recorded by `Bus.undo`, folded by itself; views and
-        reactions take it like any other event.
+        Recorded by `Bus.undo`, folded by itself; views and reactions take it like any other event.
 
         Attributes:
+            key: which thing; it has it under the name that the domain gives it, too.
             record: what stood; None: nothing did.
             to: the version of the thing at which it stood so.
         """
 
+        key: str
         record: R | None
         to: int
 
@@ -34,13 +35,17 @@ else:
     class Restored(Event):
         """A thing stands again as it stood: `Restored[User]`, an event of the record's domain.
 
-        It has the key of the domain under its own name, too. Recorded by `Bus.undo`, folded by itself; views and
-        reactions take it like any other event.
+        Recorded by `Bus.undo`, folded by itself; views and reactions take it like any other event.
 
         Attributes:
+            key: which thing; it has it under the name that the domain gives it, too.
             record: what stood; None: nothing did.
             to: the version of the thing at which it stood so.
         """
+
+        @property
+        def key(self):
+            return getattr(self, declared(self).domain.key)
 
         def __class_getitem__(cls, record):
             if isinstance(record, TypeVar):

@@ -57,8 +57,6 @@ class Undoing:
         to, wanted = await self._wanted(stream, stands, asked)
         then = await self._folder.fold(self._facts, key, at_version=to)
         is_tail = len(wanted) == stands.version - to
-        if is_tail and then.state == stands.state:
-            return []
         types, inverses, missing, behind = set[str](), list[list[Event]](), dict[str, None](), list[Entry]()
         async with aclosing(self._since(stream, then, stands.version)) as facts:
             async for entry, event, before in facts:
@@ -71,6 +69,8 @@ class Undoing:
                     missing[declared(event).name] = None
                 elif not missing:
                     inverses.append(self._inverted(invert, before, event))
+        if is_tail and then.state == stands.state:
+            return []
         if not missing:
             return _joined(stream, inverses)
         if not is_tail:
