@@ -6,7 +6,7 @@ A bus that remembers, producers that own their data, consumers that copy or ask 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cauce.bus import Bus, Context, Receipt
+    from cauce.bus import Bus, Context
     from cauce.clock import Clock, SystemClock
     from cauce.errors import (
         Busy,
@@ -32,16 +32,19 @@ if TYPE_CHECKING:
     )
     from cauce.messages import Command, Copy, Domain, Event, Notice, Query, Record, field, replace
     from cauce.past import Change
+    from cauce.receipt import Receipt
+    from cauce.restored import Restored
     from cauce.runtime import connect, running
     from cauce.service import Service
     from cauce.sql import Store
+    from cauce.undone import Fact, Undone
     from cauce.upcaster import upcast
 else:
     # A command line that only prints its help must not pay for asyncio and all messages: names are loaded when used.
     import importlib
 
     _HOMES = {
-        "bus": ("Bus", "Context", "Receipt"),
+        "bus": ("Bus", "Context"),
         "clock": ("Clock", "SystemClock"),
         "errors": (
             "Busy",
@@ -67,9 +70,12 @@ else:
         ),
         "messages": ("Command", "Copy", "Domain", "Event", "Notice", "Query", "Record", "field", "replace"),
         "past": ("Change",),
+        "receipt": ("Receipt",),
+        "restored": ("Restored",),
         "runtime": ("connect", "running"),
         "service": ("Service",),
         "sql": ("Store",),
+        "undone": ("Fact", "Undone"),
         "upcaster": ("upcast",),
     }
     _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -97,6 +103,7 @@ __all__ = [
     "Damaged",
     "Domain",
     "Event",
+    "Fact",
     "Fenced",
     "Gone",
     "Held",
@@ -113,11 +120,13 @@ __all__ = [
     "Record",
     "Refused",
     "Rejected",
+    "Restored",
     "Service",
     "StorageFull",
     "Store",
     "SystemClock",
     "Unavailable",
+    "Undone",
     "Unreachable",
     "Unreadable",
     "connect",

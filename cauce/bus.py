@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
@@ -18,8 +18,10 @@ from cauce.errors import CauceError, Conflict, Gone, NoAnswer, NotOwner, Outcome
 from cauce.log import Filter, Log
 from cauce.messages import Command, Copy, Declared, Event, Message, Query, Record, declared
 from cauce.past import Change, Changes, Standing, check_count, moment_or_version
+from cauce.receipt import Receipt
 from cauce.schema import Schema, encode, key_of
 from cauce.sql import Store
+from cauce.undone import Asked, ToldUndo, Undone, undo_of
 from cauce.wire import Wire
 
 __all__ = [
@@ -54,18 +56,6 @@ correlation: ContextVar[str] = ContextVar("cauce.correlation", default="")
 """The id with which it all began, of what is being handled here: for whoever writes a log."""
 
 
-class Receipt(msgspec.Struct, frozen=True):
-    """What `call` returns: the command's id, the thing, its version, the position of its last fact, whether the
-    command made any, and the domain."""
-
-    id: str
-    key: str
-    version: int
-    position: int
-    changed: bool
-    domain: str = ""
-
-
 class After(msgspec.Struct, frozen=True):
     """What whoever answers must have seen before: the facts up to a position, and a version of one thing."""
 
@@ -91,8 +81,8 @@ NOTHING = Cause()
 class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
     """What goes over the wire to an owner: a command (`call`), a query (`ask`), a record to fold (`fetch`, `state`).
 
-    Or a page of the past is wished for: `history` of a thing behind version `since`, `states` of all things first met
-    behind position `since`, as they stood at position `upto`.
+    Or an undo (`undo`), or a page of the past: `history` of a thing behind version `since`, `states` of all things
+    first met behind position `since`, as they stood at position `upto`.
 
     By hand `type` and `body` are enough, or for a record `type` and `key`: see `cauce.question`.
     """
@@ -132,6 +122,7 @@ _encode = msgspec.json.Encoder().encode
 _decode_reply = msgspec.json.Decoder(Reply).decode
 _decode_changes = msgspec.json.Decoder(Changes).decode
 _decode_standing = msgspec.json.Decoder(Standing).decode
+_decode_undo = msgspec.json.Decoder(ToldUndo).decode
 _ERRORS: dict[str, type[CauceError]] = {
     name: cls
     for name, cls in vars(errors).items()
@@ -365,6 +356,59 @@ class Bus:
             for each in page.stood:
                 yield _found(record, schema, each.schema, bytes(each.body))
             looked, place = page.looked, page.upto
+
+    async def undo(
+        self,
+        record: type[R],
+        key: str,
+        *,
+        to: int | None = None,
+        steps: int | None = None,
+        correlation: str | None = None,
+        by: str = "",
+        dry_run: bool = False,
+        expect: int | None = None,
+        without: Collection[str] = (),
+        timeout: float = TIMEOUT,
+        id: str | None = None,
+    ) -> Undone[R]:
+        """Take a thing back by facts that compensate; none is deleted, and an undo can be undone.
+
+        The owner decides, as it decides a command. Where each fact to be undone has an inverse (`service.invert`),
+        these are recorded, the newest first; else one `Restored[record]`, which carries what stood then. Where that
+        stands already nothing is recorded.
+
+        Parameters:
+            to: back to this version, 0 for before the first fact.
+            steps: so many facts back. If others come in between, it is refused.
+            correlation: the facts with this correlation; if others came after them, by inverses only.
+            by: who wishes, kept with the facts.
+            dry_run: record nothing, only tell what would be.
+            expect: the version that was looked at; refused if the thing went on since.
+            without: services that need not be told of a `Restored`, because they are gone or do not mind.
+            timeout: seconds.
+            id: that of an earlier undo whose outcome is unknown, as in `call`.
+
+        Raises `Refused`, naming them, if views or reactions that take the facts do not take `Restored[record]`; for an
+        irreversible fact, a version that never was, the present one; and what `call` raises.
+        """
+        kind, undo, me = _declared(record, "record"), undo_of(to, steps, correlation), check_line(by, "by")
+        if expect is not None:
+            check_count(expect, "expect", "a version, 0 or more")
+        elif steps is not None and id is None and not dry_run:
+            # Who is told twice to go back a step must not go back over the first of them.
+            seen = await self.undo(record, key, steps=steps, dry_run=True, without=without, timeout=timeout)
+            expect = seen.receipt.version
+        asked = self.clock.id() if id is None else check_line(id, "id")
+        body = _encode(Asked(undo, expect, tuple(without), dry_run))
+        ask = Ask("undo", kind.name, asked, check_key(key), kind.version, msgspec.Raw(body), id is not None, me)
+        reply = await self.wish(kind.domain.name, ask, timeout)
+        told, schema = _decode_undo(reply.body), Schema([record])
+        return Undone(
+            Receipt(asked, key, told.version, told.position, told.changed, kind.domain.name), tuple(told.facts),
+            _found(record, schema, told.before_schema, bytes(told.before)) if told.before_schema else None,
+            _found(record, schema, told.after_schema, bytes(told.after)) if told.after_schema else None,
+        )  # fmt: skip
 
     async def settled(self, timeout: float = TIMEOUT) -> None:
         """Wait until every consumer of this process has passed the heads as they are now, and records are written.

@@ -26,9 +26,11 @@ from cauce.fold import Folder, messages_of
 from cauce.folded import Folded
 from cauce.lease import Leases
 from cauce.log import Appended, Filter
-from cauce.messages import Event, Message, declared
+from cauce.messages import Event, Message, Record, declared
 from cauce.records import Records, written
 from cauce.schema import Schema, encode, is_about, key_of
+from cauce.undo import Invert, Undoing, told
+from cauce.undone import Asked, ToldUndo
 
 __all__ = ["Commander", "Decider"]
 
@@ -98,6 +100,7 @@ class Commander:
         service: str,
         domain: str,
         deciders: Mapping[type[Message], Decider],
+        inverses: Mapping[type[Message], Invert],
         folder: Folder,
         schema: Schema,
         bus: Bus,
@@ -106,6 +109,7 @@ class Commander:
         self._service, self.domain, self._deciders = service, domain, dict(deciders)
         self._folder, self._schema, self._bus, self._leases = folder, schema, bus, leases
         self._facts, self._clock = bus.facts, bus.clock
+        self._undoing = Undoing(folder, inverses, bus.facts)
         self._things: dict[str, _Standing] = {}
         self._loading: dict[str, asyncio.Future[None]] = {}
         self._deciding: dict[str, asyncio.Future[None] | None] = {}
@@ -290,6 +294,68 @@ class Commander:
                         leave()
         raise _contended(entries[0].stream)
 
+    async def undo(self, ask: Ask, asked: Asked, record: type[Record]) -> ToldUndo:
+        """Undo facts of a thing, as `cauce.undo` plans it. Raises as `call`, and what planning raises."""
+        key, cause = ask.key, Cause(ask.id, ask.correlation or ask.id, ask.by, ask.trace, ask.tracestate)
+        wish = Wish("Undo", msgspec.Raw(_encode(asked.undo)), time=self._clock.now())
+        with self._working(key):
+            await self._alone(ask.id)
+            try:
+                if ask.again and (before := await self._accepted(key, wish, ask.id)) is not None:
+                    return await self._told(before)
+                for conflicts in range(_MOST_CONFLICTS):
+                    leave = await self._my_turn(key, cause, "", conflicts)
+                    try:
+                        undone = await self._undone(record, key, asked, cause, wish, leave)
+                    finally:
+                        leave()
+                    if isinstance(undone, Receipt):
+                        return await self._told(undone)
+                    if undone is not None:
+                        return undone
+            finally:
+                self._done(ask.id)
+        raise _contended(f"{self.domain}/{key}")
+
+    async def _undone(
+        self, record: type[Record], key: str, asked: Asked, cause: Cause, wish: Wish, leave: Callable[[], None]
+    ) -> Receipt | ToldUndo | None:
+        """Undo once, or only tell what would be. None: the thing changed meanwhile, so that must be decided again."""
+        thing = self._things.get(key) or await self._load(key)
+        # The plan reads the facts back: what is decided ahead of the disk must be there.
+        if not await self._shown(key, thing):
+            return None
+        before = thing.folded
+        events = await self._undoing.plan(record, key, before, asked)
+        self._check(events, key, "an undo")
+        if self._has_moved(key, thing, before):
+            return None
+        before = thing.folded
+        stream = f"{self.domain}/{key}"
+        ids = [derive_id(cause.id, self._service, stream, str(n)) for n in range(len(events))]
+        entries = self._sealed(stream, events, ids, cause, self._clock.now(), _encode(wish))
+        if asked.dry or not events:
+            after = self._stepped(key, before, events, entries)[0].state if events else before.state
+            return told(entries, before, after, changed=False)
+        appended = await self._record(key, thing, events, entries, leave)
+        return None if appended is None else Receipt(cause.id, key, appended.version, appended.position, True)
+
+    async def _told(self, receipt: Receipt) -> ToldUndo:
+        """What an undo recorded, by the log."""
+        key, entries, looked = receipt.key, list[Entry](), 0
+        while looked < receipt.position:
+            page = await self._facts.read(Filter(f"{self.domain}/{key}"), after=looked)
+            entries += (each for each in page.entries if each.meta.causation == receipt.id)
+            looked = page.looked
+        before = await self._folder.fold(self._facts, key, at_version=entries[0].version - 1)
+        after = await self._folder.fold(self._facts, key, at_version=receipt.version)
+        return told(
+            entries,
+            msgspec.structs.replace(before, version=after.version, position=after.position),
+            after.state,
+            changed=True,
+        )
+
     async def settled(self) -> None:
         """Wait until all that is decided has its record."""
         while self._tasks:
@@ -341,7 +407,7 @@ class Commander:
                 self._audit(stream, kind.name, schema, bytes(body), cause, f"rejected: {rejected}")
                 raise
             return None
-        if (thing.folded.version, thing.folded.id) != (before.version, before.id) or self._things.get(key) is not thing:
+        if self._has_moved(key, thing, before):
             return None
         # The same, but perhaps committed meanwhile.
         before = thing.folded
@@ -360,6 +426,11 @@ class Commander:
         entries = self._sealed(stream, events, ids, cause, now, wish)
         appended = await self._record(key, thing, events, entries, leave)
         return None if appended is None else Receipt(cause.id, key, appended.version, appended.position, True)
+
+    def _has_moved(self, key: str, thing: _Standing, before: Folded) -> bool:
+        """Whether a thing is not any more as it was when one began to decide upon it."""
+        now = thing.folded
+        return (now.version, now.id) != (before.version, before.id) or self._things.get(key) is not thing
 
     def _is_waited_for(self, key: str, conflicts: int) -> bool:
         """Whether who does not wait while it decides takes its turn all the same."""
@@ -452,6 +523,11 @@ class Commander:
             correlation.reset(before_it)
         where = f"{self._service}.{function.__name__}"
         events = messages_of(result, where, "events, or None")
+        self._check(events, key, where)
+        return events
+
+    def _check(self, events: Sequence[Any], key: str, where: str) -> None:
+        """Raises `Refused` and `NotOwner` for what is no fact of the thing."""
         for event in events:
             if not isinstance(event, Event):
                 raise Refused(f"{where} returned {event!r}: return events, or None")
@@ -463,7 +539,6 @@ class Commander:
                 raise Refused(
                     f"{where} returned {type(event).__name__} for {key_of(event)!r}, the command is for {key!r}: one command, one thing"
                 )
-        return events
 
     @staticmethod
     def _sealed(

@@ -158,7 +158,7 @@ class Folder:
                     raise _gap(entry, version - 1)
                 usual = quick.get(entry.type)
                 if usual is None or state is None or b'"schema":' in entry.raw:
-                    state = self.step(state, self._decode(entry), version)
+                    state = self.step(state, self.event(entry), version)
                 else:
                     read, evolve = usual
                     state = evolve(state, read(entry.body or b""))
@@ -168,14 +168,15 @@ class Folder:
             raise
         except Exception as error:
             # If it was not the body, it was `evolve`.
-            self._decode(entry)
+            self.event(entry)
             error.add_note(
                 f"while folding position {entry.position}: {entry.stream} version {entry.version}, {entry.type}"
             )
             raise
         return Folded(state, version, entry.position, entry.id)
 
-    def _decode(self, entry: Entry) -> Event:
+    def event(self, entry: Entry) -> Event:
+        """The fact in an entry, as it reads today. Raises `Unreadable`, with position and version."""
         try:
             event = self.schema.decode(entry.domain, entry.type, schema_of(entry), entry.body or b"")
         except Unreadable as error:

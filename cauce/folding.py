@@ -1,12 +1,14 @@
-"""The folder that a service's `evolve` functions describe."""
+"""The folder that a service's `evolve` functions describe. What an undo records needs none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from cauce.fingerprint import fingerprint
-from cauce.fold import Folder
-from cauce.messages import Domain, Record, declared
+from cauce.fold import Evolve, Folder
+from cauce.messages import Domain, Message, Record, declared
+from cauce.restored import Restored
 from cauce.schema import Schema
 from cauce.service import Bound
 
@@ -22,8 +24,13 @@ def fold_of(parts: Sequence[Bound], domain: Domain) -> Folder:
         for cls in bound.messages
         if declared(cls).domain is domain
     }
-    functions = {cls: bound.part.function for cls, bound in evolve.items()}
     needs = {cls for cls, bound in evolve.items() if not bound.gone}
     records = [cls for cls in domain.messages.values() if issubclass(cls, Record)]
-    schema = Schema(domain.messages.values())
+    functions: dict[type[Message], Evolve] = {Restored[record]: _stand for record in records}  # type: ignore[valid-type]
+    functions |= {cls: bound.part.function for cls, bound in evolve.items()}
+    schema = Schema([*domain.messages.values(), *(Restored[record] for record in records)])  # type: ignore[valid-type]
     return Folder(domain.name, functions, schema, needs, fingerprint(records, functions))
+
+
+def _stand(before: Record | None, event: Restored[Any]) -> Record | None:
+    return event.record

@@ -63,13 +63,17 @@ class Domain:
 
 
 class Declared(msgspec.Struct, frozen=True):
-    """What a message class was declared as: `kind` is event, command, query or record, `was` are its earlier names."""
+    """What a message class was declared as.
+
+    `kind` is event, command, query or record, `was` are its earlier names, `irreversible`: no undo goes back over it.
+    """
 
     kind: str
     domain: Domain
     name: str
     version: int
     was: tuple[str, ...] = ()
+    irreversible: bool = False
 
     @property
     def names(self) -> frozenset[str]:
@@ -90,6 +94,7 @@ if TYPE_CHECKING:
             version: int = 1,
             name: str | None = None,
             was: tuple[str, ...] = (),
+            irreversible: bool = False,
         ) -> None: ...
 
     @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
@@ -101,12 +106,17 @@ if TYPE_CHECKING:
 else:
 
     class _MessageType(msgspec.StructMeta):
-        def __new__(mcls, cls_name, bases, namespace, *, domain=None, version=1, name=None, was=(), **options):
+        def __new__(
+            mcls, cls_name, bases, namespace, *,
+            domain=None, version=1, name=None, was=(), irreversible=False, **options,
+        ):  # fmt: skip
             frame = sys._getframe(1)
             if frame.f_locals is not frame.f_globals and "__annotations__" in namespace:
                 namespace["__annotations__"] = _resolved(namespace["__annotations__"], frame)
             cls = super().__new__(mcls, cls_name, bases, namespace, **options)
-            cls.__declared__ = None if domain is None else _declare(cls, domain, version, name or cls_name, was)
+            cls.__declared__ = (
+                None if domain is None else _declare(cls, domain, version, name or cls_name, was, irreversible)
+            )
             cls.__upcasts__ = {}
             return cls
 
@@ -166,7 +176,7 @@ def _resolved(annotations: dict[str, Any], frame: FrameType) -> dict[str, Any]:
     return found
 
 
-def _declare(cls: Any, domain: Domain, version: int, name: str, was: Any) -> Declared:
+def _declare(cls: Any, domain: Domain, version: int, name: str, was: Any, irreversible: bool) -> Declared:
     kind = next((word for base, word in _KINDS.items() if issubclass(cls, base)), None)
     if kind is None:
         raise Refused(f"{cls.__name__}: derive it from Event, Command, Query or Record")
@@ -176,6 +186,8 @@ def _declare(cls: Any, domain: Domain, version: int, name: str, was: Any) -> Dec
         raise Refused(f"{cls.__name__}: domain {domain.name!r} has no key, so it takes queries only; give it key=…")
     if kind != "query" and domain.key not in cls.__struct_fields__:
         raise Refused(f"{cls.__name__} lacks the field {domain.key!r}, the key of domain {domain.name!r}")
+    if irreversible and kind != "event":
+        raise Refused(f"{cls.__name__} is a {kind}: only an event is irreversible")
     if isinstance(was, str) or name in was:
         raise Refused(f"{cls.__name__}: was={was!r}; write its earlier names, was=('{cls.__name__}Before',)")
     before = domain.messages.get(name)
@@ -191,7 +203,7 @@ def _declare(cls: Any, domain: Domain, version: int, name: str, was: Any) -> Dec
     domain.messages[name] = cls
     domain.renamed = {old: each for old, each in domain.renamed.items() if not _again(each, cls)}
     domain.renamed |= dict.fromkeys(was, cls)
-    return Declared(kind, domain, name, version, tuple(was))
+    return Declared(kind, domain, name, version, tuple(was), bool(irreversible))
 
 
 def _again(before: Any, cls: Any) -> bool:

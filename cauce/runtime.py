@@ -32,7 +32,9 @@ from cauce.service import ATTEMPTS, Bound, Service, bind
 from cauce.sql import Store as Sql
 from cauce.sql import spoken
 from cauce.store import Share, Store, Stores, Unit
+from cauce.takes import Takes, enter
 from cauce.threads import Threads
+from cauce.undone import Asked
 from cauce.wire import Instance, State
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ DEFAULT_BUS = "sqlite:///.cauce/bus.db"
 
 _log = logging.getLogger("cauce")
 _encode = msgspec.json.Encoder().encode
+_decode_asked = msgspec.json.Decoder(Asked).decode
 _AT_ONCE = 500
 _PAUSE = 0.25
 _LONGEST_PAUSE = 30.0
@@ -280,6 +283,7 @@ class _Running:
         bus.settles(self._settled_behind, behind=True)
 
     async def own(self) -> None:
+        await enter(self._bus.facts, self._service.name, _takes(self._parts), self._bus.clock)
         for domain in self._service.owns:
             await own(self._bus.facts, domain.name, self._service.name, self._bus.clock)
 
@@ -510,7 +514,10 @@ class _Running:
             cls: Decider(bound.part.function, bound.context, bound.is_async)
             for cls, bound in self._functions("decide").items()
         }
-        commander = Commander(self._service.name, domain.name, deciders, folder, schema, self._bus, self._leases)
+        inverses = {cls: bound.part.function for cls, bound in self._functions("invert").items()}
+        commander = Commander(
+            self._service.name, domain.name, deciders, inverses, folder, schema, self._bus, self._leases
+        )
         self._commanders[domain.name] = commander
         self._bus.settles(commander.settled)
 
@@ -840,6 +847,8 @@ class _Running:
                 return await self._bus.wish(domain.name, ask)
             receipt = await commander.call(ask)
             return Reply("", "", receipt.version, receipt.position, receipt.changed)
+        if ask.kind == "undo":
+            return await self._undo(domain, ask)
         if ask.kind == "publish":
             await self._publish(self._commanders[domain.name], ask)
             return Reply()
@@ -858,6 +867,17 @@ class _Running:
             version=folded.version, position=folded.position, body=msgspec.Raw(body or b'""'), changed=bool(body),
             schema=0 if folded.state is None else declared(folded.state).version,
         )  # fmt: skip
+
+    async def _undo(self, domain: Domain, ask: Ask) -> Reply:
+        record = domain.messages.get(ask.type) or domain.renamed.get(ask.type)
+        if record is None or not issubclass(record, Record):
+            raise Refused(f"{domain.name} has no record {ask.type!r}: name one that it has")
+        try:
+            asked = _decode_asked(ask.body)
+        except msgspec.MsgspecError as error:
+            raise Refused(f"what is to be undone of {domain.name}/{ask.key} cannot be read: {error}") from None
+        told = await self._commanders[domain.name].undo(ask, asked, record)
+        return Reply(body=msgspec.Raw(_encode(told)))
 
     async def _answered(self, domain: Domain, ask: Ask, answers: dict[type[Message], Bound]) -> Reply:
         query = self._schemas[domain.name].decode(domain.name, ask.type, ask.schema, bytes(ask.body))
@@ -907,6 +927,21 @@ _unpack = msgspec.msgpack.Decoder(_Said).decode
 def _deciding(domain: str) -> str:
     """The name of the consumer that decides what was sent."""
     return f"decide {domain}"
+
+
+def _takes(parts: Sequence[Bound]) -> Takes:
+    """Which events its views and reactions take: the reactions together, who undoes must tell one of them."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for bound in parts:
+        if bound.part.kind in ("on", "view") and not _is_record(bound):
+            handler = f"view {bound.part.view}" if bound.part.kind == "view" else "the reactions"
+            for cls in bound.messages:
+                kind = declared(cls)
+                found.setdefault(kind.domain.name, {}).setdefault(handler, set()).add(kind.name)
+    return {
+        domain: {handler: tuple(sorted(types)) for handler, types in handlers.items()}
+        for domain, handlers in found.items()
+    }
 
 
 def _slots_of(shares: Iterable[Share]) -> list[int]:

@@ -35,7 +35,7 @@ __all__ = ["Bound", "Part", "Service", "bind", "bound_parts"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=Copy)
-Kind = Literal["decide", "evolve", "on", "answer", "every", "view", "replica"]
+Kind = Literal["decide", "evolve", "invert", "on", "answer", "every", "view", "replica"]
 Start = Literal["first", "now"]
 
 AUDIT = 30 * 86_400.0
@@ -104,6 +104,10 @@ class Service:
     def evolve(self, function: F) -> F:
         """(what stands, what happened) -> what stands; None: it is gone. Pure, and all that a replay runs."""
         return self._add("evolve", function)
+
+    def invert(self, function: F) -> F:
+        """(what stood before, what happened) -> the facts that undo it: one, several, or None. Pure; see `Bus.undo`."""
+        return self._add("invert", function)
 
     def answer(self, function: F) -> F:
         """Answers a query of an own domain."""
@@ -203,6 +207,7 @@ class Bound(msgspec.Struct, frozen=True):
 _WANTED: dict[str, tuple[type, str]] = {
     "decide": (Command, "a command"),
     "evolve": (Event, "an event"),
+    "invert": (Event, "an event"),
     "answer": (Query, "a query"),
     "on": (Event, "an event or Notice[event], or a record"),
     "view": (Event, "an event"),
@@ -213,7 +218,7 @@ def bind(service: Service) -> list[Bound]:
     """Find out what each function takes. Raises `Refused`, naming function and parameter, for what cannot be right."""
     bounds = bound_parts(service)
     _check_copies(service)
-    for kind in ("decide", "evolve", "answer"):
+    for kind in ("decide", "evolve", "invert", "answer"):
         seen: dict[type[Message], Bound] = {}
         for bound in bounds:
             for message in bound.messages if bound.part.kind == kind else ():
@@ -273,7 +278,7 @@ def _bind(service: Service, part: Part) -> Bound:
     parameters = list(inspect.signature(part.function).parameters.values())
     context = next((each.name for each in parameters if hints.get(each.name) is Context), None)
     told = [each for each in parameters if each.name != context]
-    takes = {"decide": 2, "evolve": 2, "every": 0}.get(part.kind, 1)
+    takes = {"decide": 2, "evolve": 2, "invert": 2, "every": 0}.get(part.kind, 1)
     if part.kind == "view":
         _check_view(where, [hints.get(each.name) for each in parameters])
         told = parameters[:1]
@@ -302,10 +307,9 @@ def _bind(service: Service, part: Part) -> Bound:
     stands = tuple(each for each in before if each is not type(None))
     for message in messages if takes == 2 else ():
         _check_records(where, told[0].name, stands, declared(message))
-    if part.kind == "evolve" and (inspect.iscoroutinefunction(part.function) or context):
-        raise Refused(
-            f"{where}: evolve is a plain function of state and event, without await and context: a replay runs nothing else"
-        )
+    if part.kind in ("evolve", "invert") and (inspect.iscoroutinefunction(part.function) or context):
+        why = "a replay runs nothing else" if part.kind == "evolve" else "it looks at nothing else"
+        raise Refused(f"{where}: {part.kind} is a plain function of state and event, without await and context: {why}")
     if part.kind == "answer":
         for message in messages:
             _check_reply(where, typing.cast("type[Query[Any]]", message))

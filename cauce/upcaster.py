@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
@@ -106,7 +107,19 @@ def _check_plain(what: str, function: Any) -> None:
 
 
 def _steps(message: type[Message]) -> dict[int, Upcast]:
-    return cast("Any", message).__upcasts__  # type: ignore[no-any-return]
+    found: dict[int, Upcast] = cast("Any", message).__upcasts__
+    # What carries a record is in its version, and lifts it by its upcasters.
+    record: type[Message] | None = getattr(message, "__record__", None)
+    return found if record is None else {version: _inside(step) for version, step in _steps(record).items()}
+
+
+def _inside(step: Upcast) -> Upcast:
+    @functools.wraps(step)
+    def carried(body: dict[str, Any]) -> dict[str, Any]:
+        record = body.get("record")
+        return body if record is None else body | {"record": step(record)}
+
+    return carried
 
 
 def _named(function: Any) -> str:

@@ -25,6 +25,7 @@ FLOORS = (
         "deadline",
         "messages",
         "upcaster",
+        "restored",
         "schema",
         "compatible",
         "sample",
@@ -32,10 +33,25 @@ FLOORS = (
     ),  # what travels, and its names; no I/O
     ("log", "wire", "sql", "threads", "shelf", "store", "conformance"),  # the seams and their contract
     ("backends.*",),  # what implements them
-    ("folded", "fingerprint", "snapshot", "fold", "lease", "past", "bus", "question", "shares", "consumer"),  # delivery
+    (
+        "folded",
+        "fingerprint",
+        "snapshot",
+        "fold",
+        "lease",
+        "past",
+        "receipt",
+        "undone",
+        "takes",
+        "bus",
+        "question",
+        "shares",
+        "consumer",
+    ),  # delivery
     (
         "records",
         "audit",
+        "undo",
         "commander",
         "derived",
         "replica",

@@ -702,7 +702,7 @@ async def test_a_file_ahead_of_its_log_stops_the_service_loudly(bus_url: str) ->
     connection.execute("update cauce_place set position = 1000")
     connection.close()
     with pytest.raises(
-        Damaged, match=r"1\.db was built up to position 1000, the log ends at 7: entries are lost.*rebuild"
+        Damaged, match=r"1\.db was built up to position 1000, the log ends at 8: entries are lost.*rebuild"
     ):
         async with running(owner, sums(), bus=bus_url):
             pass
@@ -805,7 +805,7 @@ async def test_a_rebuild_that_is_killed_goes_on_where_it_was(bus_url: str, tmp_p
     assert 0 < done < many
     result = rebuild(bus_url, tmp_path)
     assert result["code"] == 0
-    assert result["entries"] == many + 4 - done
+    assert result["entries"] == many + 5 - done
     assert live(bus_url) == 2
     async with running(owner, sums(), bus=bus_url) as bus:
         assert await bus.ask(Rows()) == sorted((f"t{n}", n) for n in range(many))

@@ -28,6 +28,7 @@ COMMANDS = {
     "show": ("show:show", "All entries of one stream, with bodies."),
     "state": ("state:state", "How one thing stands, or stood at a version or a time."),
     "history": ("history:history", "What changed of one thing, by which event and whose wish."),
+    "undo": ("undo:undo", "Take one thing back, by facts that compensate."),
     "dead": ("dead:dead", "Messages that failed too often: list, show, retry, discard."),
     "import": ("import_:import_", "Bring events from a file of JSON lines."),
     "export": ("export:export", "Write a log as JSON lines of CloudEvents."),

@@ -19,7 +19,7 @@ from cauce.history import changes
 from cauce.messages import Record
 from cauce.past import Change
 
-__all__ = ["history", "told"]
+__all__ = ["columns", "history", "told"]
 
 _COLUMNS = 100
 _LEAST = 60
@@ -52,14 +52,13 @@ def history(module: str, stream: str, url: str, as_json: bool, after: int) -> No
 
 async def _history(url: str, folder: Folder, key: str, after: int, as_json: bool) -> None:
     name, number = f"{folder.domain}/{key}", 0
-    columns = max(_LEAST, shutil.get_terminal_size().columns) if sys.stdout.isatty() else _COLUMNS
     async with reading(url) as logs:
         async for change in changes(folder, logs.facts, key, after=after):
             number += 1
             if as_json:
                 print_json(_plain(name, change))
             else:
-                for line in told(change, columns):
+                for line in told(change, columns()):
                     click.echo(line)
                 click.echo()
     if not number:
@@ -67,6 +66,11 @@ async def _history(url: str, folder: Folder, key: str, after: int, as_json: bool
         raise Gone(f"{name} has no facts{behind}: look for its name with cauce tail")
     if not as_json:
         click.secho(f"{one_line(name)}: {count(number, 'change')}", dim=True)
+
+
+def columns() -> int:
+    """How wide what is told may be."""
+    return max(_LEAST, shutil.get_terminal_size().columns) if sys.stdout.isatty() else _COLUMNS
 
 
 def _plain(stream: str, change: Change[Record]) -> dict[str, object]:

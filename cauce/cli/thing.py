@@ -14,13 +14,20 @@ from cauce.codec import micros, moment
 from cauce.errors import CauceError, Refused
 from cauce.fold import Folder
 from cauce.folding import fold_of
-from cauce.service import bind
+from cauce.messages import Domain
+from cauce.service import Service, bind
 
-__all__ = ["exact_time", "thing", "version_or_time"]
+__all__ = ["exact_time", "owner_of", "thing", "version_or_time"]
 
 
 def thing(module: str, stream: str) -> tuple[Folder, str]:
-    """What folds a stream, and the key. Raises `Refused` where no service of the module owns its domain."""
+    """What folds a stream, and the key. Raises `Refused` as `owner_of`."""
+    service, domain, key = owner_of(module, stream)
+    return fold_of(bind(service), domain), key
+
+
+def owner_of(module: str, stream: str) -> tuple[Service, Domain, str]:
+    """The service and domain of a stream, and the key. Raises `Refused` where no service of the module owns it."""
     # As keys are stored, whatever form a keyboard or a file system gives them.
     name, _, key = check_stream(unicodedata.normalize("NFC", stream)).partition("/")
     owned = {domain.name: (service, domain) for service in find(module).values() for domain in service.owns}
@@ -29,8 +36,7 @@ def thing(module: str, stream: str) -> tuple[Folder, str]:
             f"no service in {module} owns {name!r}, only {', '.join(sorted(owned)) or 'none'}: "
             "name the module that has its evolve functions"
         )
-    service, domain = owned[name]
-    return fold_of(bind(service), domain), key
+    return *owned[name], key
 
 
 def version_or_time(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | datetime | None:

@@ -1,0 +1,78 @@
+"""Which events the views and reactions of every service take, also of those that do not run: kept in the catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import msgspec
+
+from cauce.clock import Clock
+from cauce.codec import Meta, sealed
+from cauce.errors import Conflict, Refused
+from cauce.log import Filter, Log
+
+__all__ = ["Takes", "check_told", "enter"]
+
+Takes = dict[str, dict[str, tuple[str, ...]]]
+"""By domain and handler the names of the types of events. The reactions of a service are one handler."""
+
+_STREAM = "_takes/services"
+_READ = 1_000
+_encode = msgspec.json.Encoder(order="sorted").encode
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    service: str
+    takes: Takes
+
+
+_decode = msgspec.json.Decoder(_Entry).decode
+
+
+async def enter(facts: Log, service: str, takes: Takes, clock: Clock) -> None:
+    """Enter what a service takes, if that is not what the catalogue says already."""
+    while True:
+        all_of_them, version = await _read(facts)
+        if all_of_them.get(service, {}) == takes:
+            return
+        body = _encode(_Entry(service, takes))
+        try:
+            await facts.append(_STREAM, [sealed(_STREAM, "Takes", clock.id(), Meta(clock.now()), body)], expect=version)
+        except Conflict:
+            continue
+
+
+async def check_told(facts: Log, domain: str, types: Collection[str], event: str, without: Collection[str]) -> None:
+    """Raises `Refused`, naming them, if views or reactions that take one of these types do not take an event.
+
+    Parameters:
+        without: services that are not asked for it.
+    """
+    services, _ = await _read(facts)
+    deaf = list[str]()
+    for service, takes in sorted(services.items()):
+        for handler, taken in sorted(takes.get(domain, {}).items()):
+            missed = sorted(set(taken).intersection(types))
+            if missed and event not in taken and service not in without:
+                deaf.append(f"{handler} of {service}, taking {' and '.join(missed)}")
+    if deaf:
+        raise Refused(
+            f"{'; '.join(deaf)}: would not be told. Let {'each' if len(deaf) > 1 else 'it'} take {_typed(event)}, too, give those events inverses "
+            "with @service.invert, or name services that are gone, or do not mind, with without="
+        )
+
+
+def _typed(event: str) -> str:
+    return f"Restored[{event.removeprefix('Restored')}]"
+
+
+async def _read(facts: Log) -> tuple[Mapping[str, Takes], int]:
+    """What each service takes, and the version of the stream that says so."""
+    found, looked, version, head = dict[str, Takes](), 0, 0, await facts.head()
+    while looked < head:
+        page = await facts.read(Filter(_STREAM), after=looked, limit=_READ)
+        for entry in page.entries:
+            each = _decode(entry.checked().body or b"")
+            found[each.service], version = each.takes, entry.version
+        looked = page.looked
+    return found, version
