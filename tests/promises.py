@@ -66,6 +66,7 @@ PROMISES: tuple[Promise, ...] = (
             "test_nats_store::test_nothing_acknowledged_is_lost_when_the_server_is_killed_under_load",
             "test_calls::test_a_kill_between_the_fact_and_its_record_loses_neither",
             "test_calls::test_a_call_whose_time_is_over_tells_the_id_by_which_the_first_acceptance_is_learnt",
+            "test_loans::test_a_log_that_is_fed_by_a_process_that_is_killed_twice_is_there_once",
         ],
         {
             "nats": "Only where the server has `sync_interval: always`; else the last moments before a power loss are "
