@@ -21,7 +21,7 @@ from cauce.accept import SLOTS, check_body, slot_of
 from cauce.audit import SHORTEST
 from cauce.bus import Ask, Bus, Cause, Context, Receipt, correlation
 from cauce.codec import Entry, Meta, Wish, derive_id, sealed, time_of
-from cauce.errors import Conflict, IdReused, NoAnswer, NotOwner, Overloaded, Refused, Rejected, Unavailable
+from cauce.errors import Conflict, Damaged, IdReused, NoAnswer, NotOwner, Overloaded, Refused, Rejected, Unavailable
 from cauce.fold import Folder, messages_of
 from cauce.folded import Folded
 from cauce.lease import Leases
@@ -150,11 +150,29 @@ class Commander:
             page = await self._facts.read(wanted, after=looked, bodies=False)
             touched.update((entry.key, None) for entry in page.entries if entry.position > marks[slot_of(entry.key)])
             looked = page.looked
-        for key in touched:
-            await self._remember(key)
+        await self._remember_each(touched)
         if touched:
             await self.records.flush()
         self._backlog |= dict.fromkeys(mine, backlog)
+
+    async def _remember_each(self, keys: Iterable[str]) -> None:
+        """Write the records of many things. One that cannot be folded keeps none of the others from its owner."""
+        failed = dict[str, Exception]()
+        for key in keys:
+            try:
+                await self._remember(key)
+            except (Unavailable, Damaged):
+                raise
+            except Exception as error:
+                failed[key] = error
+        if failed:
+            # While they are unsure the marks stand still, so the next start tries again.
+            self._unsure.update(dict.fromkeys(failed, 1))
+            first, why = next(iter(failed.items()))
+            what = (
+                "%s: %d things have no record of their last facts until a start that can fold them, the first is %s: %r"
+            )
+            _log.error(what, self.domain, len(failed), first, why)
 
     async def let_go(self, slots: Iterable[int], within: float) -> None:
         """Decide nothing more there, finish what is in hand with its records, and release the claims.

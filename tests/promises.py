@@ -117,6 +117,7 @@ PROMISES: tuple[Promise, ...] = (
         [
             "test_reactions::test_later_messages_of_a_failing_thing_wait_behind_it_in_order_while_all_other_things_go_on",
             "test_reactions::test_a_failing_reaction_holds_up_no_other_reaction_to_the_same_message",
+            "test_fold::test_a_thing_that_began_with_what_adds_to_nothing_is_named_to_whoever_asks_and_no_other_suffers",
             "test_reactions::test_an_event_that_takes_long_to_be_recorded_holds_up_no_other_thing_and_keeps_its_order",
             "test_instances::test_instances_share_slots_evenly_and_keep_the_order_of_each_thing_through_every_hand_over",
             "test_instances::test_a_thing_that_hangs_while_a_service_catches_up_delays_only_its_slot",
@@ -150,6 +151,7 @@ PROMISES: tuple[Promise, ...] = (
         "No command, no reaction, no mail.",
         [
             "test_reactions::test_a_restart_runs_evolve_only",
+            "test_loans::test_a_rebuild_that_is_killed_changes_no_figure_and_the_next_one_ends_it",
             "test_calls::test_wishes_in_vain_are_kept_with_their_verdict_and_run_never_again",
             "test_calls::test_what_was_rejected_when_it_was_sent_is_not_granted_when_it_is_read_again",
         ],
@@ -214,6 +216,7 @@ PROMISES: tuple[Promise, ...] = (
             *log("envelope and body come back byte for byte"),
             "test_upcast::test_today_s_code_reads_what_the_first_one_wrote",
             "test_upcast::test_what_a_broken_upcaster_cannot_lift_is_parked_and_read_after_it_was_mended",
+            "test_upcast::test_a_thing_that_cannot_be_lifted_is_named_to_whoever_asks_and_no_other_suffers",
             "test_cli_schema::test_the_library_reads_what_version_1_of_it_wrote",
             "test_cli_schema::test_removing_a_used_field_of_the_library_fails_its_check_naming_its_readers",
             "test_reactions::test_a_fact_of_a_newer_schema_or_an_unknown_shape_waits_and_is_named",
@@ -230,6 +233,7 @@ PROMISES: tuple[Promise, ...] = (
             "test_reactions::test_a_damaged_entry_stops_its_reader_loudly_and_no_handler_sees_it",
             "test_verify::test_a_thousand_flipped_bits_never_pass_for_an_untouched_log",
             "test_chain::test_a_broken_chain_is_found_and_not_read",
+            "test_fold::test_a_record_with_a_flipped_bit_is_no_snapshot_and_is_not_given_out",
             "test_nats::test_a_stream_that_is_made_anew_while_it_is_open_stops_all_loudly",
         ],
         {
