@@ -135,6 +135,7 @@ class Commander:
         try:
             await self._make_up_for(mine)
         except BaseException:
+            self.records.leave(frozenset(mine))
             with suppress(Unavailable):
                 await self._leases.release(*names)
             raise
@@ -150,13 +151,21 @@ class Commander:
             page = await self._facts.read(wanted, after=looked, bodies=False)
             touched.update((entry.key, None) for entry in page.entries if entry.position > marks[slot_of(entry.key)])
             looked = page.looked
-        await self._remember_each(touched)
+        # Until all are folded the marks must stand still: one of a slot would pass what comes later in the loop.
+        doubts, failed = [key for key in touched if key not in self._unsure], dict[str, Exception]()
+        self._unsure.update(dict.fromkeys(doubts, 1))
+        try:
+            failed = await self._remember_each(touched)
+        finally:
+            for key in doubts:
+                if key not in failed:
+                    del self._unsure[key]
         if touched:
             await self.records.flush()
         self._backlog |= dict.fromkeys(mine, backlog)
 
-    async def _remember_each(self, keys: Iterable[str]) -> None:
-        """Write the records of many things. One that cannot be folded keeps none of the others from its owner."""
+    async def _remember_each(self, keys: Iterable[str]) -> dict[str, Exception]:
+        """Give many things their records. Returns which cannot be folded, and why: they keep no other waiting."""
         failed = dict[str, Exception]()
         for key in keys:
             try:
@@ -166,13 +175,12 @@ class Commander:
             except Exception as error:
                 failed[key] = error
         if failed:
-            # While they are unsure the marks stand still, so the next start tries again.
-            self._unsure.update(dict.fromkeys(failed, 1))
             first, why = next(iter(failed.items()))
             what = (
                 "%s: %d things have no record of their last facts until a start that can fold them, the first is %s: %r"
             )
             _log.error(what, self.domain, len(failed), first, why)
+        return failed
 
     async def let_go(self, slots: Iterable[int], within: float) -> None:
         """Decide nothing more there, finish what is in hand with its records, and release the claims.

@@ -559,6 +559,15 @@ async def test_damage_is_found_before_it_reaches_evolve(bus_url: str) -> None:
         assert evolved == []
 
 
+async def test_an_owner_does_not_start_on_damaged_facts_that_have_no_record_yet(bus_url: str) -> None:
+    async with things(bus_url) as on:
+        await on.happened(Added("a", 1), Added("b", 1))
+    sql(bus_url, "update facts set body = cast(replace(body, '1', '2') as blob) where position = 2")
+    with pytest.raises(Damaged, match=r"position 2 \(counters/b version 1\) is not what was written"):
+        async with running(service, bus=bus_url):
+            pass
+
+
 # ------------------------------------------------------------------------------------------ what is kept in memory
 
 
