@@ -35,9 +35,11 @@ from cauce import (
     replace,
     running,
 )
+from cauce.accept import slot_of
 from cauce.backends.sqlite.file import folder_of
 from cauce.bus import Bus
 from cauce.codec import Meta, seal, sealed
+from cauce.commander import Commander
 from cauce.fold import Folder
 from cauce.folded import Folded
 from cauce.folding import fold_of
@@ -566,6 +568,30 @@ async def test_an_owner_does_not_start_on_damaged_facts_that_have_no_record_yet(
     with pytest.raises(Damaged, match=r"position 2 \(counters/b version 1\) is not what was written"):
         async with running(service, bus=bus_url):
             pass
+
+
+async def test_who_takes_over_after_one_that_died_while_it_made_records_makes_the_rest(
+    each_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written in batches, and the last fact of the first thing lies behind those of the second."""
+    one, other = "a", next(f"b{n}" for n in range(1_000) if slot_of(f"b{n}") == slot_of("a"))
+    async with things(each_bus) as on:
+        await on.happened(Added(one, 1), Added(other, 1), Added(one, 1))
+    remember = Commander._remember
+
+    async def mortal(self: Commander, key: str) -> None:
+        await remember(self, key)
+        await self.records.flush()
+        raise Damaged("the end")
+
+    monkeypatch.setattr(Commander, "_remember", mortal)
+    with pytest.raises(Damaged, match="the end"):
+        async with running(service, bus=each_bus):
+            pass
+    monkeypatch.setattr(Commander, "_remember", remember)
+    async with running(service, bus=each_bus) as bus:
+        assert await bus.record(Counter, one) == Counter(one, 2)
+        assert await bus.record(Counter, other) == Counter(other, 1)
 
 
 # ------------------------------------------------------------------------------------------ what is kept in memory
