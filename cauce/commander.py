@@ -21,7 +21,18 @@ from cauce.accept import SLOTS, check_body, slot_of
 from cauce.audit import SHORTEST
 from cauce.bus import Ask, Bus, Cause, Context, Receipt, correlation
 from cauce.codec import Entry, Meta, Wish, derive_id, sealed, time_of
-from cauce.errors import Conflict, Fenced, IdReused, NoAnswer, NotOwner, Overloaded, Refused, Rejected, Unavailable
+from cauce.errors import (
+    Conflict,
+    Damaged,
+    Fenced,
+    IdReused,
+    NoAnswer,
+    NotOwner,
+    Overloaded,
+    Refused,
+    Rejected,
+    Unavailable,
+)
 from cauce.fold import Folder, messages_of
 from cauce.folded import Folded
 from cauce.lease import Leases
@@ -139,6 +150,7 @@ class Commander:
         try:
             await self._make_up_for(mine)
         except BaseException:
+            self.records.leave(frozenset(mine))
             with suppress(Unavailable):
                 await self._leases.release(*names)
             raise
@@ -154,11 +166,36 @@ class Commander:
             page = await self._facts.read(wanted, after=looked, bodies=False)
             touched.update((entry.key, None) for entry in page.entries if entry.position > marks[slot_of(entry.key)])
             looked = page.looked
-        for key in touched:
-            await self._remember(key)
+        # Until all are folded the marks must stand still: one of a slot would pass what comes later in the loop.
+        doubts, failed = [key for key in touched if key not in self._unsure], dict[str, Exception]()
+        self._unsure.update(dict.fromkeys(doubts, 1))
+        try:
+            failed = await self._remember_each(touched)
+        finally:
+            for key in doubts:
+                if key not in failed:
+                    del self._unsure[key]
         if touched:
             await self.records.flush()
         self._backlog |= dict.fromkeys(mine, backlog)
+
+    async def _remember_each(self, keys: Iterable[str]) -> dict[str, Exception]:
+        """Give many things their records. Returns which cannot be folded, and why: they keep no other waiting."""
+        failed = dict[str, Exception]()
+        for key in keys:
+            try:
+                await self._remember(key)
+            except (Unavailable, Damaged):
+                raise
+            except Exception as error:
+                failed[key] = error
+        if failed:
+            first, why = next(iter(failed.items()))
+            what = (
+                "%s: %d things have no record of their last facts until a start that can fold them, the first is %s: %r"
+            )
+            _log.error(what, self.domain, len(failed), first, why)
+        return failed
 
     async def let_go(self, slots: Iterable[int], within: float) -> None:
         """Decide nothing more there, finish what is in hand with its records, and release the claims.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from cauce.accept import slot_of
 from cauce.clock import Clock
@@ -60,6 +60,14 @@ class Records:
         if before is None:
             self._clean.clear()
             self._bell.set()
+
+    def leave(self, slots: Collection[int]) -> None:
+        """Write nothing more of these slots: who takes them over begins at their marks as they are."""
+        self._dirty = {key: what for key, what in self._dirty.items() if slot_of(key) not in slots}
+        for slot in slots:
+            self._marks.pop(slot, None)
+        if not self._dirty:
+            self._clean.set()
 
     async def settled(self) -> None:
         """Wait until nothing waits to be written, and hurry it."""

@@ -71,12 +71,12 @@ def lifted(message: type[Message], name: str, version: int, body: dict[str, Any]
         function = steps.get(step)
         if function is None:
             raise Unreadable(
-                f"{_told(kind, name, step)} has no upcaster: add @upcast({message.__name__}, from_version={step})"
+                f"{_told(kind, name, step)}, has no upcaster: add @upcast({message.__name__}, from_version={step})"
             )
         try:
             body = function(body)
         except Exception as error:
-            raise Unreadable(f"{_told(kind, name, step)} made {_named(function)} fail: {error!r}: mend it") from error
+            raise Unreadable(f"{_told(kind, name, step)}, made {_named(function)} fail: {error!r}: mend it") from error
         if not isinstance(body, dict):
             raise Unreadable(f"{_told(kind, name, step)}: {_named(function)} returned {_why(body)}")
     return body
@@ -92,7 +92,7 @@ def _why(result: Any) -> str:
 
 def _told(kind: Declared, name: str, version: int) -> str:
     today = "" if name == kind.name else f" (now {kind.name})"
-    return f"{name} of {kind.domain.name}{today}, version {version},"
+    return f"{name} of {kind.domain.name}{today}, version {version}"
 
 
 def _check_plain(what: str, function: Any) -> None:

@@ -66,6 +66,7 @@ PROMISES: tuple[Promise, ...] = (
             "test_nats_store::test_nothing_acknowledged_is_lost_when_the_server_is_killed_under_load",
             "test_calls::test_a_kill_between_the_fact_and_its_record_loses_neither",
             "test_calls::test_a_call_whose_time_is_over_tells_the_id_by_which_the_first_acceptance_is_learnt",
+            "test_loans::test_a_log_that_is_fed_by_a_process_that_is_killed_twice_is_there_once",
         ],
         {
             "nats": "Only where the server has `sync_interval: always`; else the last moments before a power loss are "
@@ -122,6 +123,7 @@ PROMISES: tuple[Promise, ...] = (
         [
             "test_reactions::test_later_messages_of_a_failing_thing_wait_behind_it_in_order_while_all_other_things_go_on",
             "test_reactions::test_a_failing_reaction_holds_up_no_other_reaction_to_the_same_message",
+            "test_fold::test_a_thing_that_began_with_what_adds_to_nothing_is_named_to_whoever_asks_and_no_other_suffers",
             "test_reactions::test_an_event_that_takes_long_to_be_recorded_holds_up_no_other_thing_and_keeps_its_order",
             "test_instances::test_instances_share_slots_evenly_and_keep_the_order_of_each_thing_through_every_hand_over",
             "test_instances::test_a_thing_that_hangs_while_a_service_catches_up_delays_only_its_slot",
@@ -155,6 +157,7 @@ PROMISES: tuple[Promise, ...] = (
         "No command, no reaction, no mail.",
         [
             "test_reactions::test_a_restart_runs_evolve_only",
+            "test_loans::test_a_rebuild_that_is_killed_changes_no_figure_and_the_next_one_ends_it",
             "test_calls::test_wishes_in_vain_are_kept_with_their_verdict_and_run_never_again",
             "test_calls::test_what_was_rejected_when_it_was_sent_is_not_granted_when_it_is_read_again",
         ],
@@ -220,6 +223,7 @@ PROMISES: tuple[Promise, ...] = (
             "test_upcast::test_today_s_code_reads_what_the_first_one_wrote",
             "test_upcast::test_what_a_broken_upcaster_cannot_lift_is_parked_and_read_after_it_was_mended",
             "test_past::test_facts_of_an_import_have_no_wish_and_those_of_today_s_names_are_told_by_them",
+            "test_upcast::test_a_thing_that_cannot_be_lifted_is_named_to_whoever_asks_and_no_other_suffers",
             "test_cli_schema::test_the_library_reads_what_version_1_of_it_wrote",
             "test_cli_schema::test_removing_a_used_field_of_the_library_fails_its_check_naming_its_readers",
             "test_reactions::test_a_fact_of_a_newer_schema_or_an_unknown_shape_waits_and_is_named",
@@ -236,6 +240,7 @@ PROMISES: tuple[Promise, ...] = (
             "test_reactions::test_a_damaged_entry_stops_its_reader_loudly_and_no_handler_sees_it",
             "test_verify::test_a_thousand_flipped_bits_never_pass_for_an_untouched_log",
             "test_chain::test_a_broken_chain_is_found_and_not_read",
+            "test_fold::test_a_record_with_a_flipped_bit_is_no_snapshot_and_is_not_given_out",
             "test_nats::test_a_stream_that_is_made_anew_while_it_is_open_stops_all_loudly",
         ],
         {

@@ -11,6 +11,7 @@ import pytest
 from cauce.accept import SLOTS, slot_of
 from cauce.backends import sqlite
 from cauce.backends.sqlite import chain, table
+from cauce.backends.sqlite.file import SCHEMA
 from cauce.backends.sqlite.upkeep import verify
 from cauce.codec import Entry, Meta, sealed
 from cauce.errors import Damaged, Refused
@@ -151,6 +152,31 @@ async def forget(bus: sqlite.SQLiteBus, upto: int) -> None:
     """Of all slots, so that it is the beginning that goes."""
     for slot in range(SLOTS):
         await bus.commands.forget("users", slot, upto, 2)
+
+
+def steps_to_compare(many: int) -> int:
+    """What SQLite does to compare the chapters of a log of so many streams, in hundreds of its instructions."""
+    taken = 0
+
+    def step() -> bool:
+        nonlocal taken
+        taken += 1
+        return False
+
+    with apsw.Connection(":memory:") as connection:
+        for statement in SCHEMA:
+            connection.execute(statement)
+        connection.executemany(
+            "insert into facts values (?1, ?1, 1, 0, 1, ?1, x'', null, x'', 0)", [(n,) for n in range(1, many + 1)]
+        )
+        chain.write_chapters(connection, "facts", many)
+        connection.set_progress_handler(step, 100)
+        assert list(chain.wrong_chapters(connection, "facts", many)) == []
+    return taken
+
+
+def test_with_twice_the_streams_it_takes_about_twice_as_long_to_compare_their_chapters() -> None:
+    assert 0 < steps_to_compare(4_000) < 3 * steps_to_compare(2_000)
 
 
 async def test_the_beginning_of_the_commands_may_be_gone(tmp_path: Path) -> None:

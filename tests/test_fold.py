@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import apsw
+import asyncpg
+import nats
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,9 +35,11 @@ from cauce import (
     replace,
     running,
 )
+from cauce.accept import slot_of
 from cauce.backends.sqlite.file import folder_of
 from cauce.bus import Bus
 from cauce.codec import Meta, seal, sealed
+from cauce.commander import Commander
 from cauce.fold import Folder
 from cauce.folded import Folded
 from cauce.folding import fold_of
@@ -321,6 +325,56 @@ async def test_a_flipped_bit_anywhere_in_a_record_never_reaches_what_stands(
         sql(bus_url, f"update records set {column} = ? where position = ?", value, position)
 
 
+async def flip(url: str, bit: int) -> None:
+    """Flip a bit of the body of the record of counters/a, where its backend keeps it."""
+
+    def flipped(body: bytes) -> bytes:
+        changed = bytearray(body)
+        changed[bit // 8 % len(body)] ^= 1 << bit % 8
+        return bytes(changed)
+
+    if url.startswith("sqlite"):
+        what = "from records r join streams s on s.id = r.stream where s.name = 'counters/a'"
+        ((position, body),) = sql(url, f"select r.position, r.body {what}")
+        sql(url, "update records set body = ? where position = ?", flipped(body), position)
+    elif url.startswith("postgresql"):
+        server, _, schema = url.partition("?schema=")
+        connection = await asyncpg.connect(server)
+        where = f"{schema}.records where domain = 'counters' and key = 'a'"
+        body = await connection.fetchval(f"select body from {where}")
+        await connection.execute(f"update {where.replace(' where', ' set body = $1 where')}", flipped(body))
+        await connection.close()
+    else:
+        server, _, name = url.partition("?")[0].rpartition("/")
+        client = await nats.connect(server)
+        js = client.jetstream()
+        message = await js.get_last_msg(f"{name}_records", f"{name}.records.counters.*.a")
+        headers = {name: value for name, value in (message.headers or {}).items() if not name.startswith("Nats-")}
+        await js.publish(message.subject or "", flipped(message.data or b""), headers=headers)
+        await client.close()
+
+
+async def test_a_record_with_a_flipped_bit_is_no_snapshot_and_is_not_given_out(
+    each_bus: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(service, bus=each_bus) as bus:
+        for _ in range(3):
+            await bus.call(Add("a", 1))
+        await bus.settled()
+    await flip(each_bus, bit=random.Random(5).randrange(100))
+    async with running(service, bus=each_bus) as bus:
+        with pytest.raises(Damaged, match="counters/a version 3.* is not what was written"):
+            await bus.record(Counter, "a")
+        evolved.clear()
+        assert await bus.state(Counter, "a", at=3) == Counter("a", 3)
+        assert evolved == ["a"] * 3
+        assert any("the record of counters/a is ignored" in each for each in warnings(caplog))
+        # The next one takes its place.
+        assert (await bus.call(Double("a"))).version == 4
+        await bus.settled()
+        assert await bus.record(Counter, "a") == Counter("a", 6)
+
+
 async def test_a_log_that_lost_its_end_is_folded_as_far_as_it_goes(
     bus_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -421,6 +475,43 @@ async def test_a_fact_that_adds_to_a_record_where_none_stands_is_inconsistent(bu
         assert (await on.fold("b", at_version=2)).version == 2
 
 
+async def test_a_thing_that_began_with_what_adds_to_nothing_is_named_to_whoever_asks_and_no_other_suffers(
+    each_bus: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with things(each_bus) as on:
+        await on.happened(Doubled("a"), Added("b", 1), Removed("b"), Doubled("b"), Added("c", 1))
+    async with running(service, bus=each_bus) as bus:
+        for key, version in (("a", 1), ("b", 3)):
+            named = f"counters/{key} version {version} is Doubled, which doubled adds to a record, but none stands"
+            with pytest.raises(Inconsistent, match=named):
+                await bus.call(Add(key, 1))
+            with pytest.raises(Inconsistent, match=named):
+                await bus.fetch(Counter, key)
+            for at in (version, datetime(2100, 1, 1, tzinfo=UTC)):
+                with pytest.raises(Inconsistent, match=named):
+                    await bus.state(Counter, key, at=at)
+            assert len((await bus.facts.read(Filter(f"counters/{key}"))).entries) == version
+        assert await bus.state(Counter, "b", at=1) == Counter("b", 1)
+        assert await bus.state(Counter, "b", at=2) is None
+        assert (await bus.call(Double("c"))).version == 2
+        await bus.settled()
+        assert await bus.record(Counter, "c") == Counter("c", 2)
+        assert await bus.record(Counter, "a") is None
+    (error,) = (each.message for each in caplog.records if each.levelno == logging.ERROR)
+    assert error.startswith("counters: 2 things have no record of their last facts until a start that can fold them")
+    assert "counters/a version 1 is Doubled" in error
+    mended = Service("counters", owns=counters)
+    mended.parts += [part for part in service.parts if part.name != "doubled"]
+
+    @mended.evolve
+    def doubled(counter: Counter | None, event: Doubled) -> Counter:
+        return Counter(event.name, 2 * counter.value if counter else 0)
+
+    async with running(mended, bus=each_bus) as bus:
+        assert await bus.record(Counter, "a") == Counter("a", 0)
+        assert await bus.record(Counter, "c") == Counter("c", 2)
+
+
 async def test_a_decider_cannot_record_what_adds_to_nothing(each_bus: str) -> None:
     async with running(service, bus=each_bus) as bus:
         before = await bus.facts.head()
@@ -468,6 +559,39 @@ async def test_damage_is_found_before_it_reaches_evolve(bus_url: str) -> None:
         with pytest.raises(Damaged, match="position 4 .*is not what was written"):
             await on.fold("a")
         assert evolved == []
+
+
+async def test_an_owner_does_not_start_on_damaged_facts_that_have_no_record_yet(bus_url: str) -> None:
+    async with things(bus_url) as on:
+        await on.happened(Added("a", 1), Added("b", 1))
+    sql(bus_url, "update facts set body = cast(replace(body, '1', '2') as blob) where position = 2")
+    with pytest.raises(Damaged, match=r"position 2 \(counters/b version 1\) is not what was written"):
+        async with running(service, bus=bus_url):
+            pass
+
+
+async def test_who_takes_over_after_one_that_died_while_it_made_records_makes_the_rest(
+    each_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written in batches, and the last fact of the first thing lies behind those of the second."""
+    one, other = "a", next(f"b{n}" for n in range(1_000) if slot_of(f"b{n}") == slot_of("a"))
+    async with things(each_bus) as on:
+        await on.happened(Added(one, 1), Added(other, 1), Added(one, 1))
+    remember = Commander._remember
+
+    async def mortal(self: Commander, key: str) -> None:
+        await remember(self, key)
+        await self.records.flush()
+        raise Damaged("the end")
+
+    monkeypatch.setattr(Commander, "_remember", mortal)
+    with pytest.raises(Damaged, match="the end"):
+        async with running(service, bus=each_bus):
+            pass
+    monkeypatch.setattr(Commander, "_remember", remember)
+    async with running(service, bus=each_bus) as bus:
+        assert await bus.record(Counter, one) == Counter(one, 2)
+        assert await bus.record(Counter, other) == Counter(other, 1)
 
 
 # ------------------------------------------------------------------------------------------ what is kept in memory

@@ -24,6 +24,7 @@ from cauce import (
     Domain,
     Event,
     Notice,
+    OutcomeUnknown,
     Record,
     Refused,
     Service,
@@ -482,6 +483,72 @@ async def test_a_call_on_what_cannot_be_lifted_fails_with_the_reason_and_writes_
             await bus.fetch(now.User, "42")
         assert await bus.facts.head() == head
         assert (await bus.call(now.Register("43", "Eva", "Paz"))).version == 1
+
+
+def _as_the_name_says(body: Body) -> Any:
+    match body["name"]:
+        case "raises":
+            raise LookupError("no such name")
+        case "nothing":
+            return None
+        case "loops":
+            return _as_the_name_says(body)
+    return split(body)
+
+
+async def test_a_thing_that_cannot_be_lifted_is_named_to_whoever_asks_and_no_other_suffers(each_bus: str) -> None:
+    old, now = first(), today(_as_the_name_says)
+    broken = {"raises": "fail: LookupError", "nothing": "returned None", "loops": "fail: RecursionError"}
+    async with running(old.service, bus=each_bus) as bus:
+        for key in broken:
+            await bus.call(old.SignUp(key, key))
+        await bus.call(old.SignUp("42", "Ana Gil"))
+    async with running(now.service, bus=each_bus) as bus:
+        for key, why in broken.items():
+            named = rf"position \d+ \(users/{key} version 1\): UserSignedUp of users \(now UserRegistered\), version 1(, made|:) _as_the_name_says {why}"
+            with pytest.raises(Unreadable, match=named):
+                await bus.call(now.Register(key, "Eva", "Paz"))
+            with pytest.raises(Unreadable, match=named):
+                await bus.fetch(now.User, key)
+            for at in (1, datetime(2100, 1, 1, tzinfo=UTC)):
+                with pytest.raises(Unreadable, match=named):
+                    await bus.state(now.User, key, at=at)
+            with pytest.raises(Unreadable, match=f"Person of users .*version 1.* _as_the_name_says {why}"):
+                await bus.record(now.User, key)
+            assert [each.version for each in (await bus.facts.read(Filter(f"users/{key}"))).entries] == [1]
+        assert await bus.fetch(now.User, "42") == now.User("42", "Ana", "Gil")
+        assert (await bus.call(now.Register("42", "Eva", "Paz"))).version == 2
+
+
+def test_a_call_that_an_upcaster_holds_up_ends_in_time_and_its_outcome_is_learnt_by_its_id(
+    virtual: Callable[[Callable[[], Awaitable[None]]], None], clock: VirtualClock, bus_url: str
+) -> None:
+    lifted = list[str]()
+
+    def slow(body: Body) -> Body:
+        clock.advance(20.0)
+        lifted.append(body["user_id"])
+        return split(body)
+
+    async def main() -> None:
+        old, now = first(), today(slow)
+        async with running(old.service, bus=bus_url, clock=clock) as bus:
+            for name in ("Ana Gil", "Eva Paz"):
+                await bus.call(old.SignUp("42", name))
+        async with running(now.service, bus=bus_url, clock=clock) as bus:
+            with pytest.raises(OutcomeUnknown) as raised:
+                await bus.call(now.Register("42", "Pia", "Roa"), timeout=30)
+            receipt = await bus.call(now.Register("42", "Pia", "Roa"), id=raised.value.id)
+            await bus.settled(timeout=600)
+            assert receipt.version == 3
+            assert lifted[:2] == ["42", "42"]
+            # Once it is in memory, who wishes does not wait for it again.
+            assert (await bus.call(now.Register("42", "Sol", "Paz"), timeout=100)).version == 4
+            much = len(lifted)
+            assert (await bus.call(now.Register("42", "Luz", "Paz"), timeout=1)).version == 5
+            assert len(lifted) == much
+
+    virtual(main)
 
 
 async def test_a_wish_that_is_repeated_in_its_new_form_is_the_same_wish(bus_url: str) -> None:

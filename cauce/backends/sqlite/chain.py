@@ -98,11 +98,14 @@ def write_chapters(connection: apsw.Connection, log: str, position: int) -> None
 
 def wrong_chapters(connection: apsw.Connection, log: str, upto: int) -> Iterator[Any]:
     """Each chapter that does not end where it is said: stream, chapter, where it ends, what is said."""
+    # Not a full join, which compares each with each.
     return connection.execute(
-        "select coalesce(f.stream, c.stream), coalesce(f.chapter, c.chapter), f.position, c.position from "
-        f"(select stream, version >> {CHAPTER_BITS} as chapter, max(position) as position from {log} "
-        f"where position <= ? group by 1, 2) f full join (select * from {log}_chapters where stream > 0) c "
-        "on f.stream = c.stream and f.chapter = c.chapter where f.position is not c.position",
+        f"with f as materialized (select stream, version >> {CHAPTER_BITS} as chapter, max(position) as position from {log} "
+        "where position <= ? group by 1, 2) "
+        f"select f.stream, f.chapter, f.position, c.position from f left join {log}_chapters c "
+        "on c.stream = f.stream and c.chapter = f.chapter and c.stream > 0 where f.position is not c.position "
+        f"union all select c.stream, c.chapter, null, c.position from {log}_chapters c left join f "
+        "on f.stream = c.stream and f.chapter = c.chapter where c.stream > 0 and f.position is null",
         (upto,),
     )
 
