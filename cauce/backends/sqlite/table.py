@@ -13,7 +13,7 @@ from cauce.accept import slot_of
 from cauce.backends.sqlite.chain import TAIL, forgotten, last_of, remove, write_chapters, written_upto
 from cauce.codec import Entry, digest, schema_in
 from cauce.errors import Conflict, Fenced, Held, IdReused
-from cauce.log import Appended, Claim, check_claim
+from cauce.log import Also, Appended, Claim, check_claim
 
 __all__ = ["Names", "Table"]
 
@@ -27,6 +27,9 @@ class _Head(msgspec.Struct, gc=False):
 
     version: int = 0
     position: int = 0
+
+
+_Ready = tuple[str, Sequence[Entry], int, dict[str, int], _Head, list[int]]
 
 
 class Names:
@@ -184,7 +187,13 @@ class Table:
         return rows
 
     def append(
-        self, stream: str, entries: Sequence[Entry], expect: int | None, fence: Claim | None, repeat: bool
+        self,
+        stream: str,
+        entries: Sequence[Entry],
+        expect: int | None,
+        fence: Claim | None,
+        repeat: bool,
+        also: Sequence[Also] = (),
     ) -> Appended:
         if fence is not None and (stands := self._names.fence(self.name, fence)) != fence.fence:
             raise Fenced(f"{fence.name} has another holder by now (fence {stands}, ours {fence.fence}): stop writing")
@@ -194,11 +203,37 @@ class Table:
             before = self._repeated(stream, id, entries)
             if before is not None:
                 return before
-        version, previous, position = head.version, head.position, self.position
-        if expect is not None and expect != version:
-            raise Conflict(stream, expect, version)
+        if expect is not None and expect != head.version:
+            raise Conflict(stream, expect, head.version)
         # Whatever can be refused comes first, so that what was refused leaves no name behind.
-        checks = [digest(entry, number) for number, entry in enumerate(entries, version + 1)]
+        checks = [digest(entry, number) for number, entry in enumerate(entries, head.version + 1)]
+        others = [self._ready(each) for each in also]
+        appended = self._add(stream, entries, id, types, head, checks)
+        for other in others:
+            self._add(*other)
+        return appended
+
+    def _ready(self, also: Also) -> _Ready:
+        """What `_add` takes, of a stream that is at the version it shall be at."""
+        stream, entries, expect = also.stream, also.entries, also.expect
+        id, types = self._names.stream(stream)
+        head = self._heads.get(id) or self._head(id)
+        if expect is not None and expect != head.version:
+            raise Conflict(stream, expect, head.version)
+        checks = [digest(entry, number) for number, entry in enumerate(entries, head.version + 1)]
+        return stream, entries, id, types, head, checks
+
+    def _add(
+        self,
+        stream: str,
+        entries: Sequence[Entry],
+        id: int,
+        types: dict[str, int],
+        head: _Head,
+        checks: Sequence[int],
+    ) -> Appended:
+        """Queue rows at the end of a stream."""
+        version, previous, position = head.version, head.position, self.position
         if len(entries) == 1 and (type := types.get(entries[0].type)):
             numbers = [type]
         else:
