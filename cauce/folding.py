@@ -1,16 +1,17 @@
-"""The folder that a service's `evolve` functions describe."""
+"""What a service's functions say of one of its domains: the folder that `evolve` makes, and the rules that bind it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cauce.fingerprint import fingerprint
+from cauce.fingerprint import code_of, fingerprint
 from cauce.fold import Folder
 from cauce.messages import Domain, Record, declared
 from cauce.schema import Schema
 from cauce.service import Bound
+from cauce.tags import Rule
 
-__all__ = ["fold_of"]
+__all__ = ["fold_of", "rules_of"]
 
 
 def fold_of(parts: Sequence[Bound], domain: Domain) -> Folder:
@@ -27,3 +28,19 @@ def fold_of(parts: Sequence[Bound], domain: Domain) -> Folder:
     records = [cls for cls in domain.messages.values() if issubclass(cls, Record)]
     schema = Schema(domain.messages.values())
     return Folder(domain.name, functions, schema, needs, fingerprint(records, functions))
+
+
+def rules_of(parts: Sequence[Bound], domain: Domain, folder: Folder) -> list[Rule]:
+    """The rules of one domain. They go by what `evolve` makes, so what it does is part of what they do."""
+    return [
+        Rule(
+            bound.name,
+            domain.name,
+            bound.stands[0],
+            bound.part.function,
+            bound.part.most,
+            code_of(folder.fingerprint, bound.part.function, bound.part.most),
+        )
+        for bound in parts
+        if bound.part.kind == "unique" and declared(bound.stands[0]).domain is domain
+    ]

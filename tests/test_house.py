@@ -36,6 +36,8 @@ FLOORS = (
     (
         "records",
         "audit",
+        "tags",
+        "rules",
         "commander",
         "derived",
         "replica",
