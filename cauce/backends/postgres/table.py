@@ -194,10 +194,12 @@ class Draft:
         expect: int | None,
         fence: Claim | None,
         repeat: bool,
-        also: Sequence[Also],
+        also: Sequence[Also] = (),
     ) -> Placed | Appended:
+        known = self._known
         if fence is not None and (stands := self._fence(log, fence)) != fence.fence:
             raise Fenced(f"{fence.name} has another holder by now (fence {stands}, ours {fence.fence}): stop writing")
+        domain, key, slot = known.streams.get(stream) or known.name(stream)
         head = self.heads[log].get(stream)
         if head is None:
             head = self._head(log, stream, expect or 0)
@@ -205,32 +207,12 @@ class Draft:
             before = self._repeated(log, stream, head, entries)
             if before is not None:
                 return before
-        if expect is not None and expect != head.version:
-            raise Conflict(stream, expect, head.version)
-        rows, others = self._rows_of(log, stream, entries, head, self.counts[log]), list[tuple[_Head, list[Row]]]()
+        version, at = head.version, self.counts[log]
+        if expect is not None and expect != version:
+            raise Conflict(stream, expect, version)
         if also:
-            at = self.counts[log] + len(rows)
-            for each in also:
-                other = self.heads[log].get(each.stream) or self._head(log, each.stream, each.expect or 0)
-                if each.expect is not None and each.expect != other.version:
-                    raise Conflict(each.stream, each.expect, other.version)
-                others.append((other, self._rows_of(log, each.stream, each.entries, other, at)))
-                at += len(each.entries)
-        placed = self._add(log, head, rows)
-        for other, added in others:
-            self._add(log, other, added)
-        return placed
-
-    def _add(self, log: int, head: _Head, rows: list[Row]) -> Placed:
-        self.rows[log].extend(rows)
-        head.version, head.at = rows[-1][4], rows[-1][1]
-        self.counts[log] = head.at
-        return Placed(log, head.version, head.at)
-
-    def _rows_of(self, log: int, stream: str, entries: Sequence[Entry], head: _Head, at: int) -> list[Row]:
-        """What entries come to at the end of a stream, so far above the head of the log."""
-        domain, key, slot = self._known.streams.get(stream) or self._known.name(stream)
-        version, rows = head.version, list[Row]()
+            self._check(log, also)
+        rows: list[Row] = []
         for entry in entries:
             version += 1
             at += 1
@@ -238,7 +220,20 @@ class Draft:
             rows.append(
                 (log, at, domain, key, version, slot, entry.type, entry.id, entry.raw, entry.wish, entry.body, check)
             )
-        return rows
+        self.rows[log].extend(rows)
+        head.version, head.at, self.counts[log] = version, at, at
+        for each in also:
+            self.append(log, each.stream, each.entries, None, None, False)
+        return Placed(log, version, at)
+
+    def _check(self, log: int, also: Sequence[Also]) -> None:
+        """That all of it can be appended to its streams."""
+        for each in also:
+            version = (self.heads[log].get(each.stream) or self._head(log, each.stream, each.expect or 0)).version
+            if each.expect is not None and each.expect != version:
+                raise Conflict(each.stream, each.expect, version)
+            for number, entry in enumerate(each.entries, version + 1):
+                digest(entry, number)
 
     def put(self, stream: str, version: int, entry: Entry) -> Placed | Appended:
         known = self._known

@@ -29,9 +29,6 @@ class _Head(msgspec.Struct, gc=False):
     position: int = 0
 
 
-_Ready = tuple[str, Sequence[Entry], int, dict[str, int], _Head, list[int]]
-
-
 class Names:
     """Numbers for streams and types, and the claims: what the three tables of a file share."""
 
@@ -203,37 +200,13 @@ class Table:
             before = self._repeated(stream, id, entries)
             if before is not None:
                 return before
-        if expect is not None and expect != head.version:
-            raise Conflict(stream, expect, head.version)
-        # Whatever can be refused comes first, so that what was refused leaves no name behind.
-        checks = [digest(entry, number) for number, entry in enumerate(entries, head.version + 1)]
-        others = [self._ready(each) for each in also]
-        appended = self._add(stream, entries, id, types, head, checks)
-        for other in others:
-            self._add(*other)
-        return appended
-
-    def _ready(self, also: Also) -> _Ready:
-        """What `_add` takes, of a stream that is at the version it shall be at."""
-        stream, entries, expect = also.stream, also.entries, also.expect
-        id, types = self._names.stream(stream)
-        head = self._heads.get(id) or self._head(id)
-        if expect is not None and expect != head.version:
-            raise Conflict(stream, expect, head.version)
-        checks = [digest(entry, number) for number, entry in enumerate(entries, head.version + 1)]
-        return stream, entries, id, types, head, checks
-
-    def _add(
-        self,
-        stream: str,
-        entries: Sequence[Entry],
-        id: int,
-        types: dict[str, int],
-        head: _Head,
-        checks: Sequence[int],
-    ) -> Appended:
-        """Queue rows at the end of a stream."""
         version, previous, position = head.version, head.position, self.position
+        if expect is not None and expect != version:
+            raise Conflict(stream, expect, version)
+        # Whatever can be refused comes first, so that what was refused leaves no name behind.
+        checks = [digest(entry, number) for number, entry in enumerate(entries, version + 1)]
+        if also:
+            self._check(also)
         if len(entries) == 1 and (type := types.get(entries[0].type)):
             numbers = [type]
         else:
@@ -250,7 +223,19 @@ class Table:
             previous = position
         self._rows += rows
         head.version, head.position, self.position = version, position, position
+        for each in also:
+            self.append(each.stream, each.entries, None, None, False)
         return Appended(version, position)
+
+    def _check(self, also: Sequence[Also]) -> None:
+        """That all of it can be appended to its streams."""
+        for each in also:
+            id, _ = self._names.stream(each.stream)
+            version = (self._heads.get(id) or self._head(id)).version
+            if each.expect is not None and each.expect != version:
+                raise Conflict(each.stream, each.expect, version)
+            for number, entry in enumerate(each.entries, version + 1):
+                digest(entry, number)
 
     def put(self, stream: str, version: int, entry: Entry) -> Appended:
         id, types = self._names.stream(stream)
