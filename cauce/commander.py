@@ -25,7 +25,9 @@ from cauce.errors import (
     Conflict,
     Damaged,
     Fenced,
+    Held,
     IdReused,
+    Inconsistent,
     NoAnswer,
     NotOwner,
     Overloaded,
@@ -36,10 +38,12 @@ from cauce.errors import (
 from cauce.fold import Folder, messages_of
 from cauce.folded import Folded
 from cauce.lease import Leases
-from cauce.log import Appended, Filter
+from cauce.log import Also, Appended, Filter
 from cauce.messages import Event, Message, Record, declared
 from cauce.records import Records, written
+from cauce.rules import build, check
 from cauce.schema import Schema, encode, is_about, key_of
+from cauce.tags import Rule, Tags
 from cauce.undo import Invert, Undoing, told
 from cauce.undone import Asked, ToldUndo
 
@@ -48,6 +52,9 @@ __all__ = ["Commander", "Decider"]
 _log = logging.getLogger("cauce")
 _encode = msgspec.json.Encoder().encode
 _MOST_CONFLICTS = 10
+_MOST_CONFLICTS_OF_TAGS = 100
+"""A tag is written by all processes, and with each conflict one of them has got what it wanted."""
+
 _IMPATIENT = 3
 """Conflicts after which all others wait while a function that waits decides."""
 
@@ -116,6 +123,7 @@ class Commander:
         schema: Schema,
         bus: Bus,
         leases: Leases,
+        rules: Sequence[Rule] = (),
     ) -> None:
         self._service, self.domain, self._deciders = service, domain, dict(deciders)
         self._folder, self._schema, self._bus, self._leases = folder, schema, bus, leases
@@ -134,6 +142,8 @@ class Commander:
         self._audits: set[asyncio.Future[Appended]] = set()
         self.records = Records(bus.records, domain, bus.clock, folder.fingerprint)
         self._unsure = self.records.unsure
+        self._tags = Tags(bus.facts, rules, bus.clock)
+        self._most_conflicts = _MOST_CONFLICTS_OF_TAGS if rules else _MOST_CONFLICTS
         self._slots = [f"{domain}/{slot}" for slot in range(SLOTS)]
 
     async def take_over(self, slots: Iterable[int], superseded: frozenset[str] = frozenset()) -> None:
@@ -148,6 +158,8 @@ class Commander:
         names = [self._slots[slot] for slot in mine]
         await self._leases.take(*names, superseded=superseded)
         try:
+            # Not before: who changes the rules holds all slots.
+            self._tags.since = await check(self._facts, self.domain, self._tags.rules)
             await self._make_up_for(mine)
         except BaseException:
             self.records.leave(frozenset(mine))
@@ -155,6 +167,53 @@ class Commander:
                 await self._leases.release(*names)
             raise
         self.slots.update(mine)
+
+    async def bind(self, patience: float) -> None:
+        """Have the rules of this code bind the domain. Where others did, all slots are held while that is changed.
+
+        Parameters:
+            patience: seconds to wait for another instance that does the same.
+
+        Raises `Held` where another instance runs, and `Refused` where more things bear a tag than may.
+        """
+        until = self._clock.monotonic() + patience
+        while True:
+            try:
+                self._tags.since = await check(self._facts, self.domain, self._tags.rules)
+                return
+            except Refused:
+                pass
+            try:
+                await self._leases.take(*self._slots)
+            except Held as held:
+                if self._clock.monotonic() > until:
+                    why = f"{held}, because {self.domain} gets other rules, which binds all instances or none"
+                    raise Held(why, held.claim) from None
+                await self._clock.sleep(_PAUSE * (1 + self._clock.random()))
+                continue
+            await self._bind()
+
+    async def _bind(self) -> None:
+        beating = asyncio.get_running_loop().create_task(self._leases.beat())
+        try:
+            await self._make_up_for(range(SLOTS))
+            if self._unsure:
+                raise Refused(
+                    f"{self.domain} has things without a record ({', '.join(sorted(self._unsure)[:3])}): see the log"
+                )
+            await build(
+                self._facts,
+                self._bus.records,
+                self._folder,
+                self._tags.rules,
+                self._leases.claims[self._slots[0]],
+                self._clock,
+            )
+        finally:
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
+            with suppress(Unavailable):
+                await self._leases.release(*self._slots)
 
     async def _make_up_for(self, mine: Sequence[int]) -> None:
         """Write the records that are missing."""
@@ -320,11 +379,11 @@ class Commander:
                 for ask, each in zip(said, entries, strict=True)
             ]
         with self._working(key):
-            for conflicts in range(_MOST_CONFLICTS):
+            for conflicts in range(self._most_conflicts):
                 leave = await self._my_turn(key, cause, "", conflicts) if self._is_waited_for(key, conflicts) else None
                 try:
                     thing = self._things.get(key) or await self._load(key)
-                    if await self._record(key, thing, events, entries, leave, repeat=True) is not None:
+                    if await self._record(key, thing, events, entries, leave, conflicts, repeat=True) is not None:
                         return
                 finally:
                     if leave is not None:
@@ -340,10 +399,10 @@ class Commander:
             try:
                 if ask.again and (before := await self._accepted(key, wish, ask.id)) is not None:
                     return await self._told(before)
-                for conflicts in range(_MOST_CONFLICTS):
+                for conflicts in range(self._most_conflicts):
                     leave = await self._my_turn(key, cause, "", conflicts)
                     try:
-                        undone = await self._undone(record, key, asked, cause, wish, leave)
+                        undone = await self._undone(record, key, asked, cause, wish, leave, conflicts)
                     finally:
                         leave()
                     if isinstance(undone, Receipt):
@@ -355,7 +414,14 @@ class Commander:
         raise _contended(f"{self.domain}/{key}")
 
     async def _undone(
-        self, record: type[Record], key: str, asked: Asked, cause: Cause, wish: Wish, leave: Callable[[], None]
+        self,
+        record: type[Record],
+        key: str,
+        asked: Asked,
+        cause: Cause,
+        wish: Wish,
+        leave: Callable[[], None],
+        conflicts: int,
     ) -> Receipt | ToldUndo | None:
         """Undo once, or only tell what would be. None: the thing changed meanwhile, so that must be decided again."""
         thing = self._things.get(key) or await self._load(key)
@@ -365,7 +431,7 @@ class Commander:
         before = thing.folded
         events = await self._undoing.plan(record, key, before, asked)
         self._check(events, key, "an undo")
-        if self._has_moved(key, thing, before):
+        if self._moved(key, thing, before):
             return None
         before = thing.folded
         stream = f"{self.domain}/{key}"
@@ -374,7 +440,7 @@ class Commander:
         if asked.dry or not events:
             after = self._stepped(key, before, events, entries)[0].state if events else before.state
             return told(entries, before, after, changed=False)
-        appended = await self._record(key, thing, events, entries, leave)
+        appended = await self._record(key, thing, events, entries, leave, conflicts)
         return None if appended is None else Receipt(cause.id, key, appended.version, appended.position, True)
 
     async def _told(self, receipt: Receipt) -> ToldUndo:
@@ -408,12 +474,12 @@ class Commander:
         decider = self._deciders.get(type(command))
         if decider is None:
             raise NoAnswer(f"service {self._service!r} decides no {kind.name}: add a decide function for it")
-        for conflicts in range(_MOST_CONFLICTS):
+        for conflicts in range(self._most_conflicts):
             leave = None
             if decider.is_async or self._is_waited_for(key, conflicts):
                 leave = await self._my_turn(key, cause, parent, conflicts)
             try:
-                receipt = await self._decided(decider, command, cause, body, schema, leave)
+                receipt = await self._decided(decider, command, cause, body, schema, leave, conflicts)
             finally:
                 if leave is not None:
                     leave()
@@ -429,6 +495,7 @@ class Commander:
         body: msgspec.Raw,
         schema: int,
         leave: Callable[[], None] | None,
+        conflicts: int,
     ) -> Receipt | None:
         """Decide once. None: the thing changed meanwhile, so that must be decided again."""
         key, kind = key_of(command), declared(command)
@@ -444,7 +511,7 @@ class Commander:
                 self._audit(stream, kind.name, schema, bytes(body), cause, f"rejected: {rejected}")
                 raise
             return None
-        if self._has_moved(key, thing, before):
+        if self._moved(key, thing, before):
             return None
         # The same, but perhaps committed meanwhile.
         before = thing.folded
@@ -461,13 +528,12 @@ class Commander:
         now = self._clock.now()
         wish = _encode(Wish(kind.name, body, schema, now))
         entries = self._sealed(stream, events, ids, cause, now, wish)
-        appended = await self._record(key, thing, events, entries, leave)
+        try:
+            appended = await self._record(key, thing, events, entries, leave, conflicts)
+        except Rejected as rejected:
+            self._audit(stream, kind.name, schema, bytes(body), cause, f"rejected: {rejected}")
+            raise
         return None if appended is None else Receipt(cause.id, key, appended.version, appended.position, True)
-
-    def _has_moved(self, key: str, thing: _Standing, before: Folded) -> bool:
-        """Whether a thing is not any more as it was when one began to decide upon it."""
-        now = thing.folded
-        return (now.version, now.id) != (before.version, before.id) or self._things.get(key) is not thing
 
     def _is_waited_for(self, key: str, conflicts: int) -> bool:
         """Whether who does not wait while it decides takes its turn all the same."""
@@ -511,6 +577,7 @@ class Commander:
         events: Sequence[Event],
         entries: Sequence[Entry],
         leave: Callable[[], None] | None,
+        conflicts: int,
         *,
         repeat: bool = False,
     ) -> Appended | None:
@@ -518,11 +585,64 @@ class Commander:
 
         Parameters:
             leave: called as soon as the next may decide ahead of the disk.
+            conflicts: how often it was decided in vain.
+
+        Raises `Rejected`, when all that it rests on is on the disk, if a tag that the thing would get is not to be had.
         """
+        after, body = self._stepped(key, thing.folded, events, entries)
+        changes = self._tags.changes(thing.folded.state, after.state) if self._tags.rules else ()
+        if not changes:
+            return await self._appended(key, thing, after, body, entries, leave, repeat)
         before = thing.folded
-        after, body = self._stepped(key, before, events, entries)
+        async with self._tags.turn(changes):
+            also: Sequence[Also] = ()
+            if not repeat or not await self._stands(entries[0]):
+                if conflicts:
+                    await self._tags.lost(changes, conflicts)
+                try:
+                    also = await self._tags.also(changes, key, after.state, entries[0])
+                except (Rejected, Inconsistent):
+                    # What was decided ahead and failed meanwhile was no reason.
+                    if not self._moved(key, thing, before) and await self._shown(key, thing):
+                        raise
+                    return None
+            if self._moved(key, thing, before):
+                return None
+            appended = await self._appended(key, thing, after, body, entries, leave, repeat, also)
+            if appended is not None and not appended.repeated:
+                self._tags.wrote(also, appended.position)
+            return appended
+
+    def _moved(self, key: str, thing: _Standing, before: Folded) -> bool:
+        """Whether a thing stands otherwise by now than it did; what was committed meanwhile is the same."""
+        now = thing.folded
+        return (now.version, now.id) != (before.version, before.id) or self._things.get(key) is not thing
+
+    async def _stands(self, entry: Entry) -> bool:
+        """Whether a stream holds the id of an entry."""
+        looked, head = 0, await self._facts.head()
+        while looked < head:
+            page = await self._facts.read(Filter(entry.stream), after=looked, bodies=False)
+            if any(each.id == entry.id for each in page.entries):
+                return True
+            looked = page.looked
+        return False
+
+    async def _appended(
+        self,
+        key: str,
+        thing: _Standing,
+        after: Folded,
+        body: bytes,
+        entries: Sequence[Entry],
+        leave: Callable[[], None] | None,
+        repeat: bool,
+        also: Sequence[Also] = (),
+    ) -> Appended | None:
+        """Append, and let the next decide ahead on what will stand."""
+        before = thing.folded
         thing.tail = future = self._facts.append(
-            entries[0].stream, entries, expect=before.version, fence=self._claim(key), repeat=repeat
+            entries[0].stream, entries, expect=before.version, fence=self._claim(key), repeat=repeat, also=also
         )
         thing.folded = after
         if leave is not None:

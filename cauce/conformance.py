@@ -34,7 +34,7 @@ from cauce.accept import APPEND_BYTES, APPEND_ENTRIES, ENTRY_BYTES, ID_BYTES, sl
 from cauce.clock import SystemClock
 from cauce.codec import Entry, Meta, derive_id, sealed
 from cauce.errors import CauceError, Conflict, Fenced, Held, IdReused, Refused
-from cauce.log import EVERYTHING, Appended, Claim, Filter, Log, Page
+from cauce.log import EVERYTHING, Also, Appended, Claim, Filter, Log, Page
 
 __all__ = ["HOSTILE", "ILLEGAL", "PROMISES", "Broken", "Keeps", "Open", "Promise"]
 
@@ -784,6 +784,178 @@ async def claims_outlive_their_handle_and_are_no_entries(open: Open) -> None:
         _same((await _raises(Held, log.claim, "slot", "b")).claim, claim, "the claim that stands")
         await _add(log, "things/1", 2, expect=1, fence=claim)
         await _nothing_but(log, *_facts("things/1", 1, 2))
+
+
+# --------------------------------------------------------------------------------------------------------- also
+
+
+def _also(stream: str, *numbers: int, expect: int | None = None) -> Also:
+    return Also(stream, _facts(stream, *numbers), expect)
+
+
+@_promise
+async def what_an_append_also_writes_stands_with_it_or_not_at_all(open: Open) -> None:
+    """Right behind its own entries, in the order in which it is named; of one wrong expectation nothing is left."""
+    async with open("all") as log, open("all") as other:
+        first = await log.append(
+            "things/1", _facts("things/1", 1, 2), also=[_also("_tags/a", 1, expect=0), _also("more/b", 1, 2)]
+        )
+        stands = [*_facts("things/1", 1, 2), _fact("_tags/a", 1), *_facts("more/b", 1, 2)]
+        await _nothing_but(log, *stands)
+        _same((first.version, first.position), (2, (await _read(log))[1].position), "where the own entries end")
+        for handle, wrong in product((log, other), ("things/1", "_tags/a", "more/b", "more/new")):
+            expected = {"things/1": 2, "_tags/a": 1, "more/b": 2, "more/new": 0}
+            actual = expected[wrong]
+            expected[wrong] += 1
+            own = expected.pop("things/1")
+            also = [_also(stream, 9, expect=version) for stream, version in expected.items()]
+            error = await _raises(Conflict, handle.append, "things/1", _facts("things/1", 9), expect=own, also=also)
+            _same((error.stream, error.expected, error.actual), (wrong, actual + 1, actual), "what the conflict tells")
+        await _nothing_but(log, *stands)
+        also = [_also("more/b", 3, expect=2), _also("_tags/a", 2, 3, expect=1)]
+        done = await other.append("things/1", _facts("things/1", 3), expect=2, also=also)
+        await _nothing_but(log, *stands, _fact("things/1", 3), _fact("more/b", 3), *_facts("_tags/a", 2, 3))
+        entries = await _read(other)
+        _same([each.version for each in entries], [1, 2, 1, 1, 2, 3, 3, 2, 3], "the versions")
+        _same(done.position, entries[5].position, "the position told")
+        _same([each.version for each in await _read(log, Filter("_tags/a"))], [1, 2, 3], "the other stream by itself")
+        _same((await _add(log, "_tags/a", 4, expect=3)).version, 4, "an append to the other stream")
+
+
+@_promise
+async def of_several_streams_that_are_wrong_the_first_is_told(open: Open) -> None:
+    """What no log takes, a stale fence, a used id, the own version, then those of the others in their order."""
+    async with open("all") as log:
+        await log.append("things/1", _facts("things/1", 1), also=[_also("_tags/a", 1)])
+        old = await log.claim("slot", "a")
+        await log.claim("slot", "b", over=old)
+        used, also = [_fact("things/1", 1, body=b"1")], [_also("_tags/a", 2, expect=7), _also("_tags/b", 1, expect=8)]
+        unlawful = [*also, _also("things", 1)]
+        await _raises(Refused, log.append, "things/1", used, expect=7, fence=old, repeat=True, also=unlawful)
+        await _raises(Fenced, log.append, "things/1", used, expect=7, fence=old, repeat=True, also=also)
+        await _raises(IdReused, log.append, "things/1", used, expect=7, repeat=True, also=also)
+        for own, others, told in (
+            (7, also, "things/1"),
+            (1, also, "_tags/a"),
+            (1, also[::-1], "_tags/b"),
+            (None, also[1:], "_tags/b"),
+        ):
+            error = await _raises(Conflict, log.append, "things/1", _facts("things/1", 2), expect=own, also=others)
+            _same(error.stream, told, "the stream of the conflict")
+        await _nothing_but(log, _fact("things/1", 1), _fact("_tags/a", 1))
+
+
+@_promise
+async def of_many_that_also_expect_one_version_one_wins(open: Open) -> None:
+    """Through every handle, whatever they write to themselves; a loser has written to neither stream."""
+    async with open("all") as log, open("all") as other:
+        for round in range(3):
+            calls = [
+                (log, other)[n % 2].append(
+                    f"things/{n}", _facts(f"things/{n}", round), also=[_also("_tags/a", round * 100 + n, expect=round)]
+                )
+                for n in range(20)
+            ]
+            results = await _all(calls)
+            lost = [(error.stream, error.actual) for error in results if isinstance(error, Conflict)]
+            _same(lost, [("_tags/a", round + 1)] * 19, "what the losers were told")
+        entries = await _read(log)
+        _same(len(entries), 6, "the number of entries")
+        for own, tag in zip(entries[::2], entries[1::2], strict=True):
+            _same((tag.stream, own.domain), ("_tags/a", "things"), "what stands side by side")
+
+
+@_promise
+async def what_is_also_written_takes_its_place_among_the_appends(open: Open) -> None:
+    """In the order of the calls, without waiting: what one also writes the next may expect, and the other way round."""
+    async with open("all") as log, open("all") as other:
+        claim = await log.claim("things/3", "a")
+        calls = list[asyncio.Future[Appended]]()
+        for n in range(0, 40, 2):
+            # "a" and "1" may lie in one slot or in two; a fence changes nothing about what is expected.
+            also = [_also("things/a", n, expect=n)]
+            fence = claim if n % 4 else None
+            calls.append(log.append("things/1", _facts("things/1", n), expect=n, fence=fence, also=also))
+            also = [_also("things/1", n + 1, expect=n + 1)]
+            calls.append(log.append("things/a", _facts("things/a", n + 1), expect=n + 1, fence=fence, also=also))
+        results = await asyncio.gather(*calls)
+        _same([done.version for done in results], list(range(1, 41)), "the versions")
+        for key in ("1", "a"):
+            versions = [entry.version for entry in await _read(other, Filter(f"things/{key}"))]
+            _same(versions, list(range(1, 41)), f"the versions of things/{key}")
+        both = [
+            (log, other)[n % 2].append(f"more/{n % 3}", _facts(f"more/{n % 3}", n), also=[_also("_tags/a", n)])
+            for n in range(60)
+        ]
+        await asyncio.gather(*both)
+        tags = [entry.version for entry in await _read(log, Filter("_tags/a"))]
+        _same(tags, list(range(1, 61)), "the versions where all write and expect nothing")
+
+
+@_promise
+async def a_repeat_finds_the_first_result_whatever_it_also_says(open: Open) -> None:
+    """What it also writes is neither compared nor written again; new ids are written under their own expectations."""
+    async with open("all") as log, open("all") as other:
+        done = await log.append(
+            "things/1", _facts("things/1", 1), expect=0, repeat=True, also=[_also("_tags/a", 1, expect=0)]
+        )
+        for handle, also in product(
+            (log, other), ([], [_also("_tags/a", 1, expect=0)], [_also("_tags/b", 5, expect=3)])
+        ):
+            again = await handle.append("things/1", _facts("things/1", 1), expect=0, repeat=True, also=also)
+            _same(again, Appended(1, done.position, True), "the repeat")
+        await _raises(
+            Conflict, log.append, "things/1", _facts("things/1", 2), repeat=True, also=[_also("_tags/a", 2, expect=0)]
+        )
+        # An id of the other stream is no repeat.
+        await log.append("things/1", _facts("things/1", 2), repeat=True, also=[_also("_tags/a", 1, expect=1)])
+        await _nothing_but(
+            log, *(_fact(stream, n) for stream, n in (("things/1", 1), ("_tags/a", 1), ("things/1", 2), ("_tags/a", 1)))
+        )
+
+
+@_promise
+async def a_stale_fence_also_writes_nothing_else(open: Open) -> None:
+    """Neither where its name is that of a slot nor where it is not; the new holder writes to both."""
+    for name in ("slot", f"things/{slot_of('1')}"):
+        stream = f"_tags/{name.replace('/', '.')}"
+        async with open("all") as log, open("all") as other:
+            before = [_content(entry) for entry in await _read(log)]
+            old = await log.claim(name, "a")
+            await log.append("things/1", _facts("things/1", 1), fence=old, also=[_also(stream, 1, expect=0)])
+            new = await other.claim(name, "b", over=old)
+            for handle in (log, other):
+                await _raises(
+                    Fenced, handle.append, "things/1", _facts("things/1", 2), fence=old, also=[_also(stream, 2)]
+                )
+            await other.append("things/1", _facts("things/1", 3), fence=new, also=[_also(stream, 3, expect=1)])
+            await _add(log, stream, 4, expect=2)
+            stands = [
+                _content(_fact(each, n))
+                for each, n in (("things/1", 1), (stream, 1), ("things/1", 3), (stream, 3), (stream, 4))
+            ]
+            _same([_content(entry) for entry in await _read(log)], before + stands, "what stands")
+
+
+@_promise
+async def what_no_log_takes_is_not_taken_beside_either(open: Open) -> None:
+    """A stream named twice or wrongly, nothing to write, another's entry, too many or too much in all."""
+    async with open("all") as log:
+        wrong: list[list[Also]] = [
+            [_also("things/1", 9)],
+            [_also("_tags/a", 1), _also("_tags/a", 2)],
+            [Also("_tags/a", [])],
+            [Also("_tags/a", [_fact("_tags/b", 1)])],
+            [_also("_tags/a\nb", 1)],
+            [_also("tags", 1)],
+            [Also("_tags/a", [_fact("_tags/a", 1, type=" a")])],
+            [_also("_tags/a", *range(APPEND_ENTRIES))],
+            [Also(f"_tags/{n}", [_fact(f"_tags/{n}", 1, body=b"x" * (ENTRY_BYTES - 1000))]) for n in range(24)],
+        ]
+        for also in wrong:
+            await _raises(Refused, log.append, "things/1", _facts("things/1", 1), also=also)
+        await log.append("things/1", _facts("things/1", 1), also=[_also("_tags/a", *range(APPEND_ENTRIES - 1))])
+        _same(len(await _read(log)), APPEND_ENTRIES, "the number of entries of the longest append")
 
 
 # ---------------------------------------------------------------------------------------------------------- put

@@ -22,7 +22,7 @@ import msgspec
 from cauce.messages import Message, declared
 from cauce.upcaster import upcasts
 
-__all__ = ["fingerprint"]
+__all__ = ["code_of", "fingerprint"]
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis))
 _METHODS = (FunctionType, staticmethod, classmethod, property, functools.cached_property)
@@ -37,6 +37,15 @@ def fingerprint(records: Iterable[type[Message]], evolve: Mapping[type[Message],
         for function in (*([evolve[cls]] if cls in evolve else []), *upcasts(cls).values()):
             for word in _of(function, function.__module__, seen):
                 told.update(word.encode("utf-8", "surrogatepass") + b"\0")
+    return told.hexdigest()
+
+
+def code_of(*values: Any) -> str:
+    """16 hexadecimal digits that name what these functions and values do, as far as `fingerprint` sees it."""
+    told, seen = blake2b(sys.implementation.cache_tag.encode(), digest_size=8), set[int]()
+    for value in values:
+        for word in _of(value, getattr(value, "__module__", ""), seen):
+            told.update(word.encode("utf-8", "surrogatepass") + b"\0")
     return told.hexdigest()
 
 

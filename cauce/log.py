@@ -18,6 +18,7 @@ from cauce.errors import Fenced, Refused
 
 __all__ = [
     "EVERYTHING",
+    "Also",
     "Appended",
     "Claim",
     "Filter",
@@ -39,6 +40,14 @@ class Appended(msgspec.Struct, frozen=True, gc=False):
     version: int
     position: int
     repeated: bool = False
+
+
+class Also(msgspec.Struct, frozen=True):
+    """What an append writes to another stream of its log, and the version that one must be at, if any."""
+
+    stream: str
+    entries: Sequence[Entry]
+    expect: int | None = None
 
 
 class Filter(msgspec.Struct, frozen=True):
@@ -107,6 +116,7 @@ class Log(Protocol):
         expect: int | None = None,
         fence: Claim | None = None,
         repeat: bool = False,
+        also: Sequence[Also] = (),
     ) -> asyncio.Future[Appended]:
         """Add entries at the end of one stream, all or none. When the future is done they survive power loss.
 
@@ -114,13 +124,17 @@ class Log(Protocol):
         waiting for the future does not take the append back.
 
         Of several things that are wrong the first is told, in this order: what no log takes (`Refused`), the `fence`,
-        the `repeat` with its `IdReused`, then `expect`. So a stale holder learns that it is one, whatever it expects.
+        the `repeat` with its `IdReused`, then `expect`, then what `also` expects, in its order. So a stale holder
+        learns that it is one, whatever it expects.
 
         Parameters:
             expect: the version the stream must be at (0: it must not be yet), else `Conflict`.
             fence: the claim under which is written; if another holds the name by now, `Fenced`.
             repeat: look first whether the stream holds the first id already. If so, and type, schema and body of all
-                are the same, the first result is given again, whatever `expect` says; if they differ, `IdReused`.
+                are the same, the first result is given again, whatever `expect` and `also` say; if they differ,
+                `IdReused`.
+            also: what is written to other streams, each another one, right behind these entries: with them, or not at
+                all. What is told is where the last of `entries` stands. A repeat looks for those of `stream` only.
         """
         ...
 
@@ -213,7 +227,7 @@ _check_stream = lru_cache(maxsize=16_384)(check_stream)
 _check_name = lru_cache(maxsize=1_024)(check_name)
 
 
-def check_append(stream: str, entries: Sequence[Entry]) -> int:
+def check_append(stream: str, entries: Sequence[Entry], also: Sequence[Also] = ()) -> int:
     """How many bytes an append has. Raises `Refused` for what no log takes, before anything else is looked at."""
     _check_stream(stream)
     if not 0 < len(entries) <= APPEND_ENTRIES:
@@ -221,6 +235,8 @@ def check_append(stream: str, entries: Sequence[Entry]) -> int:
     size = 0
     for entry in entries:
         size += _size(stream, entry)
+    if also:
+        size += _size_of_others(stream, len(entries), also)
     if size > APPEND_BYTES:
         raise Refused(f"an append to {stream} of {size:,} bytes: at most {APPEND_BYTES:,}, so append it in parts")
     return size
@@ -262,6 +278,25 @@ def check_forget(log: str, domain: str, slot: int) -> None:
     check_stream(f"{domain}/-")
     if "/" in domain or slot not in range(SLOTS):
         raise Refused(f"there is no slot {slot!r} of {domain!r}: name a domain, and a slot from 0 to {SLOTS - 1}")
+
+
+def _size_of_others(stream: str, count: int, also: Sequence[Also]) -> int:
+    """How many bytes an append of so many entries writes to other streams."""
+    seen, size = {stream}, 0
+    for each in also:
+        _check_stream(each.stream)
+        if each.stream in seen:
+            raise Refused(f"an append to {stream} also names {each.stream} a second time: name each stream once")
+        if not each.entries:
+            raise Refused(f"an append to {stream} also writes nothing to {each.stream}: leave that out")
+        seen.add(each.stream)
+        count += len(each.entries)
+        size += sum(_size(each.stream, entry) for entry in each.entries)
+    if count > APPEND_ENTRIES:
+        raise Refused(
+            f"an append to {stream} and others of {count} entries: at most {APPEND_ENTRIES} are taken at once"
+        )
+    return size
 
 
 def _size(stream: str, entry: Entry) -> int:

@@ -49,7 +49,12 @@ def _of(service: Service, bound: Bound) -> Iterator[Reader]:
     if part.kind == "view":
         where = f"view {service.name}.{part.view} ({part.name})"
     told = [name for name in inspect.signature(part.function).parameters if name != bound.context]
-    taken = (bound.stands, bound.messages) if part.kind in ("decide", "evolve", "invert") else (bound.messages,)
+    taken = {
+        "decide": (bound.stands, bound.messages),
+        "evolve": (bound.stands, bound.messages),
+        "invert": (bound.stands, bound.messages),
+        "unique": (bound.stands,),
+    }.get(part.kind, (bound.messages,))
     # A view has its database behind the event.
     for name, messages in zip(told, taken, strict=False):
         yield from _taken(where, part.function, name, messages)

@@ -22,7 +22,7 @@ from cauce.codec import Entry, Meta, derive_id, seal
 from cauce.commander import Commander, Decider
 from cauce.errors import CauceError, Gone, NoAnswer, NotOwner, Refused, Unavailable
 from cauce.fold import Folder, messages_of
-from cauce.folding import fold_of
+from cauce.folding import fold_of, rules_of
 from cauce.history import page, stood
 from cauce.lease import Leases, identity
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
@@ -54,6 +54,9 @@ _PAUSE = 0.25
 _LONGEST_PAUSE = 30.0
 _HOPELESS_PAUSE = 60.0
 _REST = 1.0
+_PATIENCE = 30.0
+"""Seconds to wait for another instance that makes the tags of new rules."""
+
 _MOST_UNDER_WAY = 5_000
 
 
@@ -110,7 +113,15 @@ async def running(
         each = [_Running(service, parts, stores, face, tasks, tails, drain) for service, parts in bounds]
         stack.push_async_callback(_stop, each, tasks, drain)
         # Each step for all, before the next for any: nobody owns half of what it says, or reacts before others answer.
-        for step in (_Running.look, _Running.open, _Running.own, _Running.copy, _Running.join, _Running.serve):
+        for step in (
+            _Running.look,
+            _Running.open,
+            _Running.own,
+            _Running.bind,
+            _Running.copy,
+            _Running.join,
+            _Running.serve,
+        ):
             for service in each:
                 await step(service)
         await tails.start(tasks)
@@ -286,6 +297,11 @@ class _Running:
         await enter(self._bus.facts, self._service.name, _takes(self._parts), self._bus.clock)
         for domain in self._service.owns:
             await own(self._bus.facts, domain.name, self._service.name, self._bus.clock)
+
+    async def bind(self) -> None:
+        """Have its rules bind its domains. Raises `Refused` where what stands is against them."""
+        for commander in self._commanders.values():
+            await commander.bind(_PATIENCE)
 
     async def join(self) -> None:
         """Become one of the instances, and take what is free, with all records written that a predecessor left."""
@@ -515,8 +531,9 @@ class _Running:
             for cls, bound in self._functions("decide").items()
         }
         inverses = {cls: bound.part.function for cls, bound in self._functions("invert").items()}
+        rules = rules_of(self._parts, domain, folder)
         commander = Commander(
-            self._service.name, domain.name, deciders, inverses, folder, schema, self._bus, self._leases
+            self._service.name, domain.name, deciders, inverses, folder, schema, self._bus, self._leases, rules
         )
         self._commanders[domain.name] = commander
         self._bus.settles(commander.settled)

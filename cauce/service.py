@@ -35,17 +35,20 @@ __all__ = ["Bound", "Part", "Service", "bind", "bound_parts"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=Copy)
-Kind = Literal["decide", "evolve", "invert", "on", "answer", "every", "view", "replica"]
+Kind = Literal["decide", "evolve", "invert", "unique", "on", "answer", "every", "view", "replica"]
 Start = Literal["first", "now"]
 
 AUDIT = 30 * 86_400.0
+
+_RULE_BYTES = 63
 
 ATTEMPTS = 12
 """How often a message is tried when nothing else is said: with the delays between, for about ten minutes."""
 
 
 class Part(msgspec.Struct, frozen=True):
-    """One function of a service, as the decorator found it; of a replica, its class. `view`: for which it works."""
+    """One function of a service, as the decorator found it; of a replica, its class. `view`: for which it works;
+    `most`: how many may bear what it finds."""
 
     kind: Kind
     function: Callable[..., Any]
@@ -54,6 +57,7 @@ class Part(msgspec.Struct, frozen=True):
     attempts: int = ATTEMPTS
     seconds: float = 0.0
     view: str = ""
+    most: int | Callable[[Any], int] = 1
 
     @property
     def name(self) -> str:
@@ -108,6 +112,25 @@ class Service:
     def invert(self, function: F) -> F:
         """(what stood before, what happened) -> the facts that undo it: one, several, or None. Pure; see `Bus.undo`."""
         return self._add("invert", function)
+
+    @typing.overload
+    def unique(self, function: F) -> F: ...
+    @typing.overload
+    def unique(self, function: None = None, *, most: int | Callable[[Any], int] = 1) -> Callable[[F], F]: ...
+    def unique(self, function: F | None = None, *, most: int | Callable[[Any], int] = 1) -> Any:
+        """A rule over all things of an own domain: at most so many bear each tag that it finds in their record.
+
+        `function(record)` is pure and gives a tag (text), several, or None. Who would be one too many is `Rejected`, in
+        whatever process that is decided; what a thing no longer bears, or bore when it was deleted, is free with that.
+
+        Parameters:
+            most: how many, 1 if not said, or a pure function of the record that wants the tag.
+        """
+        if not callable(most) and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+            raise Refused(f"{self.name}: most={most!r}: say a number of things, 1 or more, or a function of the record")
+        if function is None:
+            return lambda each: self._add("unique", each, most=most)
+        return self._add("unique", function, most=most)
 
     def answer(self, function: F) -> F:
         """Answers a query of an own domain."""
@@ -175,6 +198,7 @@ class Service:
         attempts: int = ATTEMPTS,
         seconds: float = 0.0,
         view: str = "",
+        most: int | Callable[[Any], int] = 1,
     ) -> F:
         if not (inspect.isfunction(function) or inspect.ismethod(function)):
             raise Refused(
@@ -182,7 +206,7 @@ class Service:
             )
         frame = sys._getframe(2)
         names = {} if frame.f_locals is frame.f_globals else dict(frame.f_locals)
-        self.parts.append(Part(kind, function, names, start, attempts, seconds, view))
+        self.parts.append(Part(kind, function, names, start, attempts, seconds, view, most))
         return function
 
 
@@ -232,12 +256,18 @@ def bind(service: Service) -> list[Bound]:
                         f"{service.name}.{bound.name} would {kind} {message.__name__} of domain {declared(message).domain.name!r}, which it does not own: "
                         f"add it to owns=, or let the owner do it"
                     )
-    for kind in ("on", "every"):
+    for bound in bounds:
+        if bound.part.kind == "unique" and declared(bound.stands[0]).domain not in service.owns:
+            raise Refused(
+                f"{service.name}.{bound.name} is a rule over domain {declared(bound.stands[0]).domain.name!r}, which it does not own: "
+                f"let its owner have it"
+            )
+    for kind in ("on", "every", "unique"):
         names = [bound.name for bound in bounds if bound.part.kind == kind]
         for name in names:
             if names.count(name) > 1:
                 raise Refused(
-                    f"{service.name} has two `{kind}` functions named {name}: rename one, places are kept by name"
+                    f"{service.name} has two `{kind}` functions named {name}: rename one, {'tags' if kind == 'unique' else 'places'} are kept by name"
                 )
     return bounds
 
@@ -300,6 +330,8 @@ def _bind(service: Service, part: Part) -> Bound:
         raise Refused(f"{where} is an async generator, and what it yields would be lost: return a list")
     if part.kind == "every":
         return Bound(part, (), False, context)
+    if part.kind == "unique":
+        return _bind_rule(where, part, told[0].name, hints[told[0].name], context)
     if part.kind == "on" and (record := _record(where, told[0].name, hints[told[0].name])):
         return Bound(part, record, False, context, type(None) in typing.get_args(hints[told[0].name]))
     messages, notice = _messages(where, part.kind, told[-1].name, hints[told[-1].name])
@@ -314,6 +346,19 @@ def _bind(service: Service, part: Part) -> Bound:
         for message in messages:
             _check_reply(where, typing.cast("type[Query[Any]]", message))
     return Bound(part, messages, notice, context, type(None) in before, stands)
+
+
+def _bind_rule(where: str, part: Part, name: str, hint: Any, context: str | None) -> Bound:
+    if inspect.iscoroutinefunction(part.function) or context:
+        raise Refused(f"{where}: a rule is a plain function of a record, without await and context")
+    if len(part.name.encode()) > _RULE_BYTES:
+        raise Refused(f"{where}: the name of a rule stands in that of each tag: at most {_RULE_BYTES} bytes")
+    record = _record(where, name, hint)
+    if not record or type(None) in typing.get_args(hint):
+        raise Refused(
+            f"{where}: parameter {name} is {hint}: annotate it with a record, without None: what is gone bears nothing"
+        )
+    return Bound(part, (), False, None, stands=typing.cast("tuple[type[Record], ...]", record))
 
 
 def _check_view(where: str, hints: list[Any]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from cauce.accept import slot_of
 from cauce.codec import Entry
 from cauce.errors import Conflict, Fenced, Held, IdReused
-from cauce.log import Claim, Filter
+from cauce.log import Also, Claim, Filter
 
 __all__ = ["Model", "Said", "wanted"]
 
@@ -25,7 +27,15 @@ class Model:
     def of(self, stream: str) -> list[Entry]:
         return [entry for entry in self.facts if entry.stream == stream]
 
-    def append(self, stream: str, entries: list[Entry], expect: int | None, fence: Claim | None, repeat: bool) -> Said:
+    def append(
+        self,
+        stream: str,
+        entries: list[Entry],
+        expect: int | None,
+        fence: Claim | None,
+        repeat: bool,
+        also: Sequence[Also] = (),
+    ) -> Said:
         before = self.of(stream)
         if fence is not None and self.fence(fence.name) != fence.fence:
             return (Fenced,)
@@ -33,13 +43,18 @@ class Model:
         if found is not None:
             # One append lies side by side, and only what one append wrote is its repetition.
             at = self.facts.index(before[found])
-            stands = [self.core(entry) for entry in self.facts[at : at + len(entries)] if entry.stream == stream]
-            same = stands == [self.core(entry) for entry in entries]
+            beside = [self.core(entry) for entry in self.facts[at : at + len(entries)] if entry.stream == stream]
+            same = beside == [self.core(entry) for entry in entries]
             return (found + len(entries), True) if same else (IdReused,)
         if expect is not None and expect != len(before):
             return (Conflict, stream, expect, len(before))
-        for n, entry in enumerate(entries, start=len(before) + 1):
-            self.facts.append(msgspec.structs.replace(entry, version=n))
+        for each in also:
+            stands = len(self.of(each.stream))
+            if each.expect is not None and each.expect != stands:
+                return (Conflict, each.stream, each.expect, stands)
+        for added in (entries, *(each.entries for each in also)):
+            for n, entry in enumerate(added, start=len(self.of(added[0].stream)) + 1):
+                self.facts.append(msgspec.structs.replace(entry, version=n))
         return (len(before) + len(entries), False)
 
     @staticmethod

@@ -13,7 +13,7 @@ from cauce.backends import open_backend
 from cauce.clock import SystemClock
 from cauce.codec import Entry
 from cauce.conformance import Keeps, Promise
-from cauce.log import EVERYTHING, Appended, Claim, Filter, Log, Page
+from cauce.log import EVERYTHING, Also, Appended, Claim, Filter, Log, Page
 
 
 @pytest.mark.parametrize("promise", conformance.PROMISES, ids=str)
@@ -53,6 +53,7 @@ class Nothing:
         expect: int | None = None,
         fence: Claim | None = None,
         repeat: bool = False,
+        also: Sequence[Also] = (),
     ) -> asyncio.Future[Appended]:
         return self.put(stream, (expect or 0) + len(entries), entries[0] if entries else None)
 

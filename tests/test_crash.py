@@ -172,7 +172,8 @@ class Ledger:
         assert torn == [], "appends of which a part is missing"
         for tag, line in self.told.items():
             assert tag in self.parts, f"{line} was acknowledged and is lost"
-            assert self.parts[tag][-1][:2] == (line["stream"], line["version"])
+            own = [part[:2] for part in self.parts[tag] if part[0] == line["stream"]]
+            assert own[-1] == (line["stream"], line["version"])
         stand = {entry.stream: entry.version for entry in await everything(bus.records)}
         assert all(stand[stream] >= version for stream, version in self.records.items())
         self.looked = await bus.facts.head()

@@ -52,6 +52,8 @@ FLOORS = (
         "records",
         "audit",
         "undo",
+        "tags",
+        "rules",
         "commander",
         "derived",
         "replica",

@@ -20,7 +20,7 @@ from cauce.backends import sqlite
 from cauce.backends.sqlite import chain, table
 from cauce.codec import Entry, Meta, sealed
 from cauce.errors import CauceError, Conflict, Held
-from cauce.log import Appended, Claim, Filter, Log, Page
+from cauce.log import Also, Appended, Claim, Filter, Log, Page
 from tests.log_model import Model, Said, wanted
 
 STREAMS = ("apples/1", "apples/2", "pears/1", "pears/*", "plums/a.b")
@@ -107,8 +107,8 @@ class SQLiteAndTheModel(RuleBasedStateMachine):
 
         async def run() -> list[Any]:
             futures = [
-                self.buses[handle].facts.append(stream, entries, expect=expect, fence=fence, repeat=repeat)
-                for stream, entries, expect, fence, repeat in calls
+                self.buses[handle].facts.append(stream, entries, expect=expect, fence=fence, repeat=repeat, also=also)
+                for stream, entries, expect, fence, repeat, also in calls
             ]
             return await asyncio.gather(*(self.verdict(future) for future in futures))
 
@@ -117,12 +117,12 @@ class SQLiteAndTheModel(RuleBasedStateMachine):
         done = [answer.position for answer in answers if isinstance(answer, Appended) and not answer.repeated]
         assert done == sorted(set(done))
         assert not done or done[0] > self.heads[0]
-        self.heads[0] = max([*done, self.heads[0]])
+        self.heads[0] = len(self.model.facts)
 
     def prepared(
         self, early: int, stream: str, ids: list[int], salt: int, expect: str, fence: str, repeat: bool
-    ) -> tuple[str, list[Entry], int | None, Claim | None, bool]:
-        """The salt makes one in five bodies other than the id would have it."""
+    ) -> tuple[str, list[Entry], int | None, Claim | None, bool, list[Also]]:
+        """The salt makes one in five bodies other than the id would have it, and half of them write to others, too."""
         at = len(self.model.of(stream))
         entries = [
             sealed(stream, TYPES[id % 2], f"id-{id}", Meta(1 + salt, 1 + (salt == 9)), b'{"n":%d}' % (id + (salt == 8)))
@@ -133,7 +133,18 @@ class SQLiteAndTheModel(RuleBasedStateMachine):
         standing = [claim for claim in claims if self.model.fence(claim.name) == claim.fence]
         by = {"none": [], "standing": standing, "stale": stale}[fence]
         wants = {"any": None, "right": at if not early else None, "wrong": at + 1 + salt}[expect]
-        return stream, entries, wants, by[salt % len(by)] if by else None, repeat
+        return stream, entries, wants, by[salt % len(by)] if by else None, repeat, self.also(early, stream, ids, salt)
+
+    def also(self, early: int, stream: str, ids: list[int], salt: int) -> list[Also]:
+        found = list[Also]()
+        for n, other in enumerate(each for each in STREAMS if each != stream):
+            if salt % 2 or ids[0] % 4 < n:
+                break
+            at = len(self.model.of(other))
+            expect = {0: None, 2: at + 1}.get(salt) if early or salt in (0, 2) else at
+            entries = [sealed(other, TYPES[id % 2], f"id-{id}", Meta(1 + salt), b'{"n":%d}' % id) for id in ids]
+            found.append(Also(other, entries, expect))
+        return found
 
     @rule(handle=handles, stream=streams, version=st.integers(1, 12), body=st.sampled_from((b"", b"{}", b"[1]")))
     def put(self, handle: int, stream: str, version: int, body: bytes) -> None:

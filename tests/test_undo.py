@@ -572,3 +572,21 @@ def test_the_how_to_runs() -> None:
     names["restored"](restored(users.User, "42", users.User("42", "Ana", "ana@x"), 1), Db())
     assert queued == [("delete", ("42",)), ("insert", ("42", "x"))]
     assert [bound.name for bound in bind(names["service"])] == ["restored"]
+
+
+async def test_an_undo_keeps_the_rules_over_several_things_and_frees_what_it_takes_back(each_bus: str) -> None:
+    service = owner()
+
+    @service.unique
+    def address(person: Person) -> str:
+        return person.email
+
+    async with running(service, bus=each_bus) as bus:
+        await bus.call(Join("a", "1@x"))
+        await bus.call(ChangeEmail("a", "2@x"))
+        await bus.call(Join("b", "1@x"))
+        with pytest.raises(Rejected, match="'1@x' is borne by people/b already"):
+            await bus.undo(Person, "a", to=1)
+        await bus.undo(Person, "b", to=0)
+        assert (await bus.undo(Person, "a", to=1)).after == Person("a", "1@x")
+        await bus.call(Join("c", "2@x"))

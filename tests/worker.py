@@ -32,7 +32,7 @@ from cauce.backends.sqlite import log, table, wake  # noqa: E402
 from cauce.clock import SystemClock  # noqa: E402
 from cauce.codec import Entry, Meta, sealed  # noqa: E402
 from cauce.errors import CauceError  # noqa: E402
-from cauce.log import Appended, Filter  # noqa: E402
+from cauce.log import Also, Appended, Filter  # noqa: E402
 
 Report = Callable[..., None]
 
@@ -61,15 +61,17 @@ def gate(path: str) -> None:
 
 
 async def write(report: Report, path: str, name: str, seed: int) -> None:
-    """Append to shared streams and put own records without end, and tell of each that was acknowledged."""
+    """Append to shared streams, some to two at once, and put own records; tell of each that was acknowledged."""
     random, bus = Random(seed), await sqlite.open(path)
 
     async def caller(me: str) -> None:
         for n in count():
             stream, many = f"things/{random.randrange(5)}", random.choice((1, 1, 1, 3))
-            tag = f"{me}.{n}"
-            entries = [fact(stream, [tag, part, many], f"{tag}.{part}") for part in range(many)]
-            done = await bus.facts.append(stream, entries)
+            tag, beside = f"{me}.{n}", random.choice(([], [], ["_tags/shared"]))
+            whole = many + len(beside)
+            entries = [fact(stream, [tag, part, whole], f"{tag}.{part}") for part in range(many)]
+            also = [Also(other, [fact(other, [tag, many, whole], f"{tag}.{many}")]) for other in beside]
+            done = await bus.facts.append(stream, entries, also=also)
             report(stream=stream, version=done.version, position=done.position, tag=tag, many=many)
             if n % 5 == 4:
                 await bus.records.put(f"things/{me}", n, fact(f"things/{me}", n))

@@ -22,6 +22,7 @@ from cauce.clock import Clock, SystemClock
 from cauce.errors import CauceError
 from cauce.lease import Leases, identity
 from cauce.log import Claim, Log
+from cauce.rules import void
 
 __all__ = ["import_"]
 
@@ -90,6 +91,8 @@ async def _import(url: str, clock: Clock, intake: Intake, lines: Lines, tell: Ca
                         # Not before: a domain is given away for good, and a file that is refused gives nothing for it.
                         if intake.events == 1:
                             await own(backend.facts, intake.domain, intake.service, clock)
+                            # Nobody decides what is imported, so its owner counts anew what stands then.
+                            await void(backend.facts, intake.domain, claims[0], clock)
                         await window.add(intake.line, *taken, claims[slot_of(taken[0].key)])
                     if intake.line % _TOLD == 0:
                         tell()

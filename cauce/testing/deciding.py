@@ -8,7 +8,7 @@ from typing import Any
 
 from cauce.errors import Refused, Rejected
 from cauce.fold import messages_of
-from cauce.folding import fold_of
+from cauce.folding import fold_of, rules_of
 from cauce.messages import Command, Event, Record, declared
 from cauce.schema import encode, key_of
 from cauce.service import Service, bind
@@ -28,6 +28,9 @@ class Given:
         self._parts = bind(service)
         self._service = service
         self._folders = {domain.name: fold_of(self._parts, domain) for domain in service.owns}
+        self._rules = {
+            domain.name: rules_of(self._parts, domain, self._folders[domain.name]) for domain in service.owns
+        }
         self._things = {self._thing(event) for event in events}
         if len(self._things) > 1:
             raise Refused(f"given events of several things {sorted(self._things)}: give those of one")
@@ -75,6 +78,9 @@ class Given:
         after = self._folders[declared(event).domain.name].step(state, event, version)
         if after is not None:
             encode(after)
+        for rule in self._rules[declared(event).domain.name]:
+            # What other things bear is not known here; what it finds in this one must be a tag.
+            rule.tags(after)
         return after
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from cauce.codec import Entry
-from cauce.log import Appended, Claim
+from cauce.log import Also, Appended, Claim
 
 __all__ = ["Job"]
 
@@ -15,7 +15,8 @@ class Job:
     """`version` is the one that a put sets, 0 for an append.
 
     `tried` is where its stream ended before it was first sent, if it was: from then on it may stand, whatever the
-    answer was. `until` is when it is given up, on the loop's clock. `over`: it has its verdict, whoever still waits.
+    answer was. `others`: what it also writes, each with its subject. `until` is when it is given up, on the loop's
+    clock. `over`: it has its verdict, whoever still waits.
     """
 
     __slots__ = (
@@ -23,6 +24,7 @@ class Job:
         "expect",
         "fence",
         "future",
+        "others",
         "over",
         "repeat",
         "size",
@@ -43,11 +45,23 @@ class Job:
         fence: Claim | None = None,
         repeat: bool = False,
         version: int = 0,
+        others: Sequence[tuple[str, Also]] = (),
         size: int = 0,
     ) -> None:
         self.stream, self.subject, self.entries = stream, subject, entries
         self.expect, self.fence, self.repeat, self.version, self.size = expect, fence, repeat, version, size
+        self.others = others
         self.future: asyncio.Future[Appended] = asyncio.get_running_loop().create_future()
         self.until = 0.0
         self.tried: int | None = None
         self.over = False
+
+    @property
+    def subjects(self) -> list[str]:
+        """All that it writes to."""
+        return [self.subject, *(subject for subject, _ in self.others)]
+
+    @property
+    def messages(self) -> int:
+        """How many entries it has."""
+        return len(self.entries) + sum(len(also.entries) for _, also in self.others)

@@ -18,7 +18,18 @@ from cauce.backends.nats.tail import Tail
 from cauce.backends.nats.writer import Writer
 from cauce.codec import Entry
 from cauce.errors import Damaged, Refused
-from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_forget, check_put
+from cauce.log import (
+    EVERYTHING,
+    Also,
+    Appended,
+    Claim,
+    Filter,
+    Page,
+    check_append,
+    check_filter,
+    check_forget,
+    check_put,
+)
 
 __all__ = ["NatsLog"]
 
@@ -53,12 +64,15 @@ class NatsLog:
         expect: int | None = None,
         fence: Claim | None = None,
         repeat: bool = False,
+        also: Sequence[Also] = (),
     ) -> asyncio.Future[Appended]:
         if self._stream.last:
             raise Refused(f"{self._stream.log} keeps only the last of each stream: put there, do not append")
-        size = check_append(stream, entries) + _OVERHEAD * len(entries)
-        subject = self._heads.subject(stream)
-        return self._writer.submit(Job(stream, subject, entries, expect=expect, fence=fence, repeat=repeat, size=size))
+        size = check_append(stream, entries, also) + _OVERHEAD * (len(entries) + len(also))
+        subject, others = self._heads.subject(stream), [(self._heads.subject(each.stream), each) for each in also]
+        return self._writer.submit(
+            Job(stream, subject, entries, expect=expect, fence=fence, repeat=repeat, others=others, size=size)
+        )
 
     def put(self, stream: str, version: int, entry: Entry) -> asyncio.Future[Appended]:
         if not self._stream.last:

@@ -23,8 +23,11 @@ class Plan:
         self.jobs: list[Job] = []
         self.messages: list[tuple[str, bytes, bytes]] = []
         self.verdicts: list[tuple[Job, Appended | CauceError]] = []
-        self.written: list[tuple[Job, int, int]] = []
-        """Job, the version of its last entry, and the number of its last message, from 1."""
+        self.written: list[tuple[Job, str, Sequence[Entry], int, int]] = []
+        """Job, subject, entries, the version of the last of them, and the number of its message, from 1."""
+
+        self.joint = False
+        """Whether some job writes to several streams."""
 
         self.slots: dict[str, str] = {}
         """Pattern of a slot under a fence, and the subject's beginning by which its messages are known."""
@@ -32,19 +35,20 @@ class Plan:
     @property
     def single(self) -> bool:
         """Whether each job is one message, so that some may stand without the others."""
-        return len(self.written) == len(self.messages)
+        return not self.joint and len(self.written) == len(self.messages)
 
     def settle(self, last: int, heads: Heads) -> None:
         """The messages stand, the last at this position."""
         base = last - len(self.messages)
         heads.wrote_up_to(last, len(self.messages))
-        for job, version, number in self.written:
+        for job, subject, entries, version, number in self.written:
             position = base + number
-            before = heads.head(job.subject) or NOTHING
-            heads.note(job.subject, Head(version, position))
-            if not job.version and heads.reads(job.subject):
-                heads.wrote(job.subject, before.position, [entry.id for entry in job.entries], position)
-            self.verdicts.append((job, Appended(version, position)))
+            before = heads.head(subject) or NOTHING
+            heads.note(subject, Head(version, position))
+            if not job.version and heads.reads(subject):
+                heads.wrote(subject, before.position, [entry.id for entry in entries], position)
+            if subject == job.subject:
+                self.verdicts.append((job, Appended(version, position)))
         for pattern, begin in self.slots.items():
             for number in range(len(self.messages), 0, -1):
                 if self.messages[number - 1][0].startswith(begin):
@@ -100,8 +104,8 @@ class _Drawing:
             return job.subject in self._staged
         return (job.repeat or job.tried is not None) and (job.subject, job.entries[0].id) in self._ids
 
-    def _head(self, job: Job) -> Head:
-        return self._heads.head(job.subject) or NOTHING
+    def _head(self, subject: str) -> Head:
+        return self._heads.head(subject) or NOTHING
 
     async def _learn_slots(self, jobs: Sequence[Job]) -> None:
         """Where the slots under a fence end. First where one ends, then who holds it and where its streams end: a
@@ -124,6 +128,11 @@ class _Drawing:
             for job in jobs
             if self._heads.head(job.subject) is None and not (self._trusting and self._new(job))
         )
+        for job in jobs:
+            for subject, also in job.others:
+                new = self._trusting and job.tried is None and (self._heads.alone or also.expect == 0)
+                if self._heads.head(subject) is None and not new:
+                    unknown[subject] = None
         await self._heads.load(unknown)
         self._fresh.update(unknown)
 
@@ -142,49 +151,68 @@ class _Drawing:
         if await self._repeats(job):
             return
         if job.version:
-            version = self._head(job).version
+            version = self._head(job.subject).version
             if job.version <= version:
-                self._plan.verdicts.append((job, Appended(version, self._head(job).position, True)))
+                self._plan.verdicts.append((job, Appended(version, self._head(job.subject).position, True)))
                 return
             first = job.version
         else:
-            first = 1 + (self._version(job) if job.expect is None else await self._expected(job))
-        lines = [encode(entry, version, digest(entry, version)) for version, entry in enumerate(job.entries, first)]
+            first = 1 + await self._expected(job.subject, job.stream, job.expect)
+        lines = _lines(job.entries, first)
+        others = [
+            (subject, also.entries, 1 + await self._expected(subject, also.stream, also.expect))
+            for subject, also in job.others
+        ]
         checks = self._checks(job)
         while len(checks) > len(lines):
             # One message carries one check; where there are more of them, a message that nobody reads carries it.
             subject, last = checks.pop(0)
             self._message(self._stream.link.subject(self._stream.log, "$mark"), b"", b"", (subject, last))
+        self._write(job, job.subject, job.entries, lines, first, checks)
+        for subject, entries, version in others:
+            self._plan.joint = True
+            self._write(job, subject, entries, _lines(entries, version), version, self._own_check(subject))
+
+    def _write(
+        self,
+        job: Job,
+        subject: str,
+        entries: Sequence[Entry],
+        lines: Sequence[tuple[bytes, bytes]],
+        first: int,
+        checks: Sequence[tuple[str, int]],
+    ) -> None:
         for number, (head, payload) in enumerate(lines):
-            self._message(job.subject, head, payload, checks[number] if number < len(checks) else None)
-        self._staged[job.subject] = version = first + len(lines) - 1
-        for entry in job.entries:
-            self._ids.add((job.subject, entry.id))
-        self._plan.written.append((job, version, len(self._plan.messages)))
+            self._message(subject, head, payload, checks[number] if number < len(checks) else None)
+        self._staged[subject] = version = first + len(lines) - 1
+        for entry in entries:
+            self._ids.add((subject, entry.id))
+        self._plan.written.append((job, subject, entries, version, len(self._plan.messages)))
 
     # ------------------------------------------------------------------------------------------------- versions
 
-    def _version(self, job: Job) -> int:
-        staged = self._staged.get(job.subject)
-        return self._head(job).version if staged is None else staged
+    def _version(self, subject: str) -> int:
+        staged = self._staged.get(subject)
+        return self._head(subject).version if staged is None else staged
 
-    async def _expected(self, job: Job) -> int:
-        version = self._version(job)
-        known = job.subject in self._fresh or job.subject in self._staged
-        if job.expect is not None and job.expect != version and not known:
+    async def _expected(self, subject: str, stream: str, expect: int | None) -> int:
+        """The version of a stream, which is the one that is expected, if any is."""
+        version = self._version(subject)
+        known = subject in self._fresh or subject in self._staged
+        if expect is not None and expect != version and not known:
             # What is remembered may be old; nobody is told of a conflict that is none.
-            await self._heads.load((job.subject,))
-            self._fresh.add(job.subject)
-            version = self._version(job)
-        if job.expect is not None and job.expect != version:
-            raise Conflict(job.stream, job.expect, version)
+            await self._heads.load((subject,))
+            self._fresh.add(subject)
+            version = self._version(subject)
+        if expect is not None and expect != version:
+            raise Conflict(stream, expect, version)
         return version
 
     # ------------------------------------------------------------------------------------------------- repeats
 
     async def _went_through(self, job: Job) -> bool:
         """Whether it stands because it was sent before, whatever has changed since."""
-        head = self._head(job)
+        head = self._head(job.subject)
         if job.tried is None or head.position <= job.tried:
             return False
         found = (await self._since(job.subject, job.tried, head.position)).get(job.entries[0].id)
@@ -197,7 +225,7 @@ class _Drawing:
 
     async def _repeats(self, job: Job) -> bool:
         """Whether it stands because somebody appended the same before."""
-        head = self._head(job)
+        head = self._head(job.subject)
         if not job.repeat or not head.position:
             return False
         position = await self._heads.first(job.subject, job.entries[0].id, head.position)
@@ -268,7 +296,7 @@ class _Drawing:
 
     def _checks(self, job: Job) -> list[tuple[str, int]]:
         checks = []
-        own = (job.subject, self._head(job).position)
+        own = (job.subject, self._head(job.subject).position)
         if job.fence is not None:
             claim = self._heads.claim(job.fence.name)
             pattern = self._slot(job.subject, claim)
@@ -286,6 +314,13 @@ class _Drawing:
         self._checked.update(subject for subject, _ in checks)
         return checks
 
+    def _own_check(self, subject: str) -> list[tuple[str, int]]:
+        """That a stream ends where it is thought to, unless something before in the plan says so."""
+        if subject in self._checked or subject.startswith(tuple(self._plan.slots.values())):
+            return []
+        self._checked.add(subject)
+        return [(subject, self._head(subject).position)]
+
     # ------------------------------------------------------------------------------------------------- messages
 
     def _message(self, subject: str, head: bytes, payload: bytes, check: tuple[str, int] | None) -> None:
@@ -294,3 +329,8 @@ class _Drawing:
             if check[0] != subject:
                 head += b"Nats-Expected-Last-Subject-Sequence-Subject: %b\r\n" % check[0].encode()
         self._plan.messages.append((subject, head, payload))
+
+
+def _lines(entries: Sequence[Entry], first: int) -> list[tuple[bytes, bytes]]:
+    """Header lines and payload of each of these entries, the first of which gets a version."""
+    return [encode(entry, version, digest(entry, version)) for version, entry in enumerate(entries, first)]

@@ -138,7 +138,7 @@ class Writer:
         jobs: list[Job] = []
         entries = size = 0
         while self._queue and not isinstance(job := self._queue[0], _Step):
-            entries += len(job.entries)
+            entries += job.messages
             size += job.size
             if jobs and (entries > _GROUP_ENTRIES or size > _GROUP_BYTES):
                 break
@@ -216,7 +216,7 @@ class Writer:
             _fail([job], error)
 
     async def _again(self, jobs: list[Job], changed: bool) -> None:
-        self._heads.forget({job.subject for job in jobs})
+        self._heads.forget({subject for job in jobs for subject in job.subjects})
         if self._stream.broken is not None:
             raise self._stream.broken
         if changed:
@@ -227,7 +227,7 @@ class Writer:
 
     async def _connected(self, plan: Plan) -> None:
         if self._link.is_away:
-            until = min(job.until for job, _, _ in plan.written)
+            until = min(job.until for job in plan.jobs)
             await self._link.connected(max(0.0, until - asyncio.get_running_loop().time()))
 
     def _overdue(self, jobs: list[Job]) -> list[Job]:

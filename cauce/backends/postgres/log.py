@@ -13,7 +13,18 @@ from cauce.backends.postgres.table import FACTS, LOGS, RECORDS, Draft
 from cauce.backends.postgres.writer import Writer
 from cauce.codec import Entry
 from cauce.errors import Refused
-from cauce.log import EVERYTHING, Appended, Claim, Filter, Page, check_append, check_filter, check_forget, check_put
+from cauce.log import (
+    EVERYTHING,
+    Also,
+    Appended,
+    Claim,
+    Filter,
+    Page,
+    check_append,
+    check_filter,
+    check_forget,
+    check_put,
+)
 
 __all__ = ["PostgresLog"]
 
@@ -51,11 +62,12 @@ class PostgresLog:
         expect: int | None = None,
         fence: Claim | None = None,
         repeat: bool = False,
+        also: Sequence[Also] = (),
     ) -> asyncio.Future[Appended]:
         if self._last:
             raise Refused(f"{self._name} keeps only the last of each stream: put there, do not append")
-        size = check_append(stream, entries) + _OVERHEAD * len(entries)
-        arguments = (self._number, stream, entries, expect, fence, repeat)
+        size = check_append(stream, entries, also) + _OVERHEAD * (len(entries) + len(also))
+        arguments = (self._number, stream, entries, expect, fence, repeat, also)
         return self._writer.submit(Draft.append, *arguments, id=entries[0].id, size=size)
 
     def put(self, stream: str, version: int, entry: Entry) -> asyncio.Future[Appended]:

@@ -15,7 +15,7 @@ import msgspec
 from cauce.accept import slot_of
 from cauce.codec import Entry, digest, schema_in
 from cauce.errors import Conflict, Fenced, Held, IdReused
-from cauce.log import Appended, Claim, check_claim
+from cauce.log import Also, Appended, Claim, check_claim
 
 __all__ = ["COMMANDS", "FACTS", "LOGS", "RECORDS", "Asked", "Draft", "Job", "Known", "Placed", "Row"]
 
@@ -187,7 +187,14 @@ class Draft:
         return bool(any(self.counts) or any(holder.written for holder in self.holders.values()))
 
     def append(
-        self, log: int, stream: str, entries: Sequence[Entry], expect: int | None, fence: Claim | None, repeat: bool
+        self,
+        log: int,
+        stream: str,
+        entries: Sequence[Entry],
+        expect: int | None,
+        fence: Claim | None,
+        repeat: bool,
+        also: Sequence[Also] = (),
     ) -> Placed | Appended:
         known = self._known
         if fence is not None and (stands := self._fence(log, fence)) != fence.fence:
@@ -203,6 +210,8 @@ class Draft:
         version, at = head.version, self.counts[log]
         if expect is not None and expect != version:
             raise Conflict(stream, expect, version)
+        if also:
+            self._check(log, also)
         rows: list[Row] = []
         for entry in entries:
             version += 1
@@ -213,7 +222,18 @@ class Draft:
             )
         self.rows[log].extend(rows)
         head.version, head.at, self.counts[log] = version, at, at
+        for each in also:
+            self.append(log, each.stream, each.entries, None, None, False)
         return Placed(log, version, at)
+
+    def _check(self, log: int, also: Sequence[Also]) -> None:
+        """That all of it can be appended to its streams."""
+        for each in also:
+            version = (self.heads[log].get(each.stream) or self._head(log, each.stream, each.expect or 0)).version
+            if each.expect is not None and each.expect != version:
+                raise Conflict(each.stream, each.expect, version)
+            for number, entry in enumerate(each.entries, version + 1):
+                digest(entry, number)
 
     def put(self, stream: str, version: int, entry: Entry) -> Placed | Appended:
         known = self._known

@@ -20,6 +20,7 @@ from cauce.codec import Entry
 from cauce.errors import Damaged, Refused
 from cauce.log import (
     EVERYTHING,
+    Also,
     Appended,
     Claim,
     Filter,
@@ -120,11 +121,12 @@ class SQLiteLog:
         expect: int | None = None,
         fence: Claim | None = None,
         repeat: bool = False,
+        also: Sequence[Also] = (),
     ) -> asyncio.Future[Appended]:
         if self._table.last:
             raise Refused(f"{self._table.name} keeps only the last of each stream: put there, do not append")
-        size = check_append(stream, entries) + _OVERHEAD * len(entries)
-        return self._writer.submit(self._table.append, stream, entries, expect, fence, repeat, size=size)
+        size = check_append(stream, entries, also) + _OVERHEAD * (len(entries) + len(also))
+        return self._writer.submit(self._table.append, stream, entries, expect, fence, repeat, also, size=size)
 
     def put(self, stream: str, version: int, entry: Entry) -> asyncio.Future[Appended]:
         if not self._table.last:

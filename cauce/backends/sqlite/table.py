@@ -13,7 +13,7 @@ from cauce.accept import slot_of
 from cauce.backends.sqlite.chain import TAIL, forgotten, last_of, remove, write_chapters, written_upto
 from cauce.codec import Entry, digest, schema_in
 from cauce.errors import Conflict, Fenced, Held, IdReused
-from cauce.log import Appended, Claim, check_claim
+from cauce.log import Also, Appended, Claim, check_claim
 
 __all__ = ["Names", "Table"]
 
@@ -184,7 +184,13 @@ class Table:
         return rows
 
     def append(
-        self, stream: str, entries: Sequence[Entry], expect: int | None, fence: Claim | None, repeat: bool
+        self,
+        stream: str,
+        entries: Sequence[Entry],
+        expect: int | None,
+        fence: Claim | None,
+        repeat: bool,
+        also: Sequence[Also] = (),
     ) -> Appended:
         if fence is not None and (stands := self._names.fence(self.name, fence)) != fence.fence:
             raise Fenced(f"{fence.name} has another holder by now (fence {stands}, ours {fence.fence}): stop writing")
@@ -199,6 +205,8 @@ class Table:
             raise Conflict(stream, expect, version)
         # Whatever can be refused comes first, so that what was refused leaves no name behind.
         checks = [digest(entry, number) for number, entry in enumerate(entries, version + 1)]
+        if also:
+            self._check(also)
         if len(entries) == 1 and (type := types.get(entries[0].type)):
             numbers = [type]
         else:
@@ -215,7 +223,19 @@ class Table:
             previous = position
         self._rows += rows
         head.version, head.position, self.position = version, position, position
+        for each in also:
+            self.append(each.stream, each.entries, None, None, False)
         return Appended(version, position)
+
+    def _check(self, also: Sequence[Also]) -> None:
+        """That all of it can be appended to its streams."""
+        for each in also:
+            id, _ = self._names.stream(each.stream)
+            version = (self._heads.get(id) or self._head(id)).version
+            if each.expect is not None and each.expect != version:
+                raise Conflict(each.stream, each.expect, version)
+            for number, entry in enumerate(each.entries, version + 1):
+                digest(entry, number)
 
     def put(self, stream: str, version: int, entry: Entry) -> Appended:
         id, types = self._names.stream(stream)

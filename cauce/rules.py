@@ -1,0 +1,185 @@
+"""Which rules bind a domain, and the tags of a new one, made from what stands before anybody decides by it.
+
+The last entry of `_rules/<domain>` says by which rules whoever owns the domain decides. It is changed only by who holds
+all slots, and each who takes a slot looks at it then: so nobody writes who does not count what others count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from cauce.clock import Clock
+from cauce.codec import Entry, Meta, sealed
+from cauce.errors import Refused
+from cauce.fold import Folder
+from cauce.log import Appended, Claim, Filter, Log
+from cauce.tags import Borne, Count, Rule, borne, count_of, stream_of
+
+__all__ = ["Binding", "build", "check", "standing", "void"]
+
+_PAGE = 256
+"""Things that are looked at together."""
+
+_CACHED = 100_000
+_encode = msgspec.json.Encoder().encode
+
+
+class Binding(msgspec.Struct, frozen=True):
+    """A rule that binds: what its code is named, the number of its build, and whether that has ended."""
+
+    code: str
+    since: int
+    built: bool
+
+
+_decode = msgspec.json.Decoder(dict[str, Binding]).decode
+
+
+async def standing(facts: Log, domain: str) -> tuple[dict[str, Binding], int]:
+    """The rules that bind a domain, and the version of the entry that says so."""
+    found, version, looked, head = dict[str, Binding](), 0, 0, await facts.head()
+    while looked < head:
+        page = await facts.read(Filter(f"_rules/{domain}"), after=looked)
+        if page.entries:
+            found, version = _decode(page.entries[-1].checked().body or b"{}"), page.entries[-1].version
+        looked = page.looked
+    return found, version
+
+
+async def check(facts: Log, domain: str, rules: Sequence[Rule]) -> dict[str, int]:
+    """The number of the build of each rule.
+
+    Raises `Refused` where others bind the domain: who decided by these would leave the tags of those uncounted.
+    """
+    stands, _ = await standing(facts, domain)
+    if not _agree(stands, rules):
+        raise Refused(
+            f"{domain} is bound by {_named(stands)}, and this code has {_named({rule.name: rule for rule in rules})}: "
+            "stop all instances of the service, then start those that shall run"
+        )
+    return {name: each.since for name, each in stands.items()}
+
+
+async def void(facts: Log, domain: str, fence: Claim, clock: Clock) -> None:
+    """Let no rule bind a domain whose slots are all held here: who starts next builds the tags anew."""
+    stands, version = await standing(facts, domain)
+    if stands:
+        await _say(facts, domain, {}, version, fence, clock)
+
+
+async def build(facts: Log, records: Log, folder: Folder, rules: Sequence[Rule], fence: Claim, clock: Clock) -> None:
+    """Have just these rules bind the domain, whose slots are all held here and whose records are all written.
+
+    What was begun and not ended is gone on with. Raises `Refused` where more bear a tag than may.
+
+    Parameters:
+        fence: of one of the slots; all who do this hold it.
+    """
+    domain = folder.domain
+    stands, version = await standing(facts, domain)
+    if _agree(stands, rules):
+        return
+    if {name: each.code for name, each in stands.items()} != {rule.name: rule.code for rule in rules}:
+        kept = {rule.name: stands[rule.name] for rule in rules if rule.name in stands}
+        stands = {
+            rule.name: kept[rule.name]
+            if rule.name in kept and kept[rule.name].code == rule.code and kept[rule.name].built
+            else Binding(rule.code, version + 1, False)
+            for rule in rules
+        }
+        version = await _say(facts, domain, stands, version, fence, clock)
+    due = [(rule, stands[rule.name].since) for rule in rules if not stands[rule.name].built]
+    if due:
+        await _Building(facts, records, folder, due, fence, clock).run()
+        done = {name: Binding(each.code, each.since, True) for name, each in stands.items()}
+        await _say(facts, domain, done, version, fence, clock)
+
+
+def _agree(stands: Mapping[str, Binding], rules: Sequence[Rule]) -> bool:
+    return {name: each.code for name, each in stands.items() if each.built} == {
+        rule.name: rule.code for rule in rules
+    } and all(each.built for each in stands.values())
+
+
+def _named(rules: Mapping[str, object]) -> str:
+    return f"the rules {', '.join(sorted(rules))} as they were written" if rules else "no rules"
+
+
+async def _say(facts: Log, domain: str, stands: Mapping[str, Binding], version: int, fence: Claim, clock: Clock) -> int:
+    stream = f"_rules/{domain}"
+    entry = sealed(stream, "Bound", clock.id(), Meta(clock.now()), _encode(stands))
+    return (await facts.append(stream, [entry], expect=version, fence=fence)).version
+
+
+class _Building:
+    """One pass over all that stands, some things at a time."""
+
+    def __init__(
+        self, facts: Log, records: Log, folder: Folder, due: Sequence[tuple[Rule, int]], fence: Claim, clock: Clock
+    ) -> None:
+        self._facts, self._records, self._folder, self._due = facts, records, folder, due
+        self._fence, self._clock = fence, clock
+        self._counts: dict[str, Count] = {}
+
+    async def run(self) -> None:
+        wanted, looked = Filter(domains=frozenset({self._folder.domain})), 0
+        while looked < await self._records.head():
+            page = await self._records.read(wanted, after=looked, limit=_PAGE, bodies=False)
+            await self._page(page.entries)
+            looked = page.looked
+
+    async def _page(self, entries: Sequence[Entry]) -> None:
+        folds = [self._folder.fold(self._facts, entry.key, records=self._records) for entry in entries]
+        bearing: dict[str, list[Entry]] = {}
+        rooms: dict[str, tuple[Rule, str, int]] = {}
+        for entry, folded in zip(entries, await asyncio.gather(*folds), strict=True):
+            for rule, since in self._due:
+                for tag in rule.tags(folded.state):
+                    stream = stream_of(rule, since, tag)
+                    bearing.setdefault(stream, []).append(entry)
+                    before = rooms.get(stream)
+                    room = rule.room(folded.state)
+                    rooms[stream] = rule, tag, room if before is None else max(room, before[2])
+        if len(self._counts) >= _CACHED:
+            self._counts.clear()
+        unknown = [stream for stream in bearing if stream not in self._counts]
+        for stream, count in zip(
+            unknown, await asyncio.gather(*(count_of(self._facts, stream) for stream in unknown)), strict=True
+        ):
+            self._counts[stream] = count
+        futures = list[asyncio.Future[Appended]]()
+        try:
+            for stream, things in bearing.items():
+                future = self._counted(stream, things, *rooms[stream])
+                if future is not None:
+                    futures.append(future)
+        finally:
+            await asyncio.gather(*futures)
+
+    def _counted(
+        self, stream: str, things: Sequence[Entry], rule: Rule, tag: str, room: int
+    ) -> asyncio.Future[Appended] | None:
+        count = self._counts[stream]
+        # Nobody writes the domain meanwhile, so its records stay where they are, whoever goes on with the build.
+        new = [entry for entry in things if entry.position > count.borne.upto]
+        if not new:
+            return None
+        n = count.borne.n + len(new)
+        if n > room:
+            keys = [*([count.borne.by] if count.borne.n else []), *(entry.key for entry in new)]
+            raise _clash(rule, tag, n, room, keys)
+        stands = Borne(n, new[-1].key, new[-1].position)
+        entry = borne(stream, stands, new[-1], self._clock.now())
+        self._counts[stream] = Count(count.version + 1, stands, count.looked)
+        return self._facts.append(stream, [entry], expect=count.version, fence=self._fence)
+
+
+def _clash(rule: Rule, tag: str, n: int, room: int, keys: Sequence[str]) -> Refused:
+    named = " and ".join(f"{rule.domain}/{key}" for key in keys[:3])
+    return Refused(
+        f"rule {rule.name} of {rule.domain}: {tag!r} is borne by {n} ({named}{', …' if len(keys) > 3 else ''}), and at most {room} "
+        "may: start the service without the rule, let a command change or delete what is too much, then start it with the rule"
+    )
