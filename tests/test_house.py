@@ -30,7 +30,17 @@ FLOORS = (
         "sample",
         "codec",
     ),  # what travels, and its names; no I/O
-    ("log", "wire", "sql", "threads", "shelf", "store", "conformance"),  # the seams and their contract
+    (
+        "log",
+        "wire",
+        "sql",
+        "threads",
+        "shelf",
+        "store",
+        "twice",
+        "verify",
+        "conformance",
+    ),  # the seams and their contract
     ("backends.*",),  # what implements them
     ("folded", "fingerprint", "snapshot", "fold", "lease", "bus", "question", "shares", "consumer"),  # delivery
     (

@@ -98,11 +98,13 @@ def write_chapters(connection: apsw.Connection, log: str, position: int) -> None
 
 def wrong_chapters(connection: apsw.Connection, log: str, upto: int) -> Iterator[Any]:
     """Each chapter that does not end where it is said: stream, chapter, where it ends, what is said."""
+    # By the key of the chapters, and by an index that SQLite makes of the ends: a full join would compare all with all.
     return connection.execute(
-        "select coalesce(f.stream, c.stream), coalesce(f.chapter, c.chapter), f.position, c.position from "
-        f"(select stream, version >> {CHAPTER_BITS} as chapter, max(position) as position from {log} "
-        f"where position <= ? group by 1, 2) f full join (select * from {log}_chapters where stream > 0) c "
-        "on f.stream = c.stream and f.chapter = c.chapter where f.position is not c.position",
+        f"with ends as materialized (select stream, version >> {CHAPTER_BITS} as chapter, max(position) as position from {log} "
+        f"where position <= ? group by 1, 2) select e.stream, e.chapter, e.position, c.position from ends e "
+        f"left join {log}_chapters c on c.stream = e.stream and c.chapter = e.chapter where c.position is not e.position "
+        f"union all select c.stream, c.chapter, null, c.position from {log}_chapters c left join ends e "
+        "on e.stream = c.stream and e.chapter = c.chapter where c.stream > 0 and e.position is null",
         (upto,),
     )
 
