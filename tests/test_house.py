@@ -42,7 +42,18 @@ FLOORS = (
         "conformance",
     ),  # the seams and their contract
     ("backends.*",),  # what implements them
-    ("folded", "fingerprint", "snapshot", "fold", "lease", "bus", "question", "shares", "consumer"),  # delivery
+    (
+        "folded",
+        "fingerprint",
+        "snapshot",
+        "fold",
+        "lease",
+        "bus",
+        "question",
+        "shares",
+        "consumer",
+        "reset",
+    ),  # delivery
     (
         "records",
         "audit",
