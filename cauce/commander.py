@@ -40,7 +40,7 @@ from cauce.folded import Folded
 from cauce.lease import Leases
 from cauce.log import Also, Appended, Filter
 from cauce.messages import Event, Message, Record, declared
-from cauce.records import Records, written
+from cauce.records import Records, ahead, written
 from cauce.rules import build, check
 from cauce.schema import Schema, encode, is_about, key_of
 from cauce.tags import Rule, Tags
@@ -219,6 +219,10 @@ class Commander:
         """Write the records that are missing."""
         backlog, head = await self._bus.commands.head(), await self._facts.head()
         marks = {slot: await written(self._bus.records, self.domain, slot) for slot in mine}
+        for slot, mark in marks.items():
+            if mark > head:
+                # What comes now would be taken for written.
+                raise ahead(f"those of {self.domain} slot {slot} are written up to position {mark}", f"end at {head}")
         looked, touched = min(marks.values(), default=head), dict[str, None]()
         wanted = Filter(domains=frozenset({self.domain}), slots=frozenset(mine) if len(mine) < SLOTS else frozenset())
         while looked < head:

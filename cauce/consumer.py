@@ -573,7 +573,8 @@ class Consumer:
         page = await self._log.read(Filter(waiting.stream), after=waiting.position - 1, limit=1)
         if not page.entries or page.entries[0].position != waiting.position:
             raise Damaged(
-                f"position {waiting.position} ({waiting.stream}) is not in the log any more: run cauce verify"
+                f"position {waiting.position} ({waiting.stream}), which waits for {self.name}, is not in the log any more: run cauce "
+                "verify, and if an older log was put back, cauce reset"
             )
         return page.entries[0]
 

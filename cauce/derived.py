@@ -299,7 +299,7 @@ class Derived:
         await self._builds.remove([each for each in await self._builds.numbers() if each < self._build.number])
 
     async def _checked(self, build: Build, head: int) -> Build:
-        cure = f"run cauce rebuild {self._service} {self.name}, or remove {self._builds.place} to build it anew"
+        cure = f"run cauce reset {self._service}, which has it built anew and looks after what else the service keeps"
         wrong = ""
         if build.log != self._log.id:
             wrong = f"{build.place} was built from log {build.log}, this one is {self._log.id} (restored?): {cure}"

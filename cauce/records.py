@@ -10,13 +10,13 @@ from collections.abc import Collection, Sequence
 from cauce.accept import slot_of
 from cauce.clock import Clock
 from cauce.codec import Entry, Meta, sealed
-from cauce.errors import CauceError, Refused, Unavailable
+from cauce.errors import CauceError, Damaged, Refused, Unavailable
 from cauce.folded import Folded
 from cauce.log import Appended, Filter, Log
 from cauce.messages import declared
 from cauce.schema import encode
 
-__all__ = ["Records", "written"]
+__all__ = ["Records", "ahead", "written"]
 
 _log = logging.getLogger("cauce")
 _LONGEST_REST = 0.25
@@ -113,8 +113,7 @@ class Records:
         waiting = list(dirty.items())
         try:
             for first in range(0, len(waiting), _AT_ONCE):
-                puts = [self._put(key, *what) for key, what in waiting[first : first + _AT_ONCE]]
-                await all_of([put for put in puts if put is not None])
+                await self._put_all(waiting[first : first + _AT_ONCE])
         except BaseException:
             self._dirty = dirty | self._dirty
             raise
@@ -124,6 +123,13 @@ class Records:
         if not self._dirty:
             self._hurry.clear()
             self._clean.set()
+
+    async def _put_all(self, some: Sequence[tuple[str, tuple[Folded, bytes | None]]]) -> None:
+        puts = [(key, what[0].version, put) for key, what in some if (put := self._put(key, *what)) is not None]
+        for (key, version, _), placed in zip(puts, await all_of([put for _, _, put in puts]), strict=True):
+            if placed.version > version:
+                # Nobody else writes it, so there are no facts for that. It is not gone on from, but replicas have it.
+                _log.error("%s", ahead(f"{self._domain}/{key} has one of version {placed.version}", f"have {version}"))
 
     def _put(self, key: str, folded: Folded, body: bytes | None) -> asyncio.Future[Appended] | None:
         stream = f"{self._domain}/{key}"
@@ -154,19 +160,29 @@ class Records:
         return self._log.put(stream, position, entry)
 
 
-async def all_of(futures: Sequence[asyncio.Future[Appended]]) -> None:
+async def all_of(futures: Sequence[asyncio.Future[Appended]]) -> list[Appended]:
     """Wait for many futures that are done together, which is cheaper than to gather them. Raises the first error."""
-    errors = []
+    placed, errors = list[Appended](), []
     for future in futures:
         try:
-            await future
+            placed.append(await future)
         except CauceError as error:
             errors.append(error)
     if errors:
         raise errors[0]
+    return placed
 
 
 async def written(records: Log, domain: str, slot: int) -> int:
     """The facts position up to which the records of a slot are known to be written."""
     page = await records.read(Filter(f"_written/{domain}/{slot}"), limit=1)
     return page.entries[-1].version if page.entries else 0
+
+
+def ahead(records: str, facts: str) -> Damaged:
+    """What is told where there are records of facts that are not there."""
+    return Damaged(
+        f"records are ahead of their facts: {records}, but the facts {facts}: facts were lost, or put back without their "
+        "records: restore both of one backup (on NATS the stream of records may be removed instead: it is written anew), "
+        "then cauce reset each service that does not start"
+    )

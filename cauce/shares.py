@@ -17,7 +17,7 @@ from cauce.errors import Fenced, Unavailable
 from cauce.lease import BEAT, TTL, is_dead
 from cauce.store import Share, Standing, Store
 
-__all__ = ["LEAD", "Shares", "slot_name"]
+__all__ = ["LEAD", "NAMES", "Shares", "slot_name"]
 
 _log = logging.getLogger("cauce")
 
@@ -33,7 +33,8 @@ def slot_name(slot: int) -> str:
     return f"slot/{slot}"
 
 
-_NAMES = (*(slot_name(slot) for slot in range(SLOTS)), LEAD)
+NAMES = (*(slot_name(slot) for slot in range(SLOTS)), LEAD)
+"""All that there is to hold."""
 
 
 class Shares:
@@ -165,7 +166,7 @@ class Shares:
         if self._gaining:
             await self._gain_on()
         mine = [share for share in self.held.values() if share.slot is not None]
-        free = [name for name in _NAMES if standing.holders.get(name, "") not in standing.instances]
+        free = [name for name in NAMES if standing.holders.get(name, "") not in standing.instances]
         self._is_settled = not free and len(mine) <= fair
         if len(mine) > fair:
             await self._give(mine[fair:])

@@ -147,6 +147,10 @@ class Builds(Protocol):
         """Builds that nobody needs any more. What cannot go now goes another time."""
         ...
 
+    async def clear(self) -> None:
+        """Take all builds away, the live one, too. Only who holds the lead and `building` may."""
+        ...
+
 
 class Shelf(Protocol):
     """Where the builds of one service lie."""
@@ -167,6 +171,10 @@ class Shelf(Protocol):
         Parameters:
             what: what it is called in messages, as `view directory of crm`.
         """
+        ...
+
+    async def names(self) -> list[str]:
+        """The views and replicas of which there are builds."""
         ...
 
     def check(self, what: str, tables: str) -> None:

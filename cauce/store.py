@@ -23,7 +23,9 @@ from cauce.shelf import Shelf
 
 __all__ = [
     "BadStatement",
+    "Inventory",
     "Letter",
+    "Place",
     "Share",
     "Standing",
     "Store",
@@ -107,6 +109,25 @@ class Unit:
     def is_empty(self) -> bool:
         """Whether there is nothing but a place to write."""
         return not (self.statements or self.said or self.parked or self.unparked or self.timer)
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a consumer stands in one slot of a log."""
+
+    consumer: str
+    domain: str
+    slot: int
+    log: str
+    position: int
+
+
+class Inventory(msgspec.Struct, frozen=True):
+    """What is kept beside tables: all places, what waits for each consumer, how much is said and not in its log yet."""
+
+    places: list[Place]
+    waiting: list[tuple[str, Waiting]]
+    outbox: int
+    timers: int
 
 
 class Letter(msgspec.Struct, frozen=True):
@@ -196,6 +217,10 @@ class Store(Protocol):
         """When something is due, in microseconds since 1970; 0 if that was never said."""
         ...
 
+    async def inventory(self) -> Inventory:
+        """All that hangs on logs, whoever it is for."""
+        ...
+
     async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Rows of what was last committed. Raises `BadStatement` for SQL that cannot be run, or does more than read."""
         ...
@@ -208,11 +233,12 @@ class Store(Protocol):
 class Stores(Protocol):
     """Where the services of a bus keep what is their own."""
 
-    async def open(self, service: str, migrations: Sequence[str] = (), *, keeps: bool = True) -> Store:
+    async def open(self, service: str, migrations: Sequence[str] | None = (), *, keeps: bool = True) -> Store:
         """Open, and make if need be, the store of a service.
 
         Parameters:
-            migrations: SQL of the service, each run once, in this order; later ones may be added.
+            migrations: SQL of the service, each run once, in this order; later ones may be added. None: a store that is
+                there, by whatever SQL it was made.
             keeps: whether the service keeps data of its own: tables, views, replicas.
 
         Raises `Refused` for a store of another service, or migrations that are not those it was made by.
@@ -273,20 +299,22 @@ async def write_places(
 
 
 def check_places(
-    places: Sequence[tuple[str, int, str, int]], consumer: str, log: str, head: int, cure: str
+    places: Sequence[tuple[str, int, str, int]], consumer: str, log: str, head: int, service: str
 ) -> dict[tuple[str, int], int]:
     """Places by domain and slot, from domain, slot, log and position of each.
 
-    Raises `Damaged` for one in another log, or beyond the head of this one.
+    Raises `Damaged` for one in another log, or beyond the head of this one, with the cure.
 
     Parameters:
-        cure: what to do to let it begin anew.
+        service: whose consumer it is.
     """
+    cure = f"cauce reset {service} shows what is of use still, and lets the service go on from there"
     for domain, slot, seen, position in places:
         if seen != log:
-            raise Damaged(f"{consumer} has read log {seen}, this one is {log} (restored?): {cure} to let it begin anew")
+            raise Damaged(f"{consumer} of {service} has read log {seen}, this one is {log} (restored?): {cure}")
         if position > head:
             raise Damaged(
-                f"{consumer} has read {domain} slot {slot} up to {position}, the log ends at {head}: entries are lost; restore a newer backup"
+                f"{consumer} of {service} has read {domain} slot {slot} up to {position}, the log ends at {head}: entries are lost; restore "
+                f"a newer backup, or {cure}"
             )
     return {(domain, slot): position for domain, slot, _, position in places}

@@ -72,7 +72,8 @@ def log(tmp_path: Path) -> Path:
         entry = sealed("users/1", "Do", SystemClock().id(), Meta(NOON), b'{"do":1}')
         await bus.commands.append("users/1", [entry])
         await bus.records.put("users/1", 7, sealed("users/1", "User", SystemClock().id(), Meta(NOON), b""))
-        await bus.facts.append("_catalogue/users", [sealed("_catalogue/users", "Owned", bus.id, Meta(NOON), b"{}")])
+        owner = sealed("_catalogue/users", "Owned", bus.id, Meta(NOON), b'{"service":"users"}')
+        await bus.facts.append("_catalogue/users", [owner])
         await bus.close()
 
     asyncio.run(fill())

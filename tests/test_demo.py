@@ -82,13 +82,6 @@ def where(backend: str, request: pytest.FixtureRequest) -> Iterator[list[str]]:
         assert [stream for stream in nats.streams() if "shared" in stream] == []
 
 
-VERIFIED = {
-    "sqlite": r"log .* verified: every entry is what was written",
-    "postgresql": r"log .* read back: \d+ entries, each as its digest says",
-    "nats": r"log .* read back: \d+ entries, each as its digest says",
-}
-
-
 def test_the_demo_tells_the_same_story_on_every_backend_and_ends_with_zero(
     run: Run, tmp_path: Path, backend: str, where: list[str]
 ) -> None:
@@ -111,7 +104,7 @@ def test_the_demo_tells_the_same_story_on_every_backend_and_ends_with_zero(
         r"facts \d+: EmailChanged users/42 version 2 +← ChangeEmail by crm:joe",
         r"commands \d+: RegisterUser users/42 version 1 +← rejected: user 42 is already registered",
         r"records \d+: Card cards/A-1 version 1",
-        VERIFIED[backend],
+        r"log .* verified: every entry is what was written",
     )
     assert output.count("took a mail for") == 2
     assert time.monotonic() - began < 15
@@ -135,7 +128,7 @@ def test_a_card_is_issued_while_its_owner_is_dead_and_the_mail_that_waited_goes_
         r"users +\d+ +runs again, in process \d+",
         r"demo +\d+ +equal\n",
         r"3 mails, each once",
-        VERIFIED[backend],
+        r"log .* verified: every entry is what was written",
     )
     said(
         output,

@@ -281,9 +281,9 @@ async def test_after_an_older_backup_was_restored_each_service_stops_loudly_and_
     cli("restore", str(backup), "--force", "--bus", bus_url)
     folder = folder_of(place(bus_url))
     for service, cure in (
-        (owner(), rf"decide tallies has read .*\(restored\?\): remove {folder / 'tallies' / 'store.db'}"),
-        (reacting("one"), rf"react has read .*\(restored\?\): remove {folder / 'reacting' / 'store.db'}"),
-        (copying(), r"was built from log .*cauce rebuild copying"),
+        (owner(), r"decide tallies of tallies has read .*\(restored\?\): cauce reset tallies"),
+        (reacting("one"), r"react of reacting has read .*\(restored\?\): cauce reset reacting"),
+        (copying(), r"was built from log .*cauce reset copying"),
     ):
         with pytest.raises(Damaged, match=cure):
             async with running(service, bus=bus_url):

@@ -31,7 +31,17 @@ FLOORS = (
         "sample",
         "codec",
     ),  # what travels, and its names; no I/O
-    ("log", "wire", "sql", "threads", "shelf", "store", "conformance"),  # the seams and their contract
+    (
+        "log",
+        "wire",
+        "sql",
+        "threads",
+        "shelf",
+        "store",
+        "twice",
+        "verify",
+        "conformance",
+    ),  # the seams and their contract
     ("backends.*",),  # what implements them
     (
         "folded",
@@ -47,6 +57,7 @@ FLOORS = (
         "question",
         "shares",
         "consumer",
+        "reset",
     ),  # delivery
     (
         "records",

@@ -424,7 +424,7 @@ async def test_a_replica_ahead_of_its_log_stops_the_service_loudly(bus_url: str)
     connection = apsw.Connection(str(folder(bus_url) / "1.db"))
     connection.execute("update cauce_place set position = position + 1000")
     connection.close()
-    with pytest.raises(Damaged, match=r"1\.db was built up to position .*cauce rebuild keeper Small"):
+    with pytest.raises(Damaged, match=r"1\.db was built up to position .*cauce reset keeper"):
         async with running(keeper(), bus=bus_url):
             pass
 
@@ -436,7 +436,7 @@ async def test_a_replica_from_another_bus_stops_the_service_loudly(bus_url: str,
         async with running(keeper(), bus=url):
             pass
     (folder(other) / "1.db").replace(folder(bus_url) / "1.db")
-    with pytest.raises(Damaged, match=r"1\.db was built from log .*cauce rebuild keeper Small"):
+    with pytest.raises(Damaged, match=r"1\.db was built from log .*cauce reset keeper"):
         async with running(keeper(), bus=bus_url):
             pass
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cauce.errors import Damaged, Fenced, Refused
-from cauce.store import BadStatement, Share, Store, Stores, Unit, Waiting
+from cauce.store import BadStatement, Place, Share, Store, Stores, Unit, Waiting
 from tests.kept import stores_of
 
 WITH_TABLES = ("sqlite", "postgresql")
@@ -166,9 +166,9 @@ async def test_a_place_in_another_log_or_beyond_its_end_is_damage_that_names_the
     await store.flush()
     assert await store.places("react", "log", 7) == {("things", 1): 7}
     assert await store.places("other", "log", 7) == {}
-    with pytest.raises(Damaged, match="restored"):
+    with pytest.raises(Damaged, match=r"restored.*cauce reset s "):
         await store.places("react", "another", 7)
-    with pytest.raises(Damaged, match="entries are lost"):
+    with pytest.raises(Damaged, match=r"entries are lost.*cauce reset s "):
         await store.places("react", "log", 6)
 
 
@@ -305,6 +305,39 @@ async def test_a_timer_is_remembered(opened: Opened) -> None:
         mine.timer = "often", due
         await store.commit(mine)
         assert await store.timer("often") == due
+
+
+# ------------------------------------------------------------------------------------------- all that hangs on logs
+
+
+async def test_an_inventory_has_all_that_hangs_on_logs_whoever_it_is_for(opened: Opened, fresh: Fresh) -> None:
+    store = await opened()
+    share = await share_of(store)
+    store.move(share, "decide things", "things", 1, "commands", 3)
+    parked = unit(share, position=7)
+    parked.parked = "react", Waiting(5, "things/a", 1, error="no")
+    parked.said = [("react", 1, b"one"), ("react", 1, b"two")]
+    parked.timer = "tick", 9
+    await store.commit(parked)
+    await store.flush()
+    # As who knows neither its consumers nor its tables opens it.
+    other = await (await fresh()).open("s", None)
+    found = await other.inventory()
+    assert found.places == [
+        Place("decide things", "things", 1, "commands", 3), Place("react", "things", 1, "log", 7),
+    ]  # fmt: skip
+    assert [(consumer, each.position, each.stream) for consumer, each in found.waiting] == [("react", 5, "things/a")]
+    assert (found.outbox, found.timers) == (2, 1)
+    gone = unit(share)
+    gone.unparked = "react", 5
+    await store.commit(gone)
+    assert (await other.inventory()).waiting == []
+    await other.close()
+
+
+async def test_a_store_that_is_not_there_is_not_opened_as_it_is(fresh: Fresh) -> None:
+    with pytest.raises(Refused, match="'nobody' has no store here"):
+        await (await fresh()).open("nobody", None)
 
 
 # ------------------------------------------------------------------------------------------------- dead letters

@@ -686,7 +686,7 @@ async def test_a_file_from_another_log_stops_the_service_loudly_until_it_is_rebu
     await filled(bus_url, 3, sums())
     await filled(other, 3, sums())
     (folder(other) / "1.db").replace(folder(bus_url) / "1.db")
-    with pytest.raises(Damaged, match=r"1\.db was built from log .*cauce rebuild viewer sums, or remove") as raised:
+    with pytest.raises(Damaged, match=r"1\.db was built from log .*cauce reset viewer") as raised:
         async with running(owner, sums(), bus=bus_url):
             pass
     assert str(folder(bus_url) / "1.db") in str(raised.value)

@@ -13,6 +13,7 @@ from cauce.clock import Clock
 from cauce.errors import Refused
 from cauce.log import Log
 from cauce.store import Stores
+from cauce.verify import Report
 from cauce.wire import Instance, Wire
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "look",
     "nothing_at",
     "open_backend",
+    "read_all",
     "scheme_of",
     "stores_at",
     "without_password",
@@ -189,6 +191,25 @@ async def examine(url: str, clock: Clock) -> Health:
     with installed("nats"):
         from cauce.backends.nats.health import examine as examine_nats
     return await examine_nats(url, clock)
+
+
+async def read_all(url: str, clock: Clock) -> Report:
+    """Read all of a bus that is there already, and say what is not as it was written. Nothing is changed.
+
+    Raises `Refused` where there is no bus, and what opening one raises; damage of any kind is a finding.
+    """
+    scheme = scheme_of(url)
+    if scheme == "sqlite":
+        from cauce.backends.sqlite.upkeep import verify as verify_sqlite
+
+        return verify_sqlite(_path(url))
+    if scheme == "postgresql":
+        with installed("postgres"):
+            from cauce.backends.postgres.verify import verify as verify_postgres
+        return await verify_postgres(url, clock)
+    with installed("nats"):
+        from cauce.backends.nats.verify import verify as verify_nats
+    return await verify_nats(url, clock)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ COMMANDS = {
     "backup": ("backup:backup", "Copy a log while it is written, and verify the copy."),
     "schema": ("schema:schema", "What messages look like in each version: lock it, and check what changed."),
     "rebuild": ("rebuild:rebuild", "Build a view or replica anew, beside the one in use."),
+    "reset": ("reset:reset", "After a restore: let a service go on with the log that is."),
     "restore": ("restore:restore", "Put a backup in the place of a log, under a new id."),
 }
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 
 import click
 import msgspec
 
-from cauce.backends.sqlite.upkeep import Report
-from cauce.backends.sqlite.upkeep import verify as verify_file
+from cauce.backends import read_all
 from cauce.cli.endings import DAMAGED
-from cauce.cli.place import as_json, bus, path_of
+from cauce.cli.place import as_json, bus
 from cauce.cli.text import one_line, print_json
 from cauce.clock import SystemClock
+from cauce.verify import Report
 
 __all__ = ["entries_of", "verify"]
 
@@ -28,7 +29,7 @@ def verify(ctx: click.Context, url: str, as_json: bool) -> None:
     """
     clock = SystemClock()
     began = clock.monotonic()
-    report = verify_file(path_of(url))
+    report = asyncio.run(read_all(url, clock))
     seconds = clock.monotonic() - began
     if as_json:
         print_json({**msgspec.to_builtins(report), "seconds": round(seconds, 3)})
@@ -51,7 +52,9 @@ def _tell(report: Report, seconds: float) -> None:
     if report.more:
         click.echo(f"  and {report.more} more")
     if not report.ok:
-        click.echo("Keep the files, stop those who write, and restore a backup: cauce restore.")
+        click.echo(
+            "Keep what is there, stop those who write, and restore a backup: cauce restore, or the tools of its server."
+        )
 
 
 def entries_of(report: Report) -> str:

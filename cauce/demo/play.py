@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 
-from cauce.backends import look
-from cauce.backends.sqlite.verify import verify
+from cauce.backends import look, read_all
 from cauce.bus import Bus, Receipt
 from cauce.clock import Clock, SystemClock
 from cauce.codec import Entry
@@ -57,8 +56,8 @@ async def play(
     story = Story(console, clock.monotonic, apart=each)
     async with ground(bus, store, clock) as place:
         well = await _plays(console, story, place, clock.id(), keep, port, each)
-        entries = await _tell_log(story, place, clock)
-        return _verified(story, place, entries) and well
+        await _tell_log(story, place, clock)
+        return await _verified(story, place, clock) and well
 
 
 async def _plays(
@@ -176,13 +175,11 @@ def _counts(story: Story, inbox: Inbox, each: bool) -> bool:
     return well
 
 
-async def _tell_log(story: Story, place: Ground, clock: Clock) -> int:
-    """The same story once more, as it is kept: all of it is read, and each entry compared with its digest."""
-    count = 0
+async def _tell_log(story: Story, place: Ground, clock: Clock) -> None:
+    """The same story once more, as it is kept."""
     async with look(place.url, clock) as bus:
         for name, log in (("facts", bus.facts), ("commands", bus.commands), ("records", bus.records)):
             async for entry in _entries(log):
-                count += 1
                 meta = entry.checked().meta
                 if entry.stream.startswith("_"):
                     continue
@@ -192,7 +189,6 @@ async def _tell_log(story: Story, place: Ground, clock: Clock) -> int:
                     f"{name} {entry.position}: {entry.type} {entry.stream} version {entry.version}",
                     wished or f"fact …{entry.id[-12:]}",
                 )
-    return count
 
 
 async def _entries(log: Log) -> AsyncIterator[Entry]:
@@ -204,12 +200,8 @@ async def _entries(log: Log) -> AsyncIterator[Entry]:
         looked = page.looked
 
 
-def _verified(story: Story, place: Ground, entries: int) -> bool:
-    if place.file is None:
-        # What a server's own files hold is for its own tools.
-        story.tell("log", f"read back: {entries} entries, each as its digest says")
-        return True
-    report = verify(place.file)
+async def _verified(story: Story, place: Ground, clock: Clock) -> bool:
+    report = await read_all(place.url, clock)
     story.tell("log", "verified: every entry is what was written" if report.ok else f"NOT well: {report}")
     return report.ok
 

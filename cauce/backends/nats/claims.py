@@ -17,12 +17,12 @@ from cauce.backends.nats.stream import Stored, Stream
 from cauce.errors import Fenced, Held, Unreachable
 from cauce.log import Claim, check_claim
 
-__all__ = ["Claims"]
+__all__ = ["Claims", "Holder", "Lease"]
 
 _TRIES = 8
 
 
-class _Holder(msgspec.Struct, frozen=True):
+class Holder(msgspec.Struct, frozen=True):
     """The body of a claim. `id` tells one try from another, `owner` is empty where the name was let go."""
 
     id: str
@@ -30,7 +30,7 @@ class _Holder(msgspec.Struct, frozen=True):
     owner: str
 
 
-class _Lease(msgspec.Struct, frozen=True):
+class Lease(msgspec.Struct, frozen=True):
     """The body of a beat: under which fence it was."""
 
     fence: int
@@ -63,7 +63,7 @@ class Claims:
             raise Fenced(
                 f"{claim.name} has another holder by now (fence {stands}, ours {claim.fence}): stop, claim again, read again"
             )
-        beat = await self._publish(self._leases, self._lease(claim.name), _Lease(claim.fence), None)
+        beat = await self._publish(self._leases, self._lease(claim.name), Lease(claim.fence), None)
         if not beat:
             raise Unreachable(f"{self._link} did not take the beat of {claim.name}: it is tried again")
         return Claim(claim.name, claim.owner, claim.fence, beat)
@@ -78,14 +78,14 @@ class Claims:
         stored = await self._stream.last_of(self._heads.claim(name))
         if stored is None:
             return Claim(name, "", 0)
-        holder = msgspec.json.decode(stored.data, type=_Holder)
+        holder = msgspec.json.decode(stored.data, type=Holder)
         lease = await self._leases.last_of(self._lease(name)) if holder.owner else None
-        beats = lease is not None and msgspec.json.decode(lease.data, type=_Lease).fence == stored.seq
+        beats = lease is not None and msgspec.json.decode(lease.data, type=Lease).fence == stored.seq
         return Claim(name, holder.owner, stored.seq, lease.seq if beats and lease is not None else 0)
 
     async def _change(self, name: str, owner: str, expected: int) -> int:
         """The new fence, 0 if another was faster."""
-        subject, holder = self._heads.claim(name), _Holder(self._link.clock.id(), name, owner)
+        subject, holder = self._heads.claim(name), Holder(self._link.clock.id(), name, owner)
         fence = await self._publish(self._stream, subject, holder, expected)
         if not fence:
             # It may have been our own try, whose answer was lost.
@@ -120,5 +120,5 @@ class Claims:
         return self._link.subject("leases", self._stream.log, token(name))
 
 
-def _is(stored: Stored, holder: _Holder) -> bool:
-    return msgspec.json.decode(stored.data, type=_Holder) == holder
+def _is(stored: Stored, holder: Holder) -> bool:
+    return msgspec.json.decode(stored.data, type=Holder) == holder

@@ -52,6 +52,11 @@ class Forgetting:
                 "somebody removed them, or a limit did; restore them from a backup"
             )
 
+    async def has_forgotten(self) -> bool:
+        """Whether anything was removed on purpose, or just is."""
+        note, _ = await self._note()
+        return bool(note.count or note.busy)
+
     async def forget(self, pattern: str, upto: int) -> int:
         """Remove what lies on a pattern at or below a position; gives how much that was.
 

@@ -23,9 +23,10 @@ from cauce.backends.nats.bucket import Bucket, Message, Put, Stale, Unsure
 from cauce.backends.nats.fences import claim_of
 from cauce.backends.nats.link import Link
 from cauce.backends.nats.names import text, token
-from cauce.backends.nats.units import Place, Units
+from cauce.backends.nats.units import Place as Stands
+from cauce.backends.nats.units import Units
 from cauce.errors import Refused, Unavailable
-from cauce.store import BadStatement, Share, Standing, Unit, Waiting, check_places, write_places
+from cauce.store import BadStatement, Inventory, Place, Share, Standing, Unit, Waiting, check_places, write_places
 
 __all__ = ["NatsStore", "bucket_of", "unpacked"]
 
@@ -196,9 +197,9 @@ class NatsStore:
         """Where a consumer stands in a log, by domain and slot. Raises `Damaged` if that was another, or longer."""
         rows = []
         for each in await self._bucket.read(f"place.{token(consumer)}.>"):
-            place = msgspec.json.decode(each.payload, type=Place)
+            place = msgspec.json.decode(each.payload, type=Stands)
             rows.append((each.tokens[2], int(each.tokens[3]), place.log, place.position))
-        return check_places(rows, consumer, log, head, f"remove {self.place} (nats stream rm {self._bucket.name})")
+        return check_places(rows, consumer, log, head, self.service)
 
     def move(self, share: Share | None, consumer: str, domain: str, slot: int, log: str, position: int) -> None:
         """Note a place. It is written with the next unit, or soon by `run`."""
@@ -244,6 +245,20 @@ class NatsStore:
         """When something is due, in microseconds since 1970; 0 if that was never said."""
         found = await self._bucket.one(f"timer.{token(name)}")
         return int(found.payload) if found is not None else 0
+
+    async def inventory(self) -> Inventory:
+        """All that hangs on logs, whoever it is for."""
+        places = []
+        for each in await self._bucket.read("place.>"):
+            place = msgspec.json.decode(each.payload, type=Stands)
+            _, consumer, domain, slot = each.tokens
+            places.append(Place(text(consumer), domain, int(slot), place.log, place.position))
+        waiting = [(text(each.tokens[1]), unpacked(each)) for each in await self._bucket.read("waiting.>")]
+        said, timers = len(await self._bucket.read("outbox.>")), len(await self._bucket.read("timer.*"))
+        return Inventory(
+            sorted(places, key=lambda each: (each.consumer, each.domain, each.slot)),
+            sorted(waiting, key=lambda each: (each[0], each[1].position)), said, timers,
+        )  # fmt: skip
 
     async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Raises `BadStatement`: there is no SQL here."""

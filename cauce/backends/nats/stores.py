@@ -40,7 +40,9 @@ class NatsStores:
     def __init__(self, link: Link, clock: Clock, files: SQLiteStores) -> None:
         self._link, self._clock, self._files = link, clock, files
 
-    async def open(self, service: str, migrations: Sequence[str] = (), *, keeps: bool = True) -> Store:
+    async def open(self, service: str, migrations: Sequence[str] | None = (), *, keeps: bool = True) -> Store:
+        if migrations is None:
+            keeps = not await self._is_bucket(service)
         if not keeps and not migrations:
             return await NatsStore.open(self._link, service)
         store = await self._files.open(service, migrations, keeps=keeps)

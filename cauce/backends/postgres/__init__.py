@@ -17,6 +17,7 @@ from cauce.backends.postgres.table import LOGS, Draft
 from cauce.backends.postgres.wire import PostgresWire
 from cauce.backends.postgres.writer import Writer
 from cauce.clock import Clock, SystemClock
+from cauce.errors import Damaged
 
 __all__ = ["PostgresBus", "open", "stores_at"]
 
@@ -74,6 +75,9 @@ async def open(url: str, *, clock: Clock | None = None, patience: float = _PATIE
         if not make:
             await _there(link)
         id = await ensure(link)
+        if make:
+            # Who only looks may look at what is damaged.
+            await _check_ends(link)
         await writer.start()
     except BaseException:
         await writer.close()
@@ -81,6 +85,19 @@ async def open(url: str, *, clock: Clock | None = None, patience: float = _PATIE
         raise
     buses.append(PostgresBus(link, writer, id, clock))
     return buses[0]
+
+
+async def _check_ends(link: Link) -> None:
+    """Raises `Damaged` where a log lacks its last entry, which nobody ever removes on purpose."""
+    for name in LOGS:
+        ((head, last),) = await link.fetch(
+            f"select (select {name} from turns order by change desc limit 1), coalesce((select max(position) from {name}), 0)"
+        )
+        if head != last:
+            raise Damaged(
+                f"{name} of {link.url} end at position {last}, but the last turn says {head}: entries are lost; run cauce verify, restore "
+                "from a backup"
+            )
 
 
 async def _there(link: Link) -> None:

@@ -144,6 +144,17 @@ class SchemaBuilds:
             except CauceError as error:
                 _log.info("build %s of %s is removed another time: %s", number, self._what, error)
 
+    async def clear(self) -> None:
+        live = await self.live()
+        if live:
+            # Under a number it goes like the others.
+            await self._link.again(lambda session: session.execute(self._renamed(live)))
+            self._live = None
+        await self.remove(await self.numbers())
+
+    def _renamed(self, live: int) -> str:
+        return f"alter schema {quoted(self._schema)} rename to {quoted(f'{self._schema}:{live}')}"
+
 
 class SchemaBuild:
     """One schema, and how far it is."""

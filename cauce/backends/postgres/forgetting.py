@@ -8,7 +8,7 @@ from cauce.backends.postgres.link import Link
 from cauce.backends.postgres.migrations import lock_number
 from cauce.log import old_of
 
-__all__ = ["forget"]
+__all__ = ["FORGOTTEN", "forget", "forgotten"]
 
 _SOME = 2_000
 # Of a page of the log what is in the slot, and the last, which says how old the page is.
@@ -20,11 +20,19 @@ _NEXT = """
     ), ends as (select count(*) as many, max(position) as last from page)
     select p.position, p.domain = $4 and p.slot = $5, p.meta, e.many from page p, ends e
     where (p.domain = $4 and p.slot = $5) or p.position = e.last order by p.position"""
-# A turn that writes nothing: whoever was sure how streams stand looks again.
+# A turn that writes nothing, so that whoever was sure how streams stand looks again. It bears the count of all that was
+# removed, and is void, so that it is kept until the next one.
+_COUNT = "select max(turn) from turns where writer = $1"
+_MISSING = """
+    select (select t.commands from turns t order by t.change desc limit 1) - (select count(*) from commands)"""
 _TURN = """
-    insert into turns (change, writer, turn, facts, commands, records)
-    select t.change + 1, $1, 0, t.facts, t.commands, t.records from turns t order by t.change desc limit 1"""
+    insert into turns (change, writer, turn, facts, commands, records, void)
+    select t.change + 1, $1, $2, t.facts, t.commands, t.records, true from turns t order by t.change desc limit 1"""
+_LAST = "delete from turns where writer = $1 and turn < $2"
 _REMOVE = "delete from commands where position = any($1::bigint[]) returning position"
+
+FORGOTTEN = "forgotten"
+"""Whose turns count what was removed on purpose."""
 
 
 async def forget(link: Link, domain: str, slot: int, upto: int, before: int) -> int:
@@ -45,7 +53,19 @@ async def _remove(link: Link, gone: list[int]) -> int:
     async def work(session: Any) -> int:
         async with session.transaction():
             await session.execute(f"select pg_advisory_xact_lock({lock})")
-            await session.execute(_TURN, link.clock.id())
-            return len(await session.fetch(_REMOVE, gone))
+            before = await session.fetchval(_COUNT, FORGOTTEN)
+            if before is None:
+                before = await session.fetchval(_MISSING)
+            removed = len(await session.fetch(_REMOVE, gone))
+            if removed:
+                await session.execute(_TURN, FORGOTTEN, before + removed)
+                await session.execute(_LAST, FORGOTTEN, before + removed)
+            return removed
 
     return await link.again(work)
+
+
+async def forgotten(session: Any) -> int | None:
+    """How many commands were removed on purpose; None where that was never counted."""
+    count: int | None = await session.fetchval(_COUNT, FORGOTTEN)
+    return count

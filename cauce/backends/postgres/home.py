@@ -152,8 +152,11 @@ def filled(sql: str, home: Home) -> str:
     return sql.replace("{home}", home.quoted).replace("{lock}", str(home.lock))
 
 
-async def furnish(link: Link, home: Home, migrations: Sequence[str]) -> tuple[str, bool]:
+async def furnish(link: Link, home: Home, migrations: Sequence[str] | None) -> tuple[str, bool]:
     """Make what is missing and run the migrations that are due, in one transaction. Gives the id, and if it is fresh.
+
+    Parameters:
+        migrations: None where none is due.
 
     Raises `Refused` for the store of another service, for migrations that are not those it was made by, and where the
     role may not make it, with what is to be done.
@@ -164,7 +167,7 @@ async def furnish(link: Link, home: Home, migrations: Sequence[str]) -> tuple[st
             # Whoever migrates may take his time.
             await session.execute(f"set local lock_timeout = 0; select pg_advisory_xact_lock({home.lock})")
             id, before = await _made(session, link, home)
-            await _migrate(session, link, home, before, tuple(migrations))
+            await _migrate(session, link, home, before, tuple(before if migrations is None else migrations))
             fresh = not await session.fetchval(filled("select exists (select from {home}.cauce_claims)", home))
         return id, fresh
     except asyncpg.InsufficientPrivilegeError as error:

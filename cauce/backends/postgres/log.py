@@ -12,7 +12,7 @@ from cauce.backends.postgres.link import Link
 from cauce.backends.postgres.table import FACTS, LOGS, RECORDS, Draft
 from cauce.backends.postgres.writer import Writer
 from cauce.codec import Entry
-from cauce.errors import Refused
+from cauce.errors import Damaged, Refused
 from cauce.log import (
     EVERYTHING,
     Also,
@@ -49,6 +49,7 @@ class PostgresLog:
         self._paged: dict[tuple[str, int], int] = {}
         self._head = f"select {self._name} as head from turns order by change desc limit 1"
         self._listening = False
+        self._seen = 0
 
     @property
     def id(self) -> str:
@@ -89,8 +90,18 @@ class PostgresLog:
         await self._writer.submit(Draft.release, self._number, claim, id=claim.name)
 
     async def head(self) -> int:
+        before = self._seen
         (row,) = await self._link.fetch(self._head)
-        head: int = row["head"]
+        return self._later(row["head"], before)
+
+    def _later(self, head: int, before: int) -> int:
+        """Where the log ends now. Raises `Damaged` if it ended further on before that was asked."""
+        if head < before:
+            raise Damaged(
+                f"{self._name} of {self._link.url} end at {head}, but had {before} entries while this process ran: the server was put back to "
+                "an older state: stop, restore a newer backup, or cauce reset each service"
+            )
+        self._seen = max(self._seen, head)
         return head
 
     async def forget(self, domain: str, slot: int, upto: int, before: int) -> int:
@@ -153,7 +164,7 @@ class PostgresLog:
             end = await self.head()
             return Page([], max(end, after)), end
         where, values, window = self._where(filter, after, limit)
-        wide = "e.wish, e.body" if bodies else "null, null"
+        wide, before = "e.wish, e.body" if bodies else "null, null", self._seen
         rows = await self._link.fetch(
             f"""select h.head, e.position, e.domain, e.key, e.version, e.type, e.id, e.meta, {wide}, e.digest
             from ({self._head}) h left join lateral (
@@ -161,7 +172,7 @@ class PostgresLog:
             ) e on true""",
             after, limit, *values,
         )  # fmt: skip
-        head: int = rows[0][0]
+        head = self._later(rows[0][0], before)
         if head <= after:
             return Page([], after), head
         entries = [_entry(row) for row in rows if row[1] is not None]

@@ -7,6 +7,7 @@ to rename two schemas. So whoever reads names the view, and need not ask which b
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import suppress
 from hashlib import blake2b
 
@@ -23,6 +24,9 @@ _LONGEST = 51
 """Bytes of a name that leave room for a number behind it."""
 
 _LOOK = 2.0
+_NAMES = """select n.nspname from pg_namespace n join pg_class c on c.relnamespace = n.oid and c.relname = 'cauce_place'
+    where starts_with(n.nspname, $1)"""
+_NUMBERED = re.compile(r":[1-9][0-9]{0,9}\Z")
 
 
 class PostgresShelf:
@@ -41,6 +45,11 @@ class PostgresShelf:
             schema = schema.encode()[: _LONGEST - 17].decode(errors="ignore") + ":" + digest
         building = SessionLock(self._link, lock_number(schema, "build"))
         return SchemaBuilds(self._link, schema, what, building)
+
+    async def names(self) -> list[str]:
+        rows = await self._link.fetch(_NAMES, f"{self._home.schema}:")
+        found = [name.removeprefix(f"{self._home.schema}:") for (name,) in rows]
+        return sorted({_NUMBERED.sub("", each) for each in found})
 
     def check(self, what: str, tables: str) -> None:
         for statement in statements(tables):

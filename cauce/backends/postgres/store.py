@@ -17,7 +17,7 @@ from cauce.backends.postgres.home import Home, filled, furnish, home_of
 from cauce.backends.postgres.link import Link, translate
 from cauce.backends.postgres.units import Units, bad_statement
 from cauce.errors import CauceError, Refused
-from cauce.store import BadStatement, Share, Standing, Unit, Waiting, check_places, write_places
+from cauce.store import BadStatement, Inventory, Place, Share, Standing, Unit, Waiting, check_places, write_places
 
 __all__ = ["PostgresStore"]
 
@@ -43,11 +43,11 @@ class PostgresStore:
         self._readers: asyncpg.Pool[asyncpg.Record]
 
     @classmethod
-    async def open(cls, link: Link, service: str, migrations: Sequence[str] = ()) -> PostgresStore:
+    async def open(cls, link: Link, service: str, migrations: Sequence[str] | None = ()) -> PostgresStore:
         """Open, and make if need be, the store of a service.
 
         Parameters:
-            migrations: SQL of the service, each run once, in this order; later ones may be added.
+            migrations: SQL of the service, each run once, in this order; later ones may be added. None: none is due.
 
         Raises `Refused` for a store of another service, for migrations that are not those it was made by, and where the
         role may not make it.
@@ -96,7 +96,7 @@ class PostgresStore:
         rows: Any = await self._read(
             "select domain, slot, log, position from {home}.cauce_places where consumer = $1", consumer
         )
-        return check_places(rows, consumer, log, head, f"drop schema {self._home.quoted} cascade")
+        return check_places(rows, consumer, log, head, self._home.service)
 
     def move(self, share: Share | None, consumer: str, domain: str, slot: int, log: str, position: int) -> None:
         """Note a place. It is written with the next unit, or soon by `run`."""
@@ -147,6 +147,18 @@ class PostgresStore:
         return int(rows[0][0]) if rows else 0
 
     # ---------------------------------------------------------------------------------------------------- the user's
+
+    async def inventory(self) -> Inventory:
+        """All that hangs on logs, whoever it is for."""
+        places = await self._read(
+            "select consumer, domain, slot, log, position from {home}.cauce_places order by 1, 2, 3"
+        )
+        consumers = await self._read("select distinct consumer from {home}.cauce_waiting order by 1")
+        ((said, timers),) = await self._read(
+            "select (select count(*) from {home}.cauce_outbox), (select count(*) from {home}.cauce_timers)"
+        )
+        waiting = [(consumer, each) for (consumer,) in consumers for each in await self.waiting(consumer)]
+        return Inventory([Place(*row) for row in places], waiting, said, timers)
 
     async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Rows of what was last committed. Raises `BadStatement` for SQL that cannot be run, or does more than read."""

@@ -33,7 +33,9 @@ class PostgresStores:
     def __init__(self, link: Link, clock: Clock) -> None:
         self._link, self._clock = link, clock
 
-    async def open(self, service: str, migrations: Sequence[str] = (), *, keeps: bool = True) -> PostgresStore:
+    async def open(self, service: str, migrations: Sequence[str] | None = (), *, keeps: bool = True) -> PostgresStore:
+        if migrations is None:
+            await self._services(service)
         return await PostgresStore.open(self._link, service, migrations)
 
     def shelf(self, service: str) -> PostgresShelf:

@@ -49,6 +49,9 @@ class SQLiteShelf:
     def builds(self, name: str, what: str) -> FolderOfBuilds:
         return FolderOfBuilds(self._folder / name, what)
 
+    async def names(self) -> list[str]:
+        return [path.name for path in sorted(self._folder.glob("*/")) if await self.builds(path.name, "").numbers()]
+
     def check(self, what: str, tables: str) -> None:
         connection = apsw.Connection(":memory:")
         try:
@@ -181,6 +184,11 @@ class FolderOfBuilds:
             for end in ("", "-wal", "-shm"):
                 with suppress(OSError):
                     os.unlink(f"{self.path(number)}{end}")
+
+    async def clear(self) -> None:
+        # Whoever reads looks at the note first.
+        self._note.unlink(missing_ok=True)
+        await self.remove(await self.numbers())
 
 
 class _Guard:

@@ -17,7 +17,7 @@ from cauce.backends.sqlite.turnstile import Turnstile, describe, who_locks
 from cauce.backends.sqlite.writer import Writer
 from cauce.clock import Clock
 from cauce.errors import Busy, Fenced, Refused
-from cauce.store import BadStatement, Share, Standing, Unit, Waiting, check_places, write_places
+from cauce.store import BadStatement, Inventory, Place, Share, Standing, Unit, Waiting, check_places, write_places
 
 __all__ = ["SQLiteStore"]
 
@@ -159,16 +159,16 @@ class SQLiteStore:
         self._fetcher: apsw.Connection
 
     @classmethod
-    async def open(cls, folder: Path, service: str, clock: Clock, migrations: Sequence[str] = ()) -> SQLiteStore:
+    async def open(cls, folder: Path, service: str, clock: Clock, migrations: Sequence[str] | None = ()) -> SQLiteStore:
         """Open, and make if need be, the store in a folder.
 
         Parameters:
-            migrations: SQL of the service, each run once, in this order; later ones may be added.
+            migrations: SQL of the service, each run once, in this order; later ones may be added. None: none is due.
 
         Raises `Refused` for a store of another service, or migrations that are not those it was made by.
         """
         store = cls(folder / "store.db", clock)
-        store._create(service, tuple(migrations))
+        store._create(service, None if migrations is None else tuple(migrations))
         with ExitStack() as undo, ExitStack() as threads:
             inode = guard(store.path)
             threads.callback(forget, inode)
@@ -187,7 +187,7 @@ class SQLiteStore:
             undo.pop_all()
         return store
 
-    def _create(self, service: str, migrations: tuple[str, ...]) -> None:
+    def _create(self, service: str, migrations: tuple[str, ...] | None) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         connection = connect(self.path, flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE, busy=_PATIENCE)
         try:
@@ -202,6 +202,7 @@ class SQLiteStore:
             if owner != service:
                 raise Refused(f"{self.path} is the store of service {owner!r}, not of {service!r}: name another bus")
             before = msgspec.json.decode(done, type=list[str])
+            migrations = tuple(before) if migrations is None else migrations
             if before != list(migrations[: len(before)]):
                 raise Refused(
                     f"{self.path} was made by other SQL than service {service!r} has now: leave what ran as it was, and add what is new behind it"
@@ -282,7 +283,7 @@ class SQLiteStore:
     async def places(self, consumer: str, log: str, head: int) -> dict[tuple[str, int], int]:
         """Where a consumer stands in a log, by domain and slot. Raises `Damaged` if that was another, or longer."""
         rows = self._read("select domain, slot, log, position from cauce_places where consumer = ?", (consumer,))
-        return check_places(rows, consumer, log, head, f"remove {self.path}")
+        return check_places(rows, consumer, log, head, self.path.parent.name)
 
     def move(self, share: Share | None, consumer: str, domain: str, slot: int, log: str, position: int) -> None:
         """Note a place. It is written with the next unit, or soon by `run`."""
@@ -382,6 +383,15 @@ class SQLiteStore:
         """When something is due, in microseconds since 1970; 0 if that was never said."""
         rows = self._read("select due from cauce_timers where name = ?", (name,))
         return int(rows[0][0]) if rows else 0
+
+    async def inventory(self) -> Inventory:
+        """All that hangs on logs, whoever it is for."""
+        consumers = self._read("select distinct consumer from cauce_waiting order by 1", ())
+        ((said,),) = self._read("select count(*) from cauce_outbox", ())
+        ((timers,),) = self._read("select count(*) from cauce_timers", ())
+        places = self._read("select consumer, domain, slot, log, position from cauce_places order by 1, 2, 3", ())
+        waiting = [(consumer, each) for (consumer,) in consumers for each in await self.waiting(consumer)]
+        return Inventory([Place(*row) for row in places], waiting, said, timers)
 
     # ---------------------------------------------------------------------------------------------------- the user's
 

@@ -36,7 +36,9 @@ class SQLiteStores:
         self.place = folder
         self._folder, self._clock = folder, clock
 
-    async def open(self, service: str, migrations: Sequence[str] = (), *, keeps: bool = True) -> SQLiteStore:
+    async def open(self, service: str, migrations: Sequence[str] | None = (), *, keeps: bool = True) -> SQLiteStore:
+        if migrations is None:
+            self._paths(service)
         return await SQLiteStore.open(self._folder / service, service, self._clock, migrations)
 
     def shelf(self, service: str) -> SQLiteShelf:

@@ -14,10 +14,11 @@ from cauce.backends.sqlite.file import APPLICATION_ID, folder_of, translate
 from cauce.backends.sqlite.part import flush, move, no_room, unfinished
 from cauce.backends.sqlite.peek import looking, own_name, there, wal_of
 from cauce.backends.sqlite.place import made, open_here, undisturbed, unused
-from cauce.backends.sqlite.verify import LOGS, Finding, Report, Seen, check, witnessed
+from cauce.backends.sqlite.verify import Seen, check, witnessed
 from cauce.backends.sqlite.verify import verify as read_all
 from cauce.backends.sqlite.witness import Witness
 from cauce.errors import CauceError, Damaged, Refused
+from cauce.verify import LOGS, Finding, Report
 
 __all__ = ["Finding", "Report", "backup", "restore", "verify"]
 
@@ -33,7 +34,7 @@ Told = Callable[[int, int], None]
 def verify(path: Path) -> Report:
     """Read all of a log and say what is not as it was written. Never changes it, and does not stop those who write.
 
-    It takes about three seconds a million entries, and 300 bytes of memory a stream. While it runs, SQLite's WAL only
+    It needs 300 bytes of memory a stream. While it runs, SQLite's WAL only
     grows. Raises `Refused` where there is no file that may be read, and for one that never was a Cauce log; damage of
     any kind is a finding.
     """

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import apsw
-import msgspec
 
 from cauce.accept import slot_of
 from cauce.backends.sqlite.chain import forgotten, written_upto, wrong_chapters
@@ -21,13 +20,26 @@ from cauce.backends.sqlite.peek import looking, wal_of
 from cauce.backends.sqlite.wal import Rest, rest
 from cauce.backends.sqlite.witness import Witness
 from cauce.codec import Entry, digest
-from cauce.errors import CauceError, Refused
+from cauce.errors import Refused
+from cauce.twice import Twice
+from cauce.verify import (
+    LOGS,
+    Fact,
+    Findings,
+    Repeats,
+    Report,
+    check_entered,
+    check_holder,
+    check_mark,
+    check_record,
+    upto_of,
+    wished_by,
+)
 
-__all__ = ["LOGS", "Finding", "Report", "Seen", "check", "verify", "witnessed"]
+__all__ = ["Seen", "check", "verify", "witnessed"]
 
-LOGS = ("facts", "commands", "records")
-_MOST = 1000
 _FARTHEST = 2**40
+_SOME = 2**16 - 1
 
 Seen = tuple[bytes, tuple[int, int, int]]
 """What a witness saw: the id of the log, empty if there was no commit yet, and the heads of `LOGS`."""
@@ -35,37 +47,11 @@ Seen = tuple[bytes, tuple[int, int, int]]
 _NOTHING: Seen = (b"", (0, 0, 0))
 
 
-class Finding(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One thing that is not as it was written. `log` and `position` name the entry, where it is about one.
-
-    `kind` is file, schema, structure (pages and indexes), names, entry (its bytes), order (positions and versions),
-    witness, wal or claims.
-    """
-
-    kind: str
-    message: str
-    log: str = ""
-    position: int = 0
-
-
-class Report(msgspec.Struct, frozen=True):
-    """What `verify` saw. `ok`: nothing was found. `more` counts findings beyond those that are listed."""
-
-    path: str
-    ok: bool
-    id: str
-    entries: dict[str, int]
-    heads: dict[str, int]
-    streams: int
-    findings: list[Finding]
-    more: int = 0
-
-
 def verify(path: Path) -> Report:
     """Read all of a log and say what is not as it was written. Never changes it, and does not stop those who write.
 
-    It takes about three seconds a million entries, and 300 bytes of memory a stream. While it runs, SQLite's WAL only
-    grows. Raises `Refused` where there is no file; damage of any kind is a finding.
+    It needs 300 bytes of memory a stream. While it runs, SQLite's WAL only grows. Raises `Refused` where there is no
+    file; damage of any kind is a finding.
     """
     path = path.resolve()
     if not path.exists():
@@ -98,12 +84,16 @@ def witnessed(path: Path) -> Seen | None:
 
 
 class _Thing:
-    """A stream as it is met: its name, its domain, and what was last seen of it in the log that is being read."""
+    """A stream as it is met: its name, its domain, and what was last seen of it in the log that is being read.
 
-    __slots__ = ("domain", "name", "position", "version")
+    `mark` is the hash of its name, `fact` where it ends in the facts, with the hash of the id that stands there.
+    """
+
+    __slots__ = ("domain", "fact", "id", "mark", "name", "position", "version")
 
     def __init__(self, name: str, domain: str) -> None:
-        self.name, self.domain, self.version, self.position = name, domain, 0, 0
+        self.name, self.domain, self.version, self.position, self.id = name, domain, 0, 0, ""
+        self.mark, self.fact = hash(name), (0, 0, 0)
 
 
 class _Walk:
@@ -114,6 +104,7 @@ class _Walk:
 
     def __init__(self, log: str) -> None:
         self.log, self.last, self.count, self.forgot, self.lossy = log, 0, 0, 0, False
+        self.twice = Twice()
 
 
 class _Search:
@@ -122,8 +113,8 @@ class _Search:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._id = ""
-        self._findings: list[Finding] = []
-        self._more = 0
+        self._found = Findings()
+        self.find, self.step = self._found.add, self._found.step
         self._things: dict[int, _Thing] = {}
         self._types: dict[int, tuple[str, str]] = {}
         self._walks = [_Walk(log) for log in LOGS]
@@ -142,8 +133,8 @@ class _Search:
                 self._look_behind(tail, seen)
         self._compare(seen)
         return Report(
-            str(self._path), not self._findings, self._id, {walk.log: walk.count for walk in self._walks},
-            {walk.log: walk.last for walk in self._walks}, len(self._things), self._findings, self._more,
+            str(self._path), not self._found.listed, self._id, {walk.log: walk.count for walk in self._walks},
+            {walk.log: walk.last for walk in self._walks}, len(self._things), self._found.listed, self._found.more,
         )  # fmt: skip
 
     def _read(self, connection: apsw.Connection, structure: Future[list[str]]) -> None:
@@ -157,22 +148,6 @@ class _Search:
         with self.step("structure"):
             for line in structure.result():
                 self.find("structure", line)
-
-    def find(self, kind: str, message: str, log: str = "", position: int = 0) -> None:
-        if len(self._findings) < _MOST:
-            self._findings.append(Finding(kind, message, log, position))
-        else:
-            self._more += 1
-
-    @contextmanager
-    def step(self, kind: str) -> Iterator[None]:
-        """Whatever fails in it is a finding: a damaged file may fail in any way."""
-        try:
-            yield
-        except CauceError as error:
-            self.find(kind, str(error))
-        except Exception as error:
-            self.find(kind, f"{type(error).__name__}: {error}")
 
     # ------------------------------------------------------------------------------------------ what holds the entries
 
@@ -214,10 +189,12 @@ class _Search:
             self._types[id] = (_text(*parts[:2]), _text(*parts[2:]))
 
     def _claims(self, connection: apsw.Connection) -> None:
-        for row in connection.execute("select log, name, owner, fence, beat from claims"):
-            log, *_, fence, beat = row
-            if [*map(type, row)] != [str, str, str, int, int] or log not in LOGS or fence < 1 or beat < 0:
-                self.find("claims", f"the claim {row} is none")
+        rows: Any = connection.execute("select log, name, owner, fence, beat from claims")
+        for log, name, owner, fence, beat in rows:
+            if [*map(type, (log, name, owner, fence, beat))] != [str, str, str, int, int]:
+                self.find("claims", f"the claim {(log, name, owner, fence, beat)} is none")
+            else:
+                check_holder(log, name, owner, fence, beat, self._found)
 
     # --------------------------------------------------------------------------------------------------- the entries
 
@@ -239,6 +216,10 @@ class _Search:
             except apsw.Error as error:
                 self.find("structure", f"{walk.log} cannot be read behind position {walk.last}: {error}", walk.log)
                 on = self._leap(connection, walk)
+        if walk.log == "facts":
+            for thing in self._things.values():
+                thing.fact = thing.version, thing.position, hash(thing.id)
+        self._look_twice(connection, walk)
         if walk.log != "records" and not walk.lossy:
             self._compare_chapters(connection, walk)
             if walk.forgot and walk.last - walk.count != walk.forgot:
@@ -260,6 +241,7 @@ class _Search:
     def _scan(self, connection: apsw.Connection, walk: _Walk) -> None:
         """The hot loop: every entry of a log passes here once."""
         things, types, log, last, records = self._things, self._types, walk.log, walk.last, walk.log == "records"
+        facts, add = log == "facts", walk.twice.open.append
         query = f"select position, stream, version, previous, type, id, meta, wish, body, digest from {log} where position > ? order by position"
         for position, stream, version, previous, type_, id, raw, wish, body, stored in connection.execute(
             query, (last,)
@@ -277,15 +259,14 @@ class _Search:
                     position,
                 )
                 continue
+            entry = Entry(position, thing.name, version, kind[1], id, raw, wish, body, stored)
             try:
-                whole = (
-                    digest(Entry(position, thing.name, version, kind[1], id, raw, wish, body, stored), version)
-                    == stored
-                )
+                whole = digest(entry, version) == stored
             except (TypeError, ValueError):
                 whole = False
             # What the digest cannot tell apart: nothing, and an empty text or a zero in its place.
-            if not whole or type(body) is not bytes or wish == b"" or type(stored) is not int:
+            whole = whole and type(body) is bytes and wish != b"" and type(stored) is int
+            if not whole:
                 self.find(
                     "entry",
                     f"{log} position {position} ({thing.name} version {version}) is not what was written",
@@ -302,7 +283,38 @@ class _Search:
                 self._points_elsewhere(connection, walk, thing, position, previous)
             thing.version = version
             if not records:
-                thing.position = position
+                thing.position, thing.id = position, id
+                add(thing.mark ^ hash(id))
+                if facts and wish is not None and (cause := wished_by(raw)):
+                    add(thing.mark ^ hash(cause))
+                if not position & _SOME:
+                    walk.twice.tidy()
+            elif whole:
+                self._refers(connection, thing, entry)
+            if facts and whole and thing.domain[0] == "_":
+                check_entered(entry, self._found)
+
+    def _look_twice(self, connection: apsw.Connection, walk: _Walk) -> None:
+        """Read again what may stand twice: only where something does, or two hashes are the same."""
+        hashes = walk.twice.found()
+        if not hashes:
+            return
+        repeats = Repeats(walk.log, hashes, self._found)
+        query = f"select position, stream, version, id, meta, wish from {walk.log} order by position"
+        for position, stream, version, id, raw, wish in connection.execute(query):
+            if thing := self._things.get(stream):
+                repeats.see((Entry(position, thing.name, version, "", id, raw, wish, b"", 0),))
+
+    def _refers(self, connection: apsw.Connection, thing: _Thing, entry: Entry) -> None:
+        """Whether the fact is there that made a record, and what a mark says is so."""
+        upto = upto_of(entry.raw)
+        head = self._walks[0].last
+        if thing.domain == "_written":
+            check_mark(entry, upto, head, self._found)
+        elif upto and (entry.version, upto, hash(entry.id)) != thing.fact and not self._walks[0].lossy:
+            query = "select s.name, f.version, f.id from facts f join streams s on s.id = f.stream where f.position = ?"
+            row: Any = connection.execute(query, (upto,)).fetchone()
+            check_record(entry, upto, None if row is None else Fact(*row), head, self._found)
 
     def _may_leap(self, walk: _Walk, position: Any) -> bool:
         """Positions count from 1; of commands some may be gone, which are counted in the end, and of records."""
