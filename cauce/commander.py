@@ -392,7 +392,13 @@ class Commander:
                 finally:
                     if leave is not None:
                         leave()
-        raise _contended(entries[0].stream)
+        raise self._contended(entries[0].stream)
+
+    def _contended(self, stream: str) -> Overloaded:
+        what = f"{stream}, or a tag that it would get," if self._tags.rules else stream
+        return Overloaded(
+            f"{what} changed {self._most_conflicts} times while it was decided: another writer is at it; try again"
+        )
 
     async def undo(self, ask: Ask, asked: Asked, record: type[Record]) -> ToldUndo:
         """Undo facts of a thing, as `cauce.undo` plans it. Raises as `call`, and what planning raises."""
@@ -489,7 +495,7 @@ class Commander:
                     leave()
             if receipt is not None:
                 return receipt
-        raise _contended(f"{self.domain}/{key}")
+        raise self._contended(f"{self.domain}/{key}")
 
     async def _decided(
         self,
@@ -897,12 +903,6 @@ class Commander:
 def _told(future: asyncio.Future[Any]) -> None:
     if not future.cancelled() and (error := future.exception()) is not None:
         _log.warning("an audit entry was not kept: %s", error)
-
-
-def _contended(stream: str) -> Overloaded:
-    return Overloaded(
-        f"{stream} changed {_MOST_CONFLICTS} times while it was decided: another writer is at it; try again"
-    )
 
 
 def _one_key(service: str, events: Sequence[Event]) -> str:

@@ -51,11 +51,15 @@ class Rule(msgspec.Struct, frozen=True):
         """What a thing bears that stands so. Raises `Refused` where that is no text."""
         if not isinstance(state, self.record):
             return frozenset()
-        found = self.function(state)
-        if found is None:
-            return frozenset()
-        several = found if isinstance(found, Iterable) and not isinstance(found, (str, bytes, Mapping)) else (found,)
-        tags = frozenset(several)
+        try:
+            found = self.function(state)
+            if found is None:
+                return frozenset()
+            several = isinstance(found, Iterable) and not isinstance(found, (str, bytes, Mapping))
+            tags = frozenset(found if several else (found,))
+        except Exception as error:
+            error.add_note(f"in rule {self.name} of {self.domain}, for {state!r:.200}")
+            raise
         for tag in tags:
             if type(tag) is not str or not tag:
                 raise Refused(

@@ -472,6 +472,17 @@ async def test_instances_with_other_rules_do_not_run_side_by_side(
         await bus.call(Join("ana", "a@x"))
 
 
+async def test_of_many_that_start_at_once_with_a_new_rule_one_counts(each_bus: str, program: Program) -> None:
+    async with running(made(email=False), bus=each_bus) as bus:
+        await asyncio.gather(*(bus.call(Join(f"p{n}", f"{n}@x")) for n in range(30)))
+    async with instances(program, each_bus, 3), connect(each_bus) as bus:
+        assert await verdicts(*(bus.call(Join(f"q{n}", f"{n}@x")) for n in range(40))) == {
+            "accepted": 10,
+            "Rejected": 30,
+        }
+        assert [entry.version for entry in (await bus.facts.read(Filter("_rules/people"))).entries] == [1, 2]
+
+
 async def test_who_has_other_rules_than_those_that_bind_takes_no_slot(
     bus_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -618,6 +629,16 @@ def test_without_a_bus_a_rule_is_only_tried_on_the_thing_itself() -> None:
 
     with pytest.raises(Refused, match="rule wrong of people gave 1: return a tag"):
         given(service).when(Join("ana", "a@x"))
+
+    service = made(email=False)
+
+    @service.unique
+    def breaks(person: Person) -> str:
+        return person.email.split("@")[1]
+
+    with pytest.raises(IndexError) as error:
+        given(service).when(Join("ana", "nothing"))
+    assert error.value.__notes__[0].startswith("in rule breaks of people, for Person(name='ana'")
 
 
 def test_a_rule_that_cannot_be_right_is_refused() -> None:
