@@ -421,7 +421,7 @@ class Commander:
                         return undone
             finally:
                 self._done(ask.id)
-        raise _contended(f"{self.domain}/{key}")
+        raise self._contended(f"{self.domain}/{key}")
 
     async def _undone(
         self,
