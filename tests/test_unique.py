@@ -36,6 +36,7 @@ from cauce import (
 from cauce.bus import Ask
 from cauce.cli import main
 from cauce.codec import derive_id
+from cauce.folding import fold_of
 from cauce.log import Filter
 from cauce.rules import _Building
 from cauce.rules import standing as bound
@@ -292,6 +293,7 @@ async def test_what_is_decided_ahead_of_the_disk_keeps_the_rule(each_bus: str) -
         for each in stand:
             with pytest.raises(Rejected, match=f"people/{each.name} "):
                 await bus.call(Join("other", each.email))
+        await counts_are_right(bus)
         free = {f"{n}@x" for n in range(9)} - {each.email for each in stand}
         for n, email in enumerate(sorted(free)):
             await bus.call(Join(f"new{n}", email))
@@ -315,6 +317,27 @@ async def test_two_instances_give_one_e_mail_once_and_a_third_when_one_is_killed
                     await decided(bus, Join(f"{who}-{n}", f"{n}@x"))
                 stand = [await bus.fetch(Person, f"{who}-{n}") for who in "abcd" if await stands(bus, f"{who}-{n}")]
                 assert len(stand) == 1
+            await counts_are_right(bus)
+
+
+async def counts_are_right(bus: Bus) -> None:
+    """What the tags say is what things bear, by their facts alone."""
+    said, borne, looked, head = dict[str, int](), Counter[str](), 0, await bus.facts.head()
+    folder = fold_of(bind(made()), people)
+    while looked < head:
+        page = await bus.facts.read(Filter(domains=frozenset({"_tags"})), after=looked)
+        said |= {each.key.partition("/")[2]: msgspec.json.decode(each.body or b"").get("n", 0) for each in page.entries}
+        looked = page.looked
+    looked, names = 0, set[str]()
+    while looked < head:
+        page = await bus.facts.read(Filter(domains=frozenset({"people"})), after=looked)
+        names |= {each.key for each in page.entries}
+        looked = page.looked
+    for name in names:
+        person = (await folder.fold(bus.facts, name)).state
+        if isinstance(person, Person):
+            borne.update(tag for tag in (person.email.casefold(), person.show) if tag)
+    assert {tag: n for tag, n in said.items() if n} == borne
 
 
 async def decided(bus: Bus, command: Command) -> bool:
@@ -348,6 +371,7 @@ async def test_just_so_many_get_a_seat_whichever_instance_decides(each_bus: str,
             await bus.call(Seat("late", "hamlet"))
         seated = [n for n in range(50) if await stands(bus, f"p{n}")]
         assert len(seated) == 20
+        await counts_are_right(bus)
         await bus.call(Seat(f"p{seated[0]}", "macbeth"))
         calls = [bus.call(Seat(name, "hamlet")) for name in ("x", "y")]
         assert await verdicts(*calls) == {"accepted": 1, "Rejected": 1}
