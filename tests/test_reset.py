@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -420,6 +421,43 @@ async def test_an_instance_that_another_machine_shows_alive_by_its_beat_is_not_r
         assert (await planned("reacting", logs, store, shelf)).is_needed is False
         await store.close()
         await other.close()
+
+
+class Hasty(SystemClock):
+    """Whose sleep is over at once, and has taken its time."""
+
+    ahead = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.ahead
+
+    async def sleep(self, seconds: float) -> None:
+        self.ahead += seconds
+        await asyncio.sleep(0)
+
+
+async def test_those_who_died_are_struck_off_at_once_if_that_is_proved_else_when_no_beat_has_come(
+    each_bus: str,
+) -> None:
+    code = "from cauce.clock import SystemClock as C; from cauce.identity import identity; print(identity('reacting', C()))"
+    ended = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+    killed = (await ended.communicate())[0].decode().strip()
+    async with backend_at(each_bus) as backend:
+        store = await backend.stores.open("reacting", keeps=False)
+        logs = {"facts": backend.facts, "commands": backend.commands, "records": backend.records}
+        shelf, clock = backend.stores.shelf("reacting"), Hasty()
+        for who, least, most in ((killed, 0, 1), ("on another machine", 9, 15)):
+            await store.tick(who, (), join=True)
+            assert len(await store.take(who, ["slot/1", "slot/2"])) == 2
+            store.move(None, "react", "things", 1, "another:facts", 7)
+            await store.flush()
+            began = clock.monotonic()
+            (move,) = (await reset("reacting", logs, store, shelf, clock)).moves
+            assert (move.place.position, move.to) == (7, 0)
+            assert least <= clock.monotonic() - began <= most + 5
+            standing = await store.tick("me", ())
+            assert (standing.instances, standing.holders) == ({}, {})
+        await store.close()
 
 
 async def beat(store: Any) -> None:

@@ -169,6 +169,26 @@ async def test_a_build_of_another_log_or_ahead_of_it_stops_loudly(kept_bus: str)
                 await builds.remove([number])
 
 
+async def test_what_lies_on_a_shelf_is_known_by_name_and_when_it_is_taken_away_it_is_built_anew(kept_bus: str) -> None:
+    async with running(owner, sums(), bus=kept_bus) as bus:
+        await bus.call(Grow("a"))
+        await bus.settled()
+        before = await bus.copies["viewer"].view("sums").fetch("select * from sums")
+    async with AsyncExitStack() as stack:
+        stores = await stack.enter_async_context(stores_of(kept_bus))
+        shelf = stores.shelf("viewer")
+        assert await shelf.names() == ["sums"]
+        assert await stores.shelf("view").names() == []
+        builds = shelf.builds("sums", "view sums of viewer")
+        await (await builds.create(await builds.live() + 1, SUMS, "unfinished", "x")).close()
+        await builds.clear()
+        assert (await builds.live(), await builds.numbers(), await shelf.names()) == (0, [], [])
+        await builds.clear()
+    async with running(owner, sums(), bus=kept_bus) as bus:
+        await bus.settled()
+        assert await bus.copies["viewer"].view("sums").fetch("select * from sums") == before
+
+
 @pytest.mark.parametrize("many", [1, 5])
 async def test_a_statement_that_fails_is_named_and_what_stands_before_it_is_kept(kept_bus: str, many: int) -> None:
     def bad(event: Grown, db: Store) -> None:

@@ -95,9 +95,7 @@ async def _do(url: str, at: str | None, service: str, *, from_first: bool) -> Pl
 
 
 def _lines(plan: Plan) -> Iterable[str]:
-    yield f"{plan.service}: " + (
-        "what it keeps and the log do not fit" if plan.is_needed else "all that it keeps fits its log"
-    )
+    yield f"{plan.service}: " + ("what is to be done" if plan.is_needed else "all that it keeps fits its log")
     for (consumer, name, to_first), moves in groupby(plan.moves, _consumer):
         some = list(moves)
         first, last = min(move.to for move in some), max(move.to for move in some)
