@@ -45,7 +45,7 @@ from cauce.bus import Bus, Cause
 from cauce.codec import Entry, Meta, moment, seal
 from cauce.fold import Folder
 from cauce.folded import Folded
-from cauce.log import Filter, Log
+from cauce.log import Appended, Filter, Log
 from cauce.records import Records
 from cauce.testing import VirtualClock
 from shop import users
@@ -903,7 +903,7 @@ async def test_no_mark_passes_a_record_that_another_flush_is_still_writing(clock
         if waiting:
             stream, put = waiting[-1]
             assert not stream.startswith("_written") or len(waiting) == 1, "a mark passes a record"
-            put.set_result(None)
+            put.set_result(Appended(1, 1))
             written += 1
     assert [stream for stream, _ in puts] == ["counters/a", "_written/counters/3"] * 2
     assert written == 4
