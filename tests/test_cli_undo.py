@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from cauce import connect, running
 from cauce.cli import main
 from cauce.cli.text import width
-from tests.test_undo import ChangeEmail, Earn, Join, Person, SendCard, entries, owner
+from tests.test_undo import ChangeEmail, Earn, EmailChanged, Join, Person, SendCard, entries, owner
 
 ROOT = Path(__file__).parent.parent
 people = owner()
@@ -101,6 +101,25 @@ def test_what_cannot_be_undone_is_told_on_one_line_with_its_code(thing: str) -> 
         assert result.exit_code == code
 
 
+def test_an_owner_that_runs_other_code_records_nothing_that_was_not_shown(each_bus: str) -> None:
+    other = owner()
+
+    @other.invert
+    def back(person: Person, event: EmailChanged) -> EmailChanged:
+        return EmailChanged(event.id, person.email)
+
+    async def main() -> tuple[Result, int]:
+        async with running(other, bus=each_bus) as bus:
+            await bus.call(Join("a", "1@x"))
+            await bus.call(ChangeEmail("a", "2@x"))
+            result = await asyncio.to_thread(cauce, each_bus, "people/a", "--steps", "1", "--yes")
+            return result, len(await entries(bus))
+
+    result, facts = asyncio.run(main())
+    assert "would record other facts" in result.stderr
+    assert (result.exit_code, facts) == (1, 2)
+
+
 def test_on_a_terminal_it_asks_first(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/bus.db"
 
@@ -121,6 +140,7 @@ def test_on_a_terminal_it_asks_first(tmp_path: Path) -> None:
 def ask(url: str, answer: bytes) -> str:
     """What the command says on a terminal where somebody answers."""
     ours, theirs = pty.openpty()
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "examples")))}
     command: list[Any] = [
         sys.executable,
         "-c",
@@ -133,7 +153,7 @@ def ask(url: str, answer: bytes) -> str:
         "--bus",
         url,
     ]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT)
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, env=env)
     os.close(theirs)
     if answer:
         os.write(ours, answer)

@@ -24,7 +24,7 @@ from cauce.runtime import connect
 from cauce.schema import encode
 from cauce.service import bind
 from cauce.undo import Undoing
-from cauce.undone import Asked, Undo, undo_of
+from cauce.undone import Asked, Fact, Undo, undo_of
 
 __all__ = ["undo"]
 
@@ -74,6 +74,10 @@ class _Plan(NamedTuple):
     events: Sequence[Event]
     changes: Sequence[Change[Record]]
 
+    @property
+    def facts(self) -> tuple[Fact, ...]:
+        return tuple(Fact(declared(each).name, msgspec.json.decode(encode(each))) for each in self.events)
+
 
 async def _plan(url: str, module: str, stream: str, wanted: Undo, by: str, without: tuple[str, ...]) -> _Plan:
     service, domain, key = owner_of(module, stream)
@@ -99,10 +103,16 @@ async def _plan(url: str, module: str, stream: str, wanted: Undo, by: str, witho
 async def _record(url: str, plan: _Plan, wanted: Undo, by: str, without: tuple[str, ...]) -> None:
     key = plan.stream.partition("/")[2]
     async with connect(url) as bus:
-        await bus.undo(
-            plan.record, key, to=wanted.to, steps=wanted.steps, correlation=wanted.correlation, by=by,
-            expect=plan.version, without=without,
-        )  # fmt: skip
+        for dry_run in (True, False):
+            undone = await bus.undo(
+                plan.record, key, to=wanted.to, steps=wanted.steps, correlation=wanted.correlation, by=by,
+                expect=plan.version, without=without, dry_run=dry_run,
+            )  # fmt: skip
+            if undone.facts != plan.facts:
+                # Nobody shall agree to one thing and get another.
+                raise Refused(
+                    f"the owner of {plan.stream} would record other facts, so it runs other code than this module: look with the code that runs"
+                )
 
 
 def _show(plan: _Plan) -> None:
@@ -118,7 +128,7 @@ def _tell(plan: _Plan, as_json: bool, *, changed: bool) -> None:
         print_json(
             {
                 "stream": plan.stream, "version": plan.version, "changed": changed,
-                "facts": [{"type": declared(each).name, "body": msgspec.Raw(encode(each))} for each in plan.events],
+                "facts": plan.facts,
                 "before": plan.changes[0].before if plan.changes else None, "after": last,
             }
         )  # fmt: skip
