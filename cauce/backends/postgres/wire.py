@@ -227,7 +227,12 @@ class _Board:
         moving, sure = min(deadline, clock.monotonic() + _MOVING), False
         while not self.closed:
             late = clock.monotonic() + _MOVED >= moving
-            await self.deadlines.within(deadline - clock.monotonic(), self.registry.look())
+            try:
+                await self.deadlines.within(deadline - clock.monotonic(), self.registry.look())
+            except TimeoutError:
+                if sure:
+                    break  # Nobody was there, and there is no time left to look for one that came.
+                raise
             for token in self._candidates(address, late=late):
                 left = deadline - clock.monotonic()
                 try:
