@@ -11,13 +11,14 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import apsw
 import pytest
 
 from cauce.backends import sqlite
 from cauce.backends.sqlite import chain, table
+from cauce.backends.sqlite.log import SQLiteLog
 from cauce.backends.sqlite.runway import Runway
 from cauce.backends.sqlite.table import Table
 from cauce.backends.sqlite.upkeep import verify
@@ -359,6 +360,10 @@ async def test_what_is_committed_is_told_as_committed_whatever_comes_after(
     bus = await sqlite.open(path, clock=Flushes(1e-6))
     for _ in range(calm):
         await bus.facts.append("things/1", [fact()])
+
+    writer = cast(SQLiteLog, bus.facts)._writer
+    while calm == CALM and not writer._idle:  # noqa: ASYNC110 - while the thread still tidies up, it writes
+        await asyncio.sleep(0.001)
 
     def broken(self: Table) -> Any:
         raise ZeroDivisionError
