@@ -11,14 +11,13 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import apsw
 import pytest
 
 from cauce.backends import sqlite
 from cauce.backends.sqlite import chain, table
-from cauce.backends.sqlite.log import SQLiteLog
 from cauce.backends.sqlite.runway import Runway
 from cauce.backends.sqlite.table import Table
 from cauce.backends.sqlite.upkeep import verify
@@ -361,7 +360,7 @@ async def test_what_is_committed_is_told_as_committed_whatever_comes_after(
     for _ in range(calm):
         await bus.facts.append("things/1", [fact()])
 
-    writer = cast(SQLiteLog, bus.facts)._writer
+    writer = bus.facts._writer
     while calm == CALM and not writer._idle:  # noqa: ASYNC110 - while the thread still tidies up, it writes
         await asyncio.sleep(0.001)
 
