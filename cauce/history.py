@@ -15,9 +15,8 @@ from cauce.errors import Refused
 from cauce.fold import Folder
 from cauce.folded import EMPTY, Folded
 from cauce.log import Filter, Log
-from cauce.messages import Record, declared
-from cauce.past import Change, Changes, Standing, Stood, Told
-from cauce.schema import encode
+from cauce.messages import Record
+from cauce.past import Change, Changes, Standing, Stood, Told, stood_as
 
 __all__ = ["changes", "page", "stood"]
 
@@ -89,16 +88,16 @@ def _wish(folder: Folder, meta: Meta, wisher: Entry | None) -> str:
 async def page(folder: Folder, facts: Log, records: Log, ask: Ask) -> Reply:
     """The next page of what was asked as `history` or `states`, never too large for a wire."""
     if ask.kind == "history":
-        return Reply(body=msgspec.Raw(_encode(await _changes(folder, facts, ask.key, ask.since))))
+        return Reply(body=msgspec.Raw(_encode(await _changes(folder, facts, ask))))
     return Reply(body=msgspec.Raw(_encode(await _standing(folder, facts, records, ask))))
 
 
-async def _changes(folder: Folder, facts: Log, key: str, after: int) -> Changes:
+async def _changes(folder: Folder, facts: Log, ask: Ask) -> Changes:
     told, size = list[Told](), 0
-    async with aclosing(changes(folder, facts, key, after=after)) as all_of_them:
+    async with aclosing(changes(folder, facts, ask.key, after=ask.since)) as all_of_them:
         try:
             async for change in all_of_them:
-                each = _told(change)
+                each = _told(change, stood_as(folder.schema, ask.type, change.after))
                 size += len(_encode(each))
                 if told and (size > _BYTES or len(told) >= _MOST):
                     return Changes(told, more=True)
@@ -111,11 +110,10 @@ async def _changes(folder: Folder, facts: Log, key: str, after: int) -> Changes:
     return Changes(told)
 
 
-def _told(change: Change[Record]) -> Told:
-    body, schema = (b"null", 0) if change.after is None else (encode(change.after), declared(change.after).version)
+def _told(change: Change[Record], after: Stood | None) -> Told:
     return Told(
         change.version, change.position, micros(change.time), change.event, change.id, change.by, change.wish,
-        change.causation, change.correlation, schema, msgspec.Raw(body),
+        change.causation, change.correlation, after,
     )  # fmt: skip
 
 
@@ -136,9 +134,9 @@ async def _standing(folder: Folder, facts: Log, records: Log, ask: Ask) -> Stand
                 *(folder.fold(facts, entry.key, records=records, at_time=ask.at_time, upto=upto) for entry in some)
             )
             for first, each in zip(some, folded, strict=True):
-                if each.state is None:
+                told = stood_as(folder.schema, ask.type, each.state)
+                if told is None:
                     continue
-                told = Stood(declared(each.state).version, msgspec.Raw(encode(each.state)))
                 size += len(_encode(told))
                 if found and (size > _BYTES or len(found) >= _MOST):
                     return Standing(found, first.position - 1, upto)

@@ -15,7 +15,7 @@ from cauce.accept import SLOTS, check_body, check_value, slot_of
 from cauce.audit import Audit
 from cauce.backends import Backend, open_backend, stores_at
 from cauce.backends.health import warn
-from cauce.bus import Ask, Bus, Cause, Context, Reply, correlation, error_name, keep, own, owned
+from cauce.bus import Ask, Bus, Cause, Context, Reply, correlation, error_name, keep, other_record, own, owned
 from cauce.carried import LastOfEach, Superseded, carried
 from cauce.clock import Clock, SystemClock, uuid7
 from cauce.codec import Entry, Meta, derive_id, seal
@@ -34,6 +34,7 @@ from cauce.sql import spoken
 from cauce.store import Share, Store, Stores, Unit
 from cauce.takes import Takes, enter
 from cauce.threads import Threads
+from cauce.undo import part
 from cauce.undone import Asked
 from cauce.wire import Instance, State
 
@@ -877,6 +878,7 @@ class _Running:
         if ask.kind not in ("fetch", "state"):
             raise Refused(f"{domain.name} knows no question of kind {ask.kind!r}: run newer code there")
         folded = await stood(folder, facts, ask.key, records=records, at_version=ask.at_version, at_time=ask.at_time)
+        _check_record(folder.schema, ask, folded.state)
         body = b"" if folded.state is None else encode(folded.state)
         if by_hand and not body:
             raise Gone(f"{domain.name}/{ask.key} does not stand: it was deleted, or never was")
@@ -894,7 +896,7 @@ class _Running:
         except msgspec.MsgspecError as error:
             raise Refused(f"what is to be undone of {domain.name}/{ask.key} cannot be read: {error}") from None
         told = await self._commanders[domain.name].undo(ask, asked, record)
-        return Reply(body=msgspec.Raw(_encode(told)))
+        return Reply(body=msgspec.Raw(_encode(part(told, ask.since))))
 
     async def _answered(self, domain: Domain, ask: Ask, answers: dict[type[Message], Bound]) -> Reply:
         query = self._schemas[domain.name].decode(domain.name, ask.type, ask.schema, bytes(ask.body))
@@ -939,6 +941,15 @@ class _PutOff(msgspec.Struct):
 
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(_Said).decode
+
+
+def _check_record(schema: Schema, ask: Ask, state: Record | None) -> None:
+    if state is None:
+        return
+    kind = declared(state)
+    name = kind.domain.name
+    if schema.knows(name, ask.type) and schema.today(name, ask.type) != kind.name:
+        raise other_record(f"{name}/{ask.key}", kind.name, ask.type)
 
 
 def _deciding(domain: str) -> str:

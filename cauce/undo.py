@@ -12,23 +12,27 @@ from typing import Any
 
 import msgspec
 
-from cauce.accept import APPEND_ENTRIES
+from cauce.accept import APPEND_ENTRIES, ENTRY_BYTES
 from cauce.codec import Entry, moment
 from cauce.errors import Refused
 from cauce.fold import Folder, messages_of
 from cauce.folded import Folded
 from cauce.log import Filter, Log
 from cauce.messages import Event, Message, Record, declared
+from cauce.past import Stood
 from cauce.restored import Restored, restored
-from cauce.schema import encode
 from cauce.takes import check_told
-from cauce.undone import Asked, Fact, ToldUndo
+from cauce.undone import Asked, ToldUndo
 
-__all__ = ["Invert", "Undoing", "told"]
+__all__ = ["Invert", "Undoing", "part", "told"]
 
 Invert = Callable[[Any, Any], Any]
 
 _READ = 511
+_BYTES = ENTRY_BYTES
+"""Bytes that are told at once: nothing is larger than an entry."""
+
+_encode = msgspec.json.Encoder().encode
 
 
 class Undoing:
@@ -133,18 +137,28 @@ class Undoing:
         return made
 
 
-def told(entries: Sequence[Entry], before: Folded, after: Record | None, *, changed: bool) -> ToldUndo:
+def told(
+    entries: Sequence[Entry], stands: Folded, before: Stood | None, after: Stood | None, *, changed: bool
+) -> ToldUndo:
     """What is told of an undo by these facts.
 
     Parameters:
-        before: what stood before them, with the version and position that the asker is told.
+        stands: whose version and position the asker is told.
     """
-    facts = [Fact(entry.type, msgspec.json.decode(entry.body or b"{}")) for entry in entries]
-    return ToldUndo(before.version, before.position, changed, facts, *_told_record(before.state), *_told_record(after))
+    facts = ({"type": entry.type, "body": msgspec.Raw(entry.body or b"{}")} for entry in entries)
+    parts = [msgspec.Raw(_encode(each)) for each in (before, after, *facts)]
+    return ToldUndo(stands.version, stands.position, changed, parts)
 
 
-def _told_record(record: Record | None) -> tuple[int, msgspec.Raw]:
-    return (0, msgspec.Raw(b"null")) if record is None else (declared(record).version, msgspec.Raw(encode(record)))
+def part(told: ToldUndo, since: int) -> ToldUndo:
+    """What is told from a part on, as much as is never too large for a wire."""
+    some, size = list[msgspec.Raw](), 0
+    for each in told.parts[since:]:
+        size += len(bytes(each))
+        if some and size > _BYTES:
+            break
+        some.append(each)
+    return msgspec.structs.replace(told, parts=some, more=since + len(some) < len(told.parts))
 
 
 def _joined(stream: str, inverses: list[list[Event]]) -> list[Event]:

@@ -56,16 +56,17 @@ class Asked(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ToldUndo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An undo as its owner tells it. A record is its body in the version `…_schema`; 0: none stands."""
+    """An undo as its owner tells it.
+
+    `parts`: what stood before and what stands after (a `Stood`, or null), then each `Fact`. `more`: there are later
+    ones.
+    """
 
     version: int
     position: int
     changed: bool
-    facts: list[Fact]
-    before_schema: int = 0
-    before: msgspec.Raw = msgspec.Raw(b"null")
-    after_schema: int = 0
-    after: msgspec.Raw = msgspec.Raw(b"null")
+    parts: list[msgspec.Raw]
+    more: bool = False
 
 
 def undo_of(to: object, steps: object, correlation: object) -> Undo:

@@ -431,6 +431,55 @@ async def test_a_domain_as_it_stood_at_a_moment_has_what_had_begun_by_then(each_
         assert await names(30) == [("b", "2"), ("c", "early")]
 
 
+async def test_of_a_domain_with_several_records_each_is_told_as_what_it_is(each_bus: str) -> None:
+    papers = Domain("papers", key="id")
+
+    class Draft(Record, domain=papers):
+        id: str
+        text: str
+
+    class Article(Record, domain=papers, version=2):
+        id: str
+        text: str
+        by: str = ""
+
+    class Drafted(Event, domain=papers):
+        id: str
+        text: str
+
+    class Printed(Event, domain=papers):
+        id: str
+        by: str
+
+    owner = Service("papers", owns=papers)
+
+    @owner.evolve
+    def drafted(paper: Draft | Article | None, event: Drafted) -> Draft:
+        return Draft(event.id, event.text)
+
+    @owner.evolve
+    def printed(paper: Draft, event: Printed) -> Article:
+        return Article(event.id, paper.text, event.by)
+
+    async with connect(each_bus) as client:
+        await wrote(client, Drafted("a", "1"), Printed("a", "eva"), Drafted("b", "2"))
+    async with running(owner, bus=each_bus) as bus:
+        draft, article = Draft("a", "1"), Article("a", "1", "eva")
+        assert await bus.fetch(Article, "a") == await bus.record(Article, "a") == article
+        assert await bus.state(Draft, "a", at=1) == draft
+        for ask in (bus.fetch(Draft, "a"), bus.state(Draft, "a"), bus.record(Draft, "a")):
+            with pytest.raises(Refused, match="papers/a stands as Article, not as Draft: ask for that"):
+                await ask
+        for record in (Draft, Article):
+            assert [each.after async for each in bus.history(record, "a")] == [draft, article]
+            assert [each async for each in bus.states(record)] == [article, Draft("b", "2")]
+        there: list[object] = [article, draft]
+        undone = await bus.undo(Draft, "a", to=1)
+        assert [undone.before, undone.after] == there
+        undone = await bus.undo(Draft, "a", to=2)
+        assert [undone.after, undone.before] == there
+
+
 # ------------------------------------------------------------------------------------------------ over the wire
 
 OWNER = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from cauce.restored import restored
 from cauce.schema import encode
 from cauce.service import bind
 from shop import crm, users
+from tests.wires import Peer
 
 people = Domain("people", key="id")
 
@@ -533,6 +535,55 @@ async def test_a_history_of_any_length_is_undone_by_one_fact_or_refused_where_in
             await bus.undo(Person, "a", to=1)
         await bus.call(ChangeEmail("a", "2@x"))
         assert (await bus.undo(Person, "a", to=1)).after == Person("a", "1@x")
+
+
+OWNER = """
+import asyncio, sys
+from cauce import running
+from tests.test_undo import inverting
+
+async def main():
+    async with running(inverting(), bus=sys.argv[1]):
+        print("ready", flush=True)
+        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+
+asyncio.run(main())
+"""
+
+
+def inverting() -> Service:
+    service = owner()
+
+    @service.invert
+    def back(person: Person, event: EmailChanged) -> EmailChanged:
+        return EmailChanged(event.id, person.email)
+
+    return service
+
+
+async def test_an_undo_of_large_facts_is_told_whole_to_another_process(
+    each_bus: str, program: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """In one process the wire is a call, and carries anything; a message of NATS holds one of these and no more."""
+    assert await Peer(program(OWNER, each_bus)).said() == "ready"
+    large = 370_000
+    async with connect(each_bus) as client:
+        await client.call(Join("a", "1" * large))
+        await client.call(Earn("a", 1))
+        await client.call(ChangeEmail("a", "2" * large))
+        await client.call(Leave("a"))
+        undone = await client.undo(Person, "a", to=1)
+        assert (undone.before, undone.after) == (None, Person("a", "1" * large))
+        assert [each.body["record"]["email"] for each in undone.facts] == ["1" * large]
+        await client.call(ChangeEmail("a", "2" * large))
+        await client.call(ChangeEmail("a", "3" * large))
+        dry = await client.undo(Person, "a", to=5, dry_run=True)
+        wet = await client.undo(Person, "a", to=5, id="large")
+        again = await client.undo(Person, "a", to=5, id="large")
+        assert [each.body["email"][0] for each in wet.facts] == ["2", "1"]
+        assert wet == again
+        assert (wet.facts, wet.before, wet.after) == (dry.facts, dry.before, dry.after)
+        assert (wet.receipt.version, wet.receipt.changed, dry.receipt.changed) == (9, True, False)
 
 
 def test_the_how_to_runs() -> None:
