@@ -133,7 +133,8 @@ def ask(url: str, answer: bytes) -> str:
         "--bus",
         url,
     ]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "examples")))}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, env=env)
     os.close(theirs)
     if answer:
         os.write(ours, answer)
