@@ -46,7 +46,7 @@ from cauce.rules import build, check
 from cauce.schema import Schema, encode, is_about, key_of
 from cauce.tags import Rule, Tags
 from cauce.undo import Invert, Undoing, told
-from cauce.undone import Asked, ToldUndo
+from cauce.undone import UNDO, Asked, ToldUndo
 
 __all__ = ["Commander", "Decider"]
 
@@ -404,7 +404,7 @@ class Commander:
     async def undo(self, ask: Ask, asked: Asked, record: type[Record]) -> ToldUndo:
         """Undo facts of a thing, as `cauce.undo` plans it. Raises as `call`, and what planning raises."""
         key, cause = ask.key, Cause(ask.id, ask.correlation or ask.id, ask.by, ask.trace, ask.tracestate)
-        wish = Wish("Undo", msgspec.Raw(_encode(asked.undo)), time=self._clock.now())
+        wish = Wish(UNDO, msgspec.Raw(_encode(asked.undo)), time=self._clock.now())
         with self._working(key):
             await self._alone(ask.id)
             try:

@@ -22,7 +22,7 @@ from cauce.messages import Event, Message, Record, declared
 from cauce.past import Stood
 from cauce.restored import Restored, restored
 from cauce.takes import check_told
-from cauce.undone import Asked, ToldUndo
+from cauce.undone import UNDO, Asked, ToldUndo, Undo
 
 __all__ = ["Invert", "Undoing", "part", "told"]
 
@@ -33,6 +33,7 @@ _BYTES = ENTRY_BYTES
 """Bytes that are told at once: nothing is larger than an entry."""
 
 _encode = msgspec.json.Encoder().encode
+_decode_undo = msgspec.json.Decoder(Undo).decode
 
 
 class Undoing:
@@ -105,11 +106,20 @@ class Undoing:
         return to, range(to + 1, version + 1)
 
     async def _of(self, stream: str, correlation: str, upto: int) -> list[int]:
-        found, looked, head = list[int](), 0, await self._facts.head()
+        """The facts of a correlation, without those that an undo took back: twice would be once too often."""
+        found, by, looked, head = list[int](), 0, 0, await self._facts.head()
         while looked < head:
-            page = await self._facts.read(Filter(stream), after=looked, bodies=False)
-            found += [each.version for each in page.entries if each.correlation == correlation and each.version <= upto]
+            page = await self._facts.read(Filter(stream), after=looked, limit=_READ)
+            for entry in page.entries:
+                left = _left(found, entry, correlation)
+                found, by = (found, by) if len(left) == len(found) else (left, entry.version)
+                if entry.correlation == correlation and entry.version <= upto:
+                    found.append(entry.version)
             looked = page.looked
+        if not found and by:
+            raise Refused(
+                f"{stream} had its facts with correlation {correlation} taken back by version {by} already: to undo that, or to go back further, say to="
+            )
         if not found:
             raise Refused(f"{stream} has no facts with correlation {correlation}: see its history")
         return found
@@ -159,6 +169,21 @@ def part(told: ToldUndo, since: int) -> ToldUndo:
             break
         some.append(each)
     return msgspec.structs.replace(told, parts=some, more=since + len(some) < len(told.parts))
+
+
+def _left(versions: list[int], entry: Entry, correlation: str) -> list[int]:
+    """Which facts of a correlation are not taken back by what an entry begins, if that is an undo."""
+    wished = entry.wished if versions else None
+    if wished is None or wished.type != UNDO:
+        return versions
+    try:
+        undo = _decode_undo(wished.body)
+    except msgspec.MsgspecError:
+        return versions  # a command of the domain has that name, too
+    if undo.correlation == correlation:
+        return []
+    to = entry.version - 1 - undo.steps if undo.steps is not None else undo.to
+    return versions if to is None else [each for each in versions if each <= to]
 
 
 def _joined(stream: str, inverses: list[list[Event]]) -> list[Event]:

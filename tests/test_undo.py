@@ -32,7 +32,7 @@ from cauce import (
     running,
     upcast,
 )
-from cauce.bus import Bus
+from cauce.bus import Bus, Cause
 from cauce.codec import Entry
 from cauce.folding import fold_of
 from cauce.log import Filter
@@ -250,6 +250,28 @@ async def test_the_facts_of_one_correlation_are_undone_where_others_came_after_b
         with pytest.raises(Refused, match="no facts with correlation never"):
             await bus.undo(Person, "a", correlation="never")
         assert first.changed
+
+
+async def test_the_facts_of_a_correlation_are_taken_back_once_by_whichever_undo(each_bus: str) -> None:
+    async with running(owner(), bus=each_bus) as bus:
+        await bus.call(Join("a", "1@x"))
+        await bus.call(Earn("a", 2), id="gift")
+        await bus.call(Earn("a", 5))
+        first = await bus.undo(Person, "a", correlation="gift")
+        with pytest.raises(Refused, match="correlation gift taken back by version 9 already"):
+            await bus.undo(Person, "a", correlation="gift")
+        # What came with it later is another matter.
+        await bus.call(Earn("a", 1), cause=Cause(correlation="gift"))
+        assert (await bus.undo(Person, "a", correlation="gift")).facts == (Fact("Earned", {"id": "a", "points": -1}),)
+        back = await bus.undo(Person, "a", correlation=first.receipt.id)
+        assert back.after == Person("a", "1@x", 7), "an undo is undone by its own"
+        await bus.call(Earn("a", 1), cause=Cause(correlation="more"))
+        await bus.undo(Person, "a", to=1)
+        await bus.call(Earn("a", 1), cause=Cause(correlation="more"))
+        await bus.undo(Person, "a", steps=1)
+        with pytest.raises(Refused, match="correlation more taken back by version"):
+            await bus.undo(Person, "a", correlation="more")
+        assert await bus.fetch(Person, "a") == Person("a", "1@x", 0)
 
 
 async def test_nothing_goes_back_over_an_irreversible_fact(each_bus: str) -> None:

@@ -24,7 +24,7 @@ from cauce.runtime import connect
 from cauce.schema import encode
 from cauce.service import bind
 from cauce.undo import Undoing
-from cauce.undone import Asked, Undo, undo_of
+from cauce.undone import UNDO, Asked, Undo, undo_of
 
 __all__ = ["undo"]
 
@@ -91,7 +91,7 @@ async def _plan(url: str, module: str, stream: str, wanted: Undo, by: str, witho
     state, now, changes = stands.state, moment(SystemClock().now()), list[Change[Record]]()
     for version, event in enumerate(events, stands.version + 1):
         after = folder.step(state, event, version)
-        changes.append(Change(version, 0, now, declared(event).name, "", by, "Undo", "", "", state, after))
+        changes.append(Change(version, 0, now, declared(event).name, "", by, UNDO, "", "", state, after))
         state = after
     return _Plan(name, record, stands.version, events, changes)
 
