@@ -27,7 +27,8 @@ _BYTES = ENTRY_BYTES
 _READ = 511
 """Facts that are read at once, two chapters of a stream on SQLite."""
 _LOOKED = 50_000
-"""Facts that are looked through for one page of things: then it is given as it is, before the asker has waited long."""
+"""Facts that are looked through or folded for one page of things: then it is given as it is, before the asker has
+waited long."""
 _FIRSTS = 1_000
 """Facts of a domain that are read at once, without bodies, to find the first ones."""
 _AT_ONCE = 16
@@ -130,6 +131,8 @@ async def _standing(folder: Folder, facts: Log, records: Log, ask: Ask) -> Stand
         firsts = [entry for entry in read.entries if entry.version == 1 and _began(entry, upto, ask.at_time)]
         for start in range(0, len(firsts), _AT_ONCE):
             some = firsts[start : start + _AT_ONCE]
+            if left <= 0:
+                return Standing(found, some[0].position - 1, upto)
             folded = await asyncio.gather(
                 *(folder.fold(facts, entry.key, records=records, at_time=ask.at_time, upto=upto) for entry in some)
             )
@@ -141,6 +144,7 @@ async def _standing(folder: Folder, facts: Log, records: Log, ask: Ask) -> Stand
                 if found and (size > _BYTES or len(found) >= _MOST):
                     return Standing(found, first.position - 1, upto)
                 found.append(told)
+            left -= sum(each.version for each in folded)
         looked, left = read.looked, left - len(read.entries)
     return Standing(found, min(looked, upto), upto)
 

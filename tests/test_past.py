@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
 
 from cauce import (
@@ -26,7 +28,7 @@ from cauce import (
     running,
     upcast,
 )
-from cauce.bus import Bus
+from cauce.bus import Ask, Bus
 from cauce.codec import Meta, seal, sealed
 from cauce.messages import declared
 from shop import users as shop
@@ -389,6 +391,46 @@ async def test_a_large_domain_comes_in_pages_and_lacks_nothing(
         asked = counted(bus, monkeypatch)
         assert [each.id async for each in bus.states(Person)] == [f"p{n}" for n in range(20) if n != 7]
         assert len(asked) >= least
+
+
+async def test_a_page_of_things_with_long_histories_ends_before_the_asker_has_waited_long(
+    each_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cauce.history._LOOKED", 100)
+    monkeypatch.setattr("cauce.history._AT_ONCE", 2)
+    async with running(service, bus=each_bus) as bus:
+        for n in range(6):
+            await wrote(bus, Joined(f"{n}", "x"), *[Seen(f"{n}")] * 60)
+        asked = list[Ask]()
+        ask = bus.wire.ask
+
+        async def counted(address: str, payload: bytes, deadline: float) -> bytes:
+            asked.append(msgspec.json.decode(payload, type=Ask))
+            return await ask(address, payload, deadline)
+
+        monkeypatch.setattr(bus.wire, "ask", counted)
+        assert [each.id async for each in bus.states(Person, at=datetime.now(UTC))] == [f"{n}" for n in range(6)]
+        assert len(asked) >= 3
+
+
+async def test_others_get_their_turn_while_a_long_history_is_folded(each_bus: str) -> None:
+    async with running(service, bus=each_bus) as bus:
+        await wrote(bus, Joined("long", "x"))
+        for start in range(0, 9_000, 900):
+            facts = [seal(Seen("long"), f"{n}", Meta(1)) for n in range(start, start + 900)]
+            await bus.facts.append("people/long", facts)
+        looks: list[Callable[[], Awaitable[Any]]] = [
+            lambda: bus.state(Person, "long", at=datetime.now(UTC)),
+            lambda: anext(bus.history(Person, "long", after=9_000)),
+            lambda: bus.undo(Person, "long", to=1, dry_run=True),
+        ]
+        for look in looks:
+            task, turns = asyncio.ensure_future(look()), 0
+            while not task.done():
+                turns += 1
+                await asyncio.sleep(0)
+            await task
+            assert turns > 4
 
 
 @pytest.mark.parametrize("short", [48, 0])
