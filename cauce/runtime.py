@@ -965,7 +965,7 @@ def _takes(parts: Sequence[Bound]) -> Takes:
             handler = f"view {bound.part.view}" if bound.part.kind == "view" else "the reactions"
             for cls in bound.messages:
                 kind = declared(cls)
-                found.setdefault(kind.domain.name, {}).setdefault(handler, set()).add(kind.name)
+                found.setdefault(kind.domain.name, {}).setdefault(handler, set()).update(kind.names)
     return {
         domain: {handler: tuple(sorted(types)) for handler, types in handlers.items()}
         for domain, handlers in found.items()

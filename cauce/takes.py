@@ -14,7 +14,7 @@ from cauce.log import Filter, Log
 __all__ = ["Takes", "check_told", "enter"]
 
 Takes = dict[str, dict[str, tuple[str, ...]]]
-"""By domain and handler the names of the types of events. The reactions of a service are one handler."""
+"""By domain and handler all names of the types of events. The reactions of a service are one handler."""
 
 _STREAM = "_takes/services"
 _READ = 1_000
@@ -42,17 +42,20 @@ async def enter(facts: Log, service: str, takes: Takes, clock: Clock) -> None:
             continue
 
 
-async def check_told(facts: Log, domain: str, types: Collection[str], event: str, without: Collection[str]) -> None:
+async def check_told(
+    facts: Log, domain: str, types: Mapping[str, Collection[str]], event: str, without: Collection[str]
+) -> None:
     """Raises `Refused`, naming them, if views or reactions that take one of these types do not take an event.
 
     Parameters:
+        types: all names of each, by that of today: a service may run code that is older, or newer.
         without: services that are not asked for it.
     """
     services, _ = await _read(facts)
     deaf = list[str]()
     for service, takes in sorted(services.items()):
         for handler, taken in sorted(takes.get(domain, {}).items()):
-            missed = sorted(set(taken).intersection(types))
+            missed = sorted(name for name, names in types.items() if not set(taken).isdisjoint(names))
             if missed and event not in taken and service not in without:
                 deaf.append(f"{handler} of {service}, taking {' and '.join(missed)}")
     if deaf:

@@ -18,7 +18,7 @@ from cauce.errors import Refused
 from cauce.fold import Folder, messages_of
 from cauce.folded import Folded
 from cauce.log import Filter, Log
-from cauce.messages import Event, Message, Record, declared
+from cauce.messages import Declared, Event, Message, Record, declared
 from cauce.past import Stood
 from cauce.restored import Restored, restored
 from cauce.takes import check_told
@@ -62,16 +62,22 @@ class Undoing:
         to, wanted = await self._wanted(stream, stands, asked)
         then = await self._folder.fold(self._facts, key, at_version=to)
         is_tail = len(wanted) == stands.version - to
-        types, inverses, missing, behind = set[str](), list[list[Event]](), dict[str, None](), list[Entry]()
+        types, inverses, missing, behind = (
+            dict[str, frozenset[str]](),
+            list[list[Event]](),
+            dict[str, None](),
+            list[Entry](),
+        )
         async with aclosing(self._since(stream, then, stands.version)) as facts:
             async for entry, event, before in facts:
                 if entry.version not in wanted:
                     behind.append(entry)
                     continue
-                types.add(_reversible(entry, event))
+                kind = _reversible(entry, event)
+                types[kind.name] = kind.names
                 invert = self._inverses.get(type(event))
                 if invert is None:
-                    missing[declared(event).name] = None
+                    missing[kind.name] = None
                 elif not missing:
                     inverses.append(self._inverted(invert, before, event))
         if is_tail and then.state == stands.state:
@@ -83,10 +89,10 @@ class Undoing:
                 f"{stream} went on with {', '.join(_named(each) for each in behind[:3])}{' …' if len(behind) > 3 else ''}, so what was before it is undone "
                 f"by inverses only: declare one with @service.invert for {', '.join(missing)}, or undo with to={to}, which takes back all of it"
             )
-        kind: type[Record] = record if then.state is None else type(then.state)
-        name = declared(Restored[kind]).name  # type: ignore[valid-type]
+        stood: type[Record] = record if then.state is None else type(then.state)
+        name = declared(Restored[stood]).name  # type: ignore[valid-type]
         await check_told(self._facts, self._folder.domain, types, name, asked.without)
-        return [restored(kind, key, then.state, to)]
+        return [restored(stood, key, then.state, to)]
 
     async def _wanted(self, stream: str, stands: Folded, asked: Asked) -> tuple[int, Collection[int]]:
         """The version before what is to be undone, and the versions that are."""
@@ -195,14 +201,14 @@ def _joined(stream: str, inverses: list[list[Event]]) -> list[Event]:
     return events
 
 
-def _reversible(entry: Entry, event: Event) -> str:
-    """The name of a fact's type. Raises `Refused` if nothing goes back over it."""
+def _reversible(entry: Entry, event: Event) -> Declared:
+    """What a fact is declared as. Raises `Refused` if nothing goes back over it."""
     kind = declared(event)
     if kind.irreversible:
         raise Refused(
             f"{_named(entry)}, of {moment(entry.meta.time).isoformat()}, is irreversible: undo what came after it, or record what makes up for it"
         )
-    return kind.name
+    return kind
 
 
 def _named(entry: Entry) -> str:

@@ -33,7 +33,7 @@ from cauce import (
     upcast,
 )
 from cauce.bus import Bus, Cause
-from cauce.codec import Entry
+from cauce.codec import Entry, Meta, seal
 from cauce.folding import fold_of
 from cauce.log import Filter
 from cauce.restored import restored
@@ -437,6 +437,66 @@ async def test_a_restoring_fact_is_refused_while_a_view_or_reaction_that_took_th
         )
         assert (await bus.undo(Person, "a", to=2, without=["lists"])).after == Person("a", "2@x")
         assert len(await entries(bus)) == 6
+
+
+async def test_who_takes_a_fact_by_an_earlier_or_later_name_counts_too(each_bus: str) -> None:
+    def code(event: str, record: str, *was: str) -> tuple[Domain, type[Event], type[Record]]:
+        domain = Domain("things", key="id")
+
+        class Moved(Event, domain=domain, name=event, was=was[:1]):
+            id: str
+            n: int
+
+        class Thing(Record, domain=domain, name=record, was=was[1:]):
+            id: str
+            n: int
+
+        return domain, Moved, Thing
+
+    def owner(event: str, record: str, *was: str) -> tuple[Service, type[Event], type[Record]]:
+        domain, moved, thing = code(event, record, *was)
+        service = Service("things", owns=domain)
+
+        def stands(before: Any, event: Any) -> Any:
+            return thing(event.id, event.n)  # type: ignore[call-arg]
+
+        stands.__annotations__ = {"before": thing | None, "event": moved}
+        service.evolve(stands)
+        return service, moved, thing
+
+    def follower(event: str, record: str, *was: str) -> Service:
+        _, moved, thing = code(event, record, *was)
+        service = Service("follower")
+
+        def follow(event: Any, db: Store) -> None: ...
+
+        follow.__annotations__ = {"event": moved, "db": Store}
+        service.view("followed", schema="create table followed (id text)")(follow)
+        if was:
+
+            def restore(event: Any, db: Store) -> None: ...
+
+            restore.__annotations__ = {"event": Restored[thing], "db": Store}  # type: ignore[valid-type]
+            service.view("followed")(restore)
+        return service
+
+    old, new = ("Shifted", "Item"), ("Moved", "Thing", "Shifted", "Item")
+    async with running(follower(*old), bus=each_bus):
+        pass
+    for key, names in (("a", old), ("b", new)):
+        service, moved, thing = owner(*names)
+        async with running(service, bus=each_bus) as bus:
+            for n in range(3):
+                event = moved(key, n)  # type: ignore[call-arg]
+                await bus.facts.append(f"things/{key}", [seal(event, bus.clock.id(), Meta(n))])
+            with pytest.raises(Refused, match=f"view followed of follower, taking {names[0]}: would not be told"):
+                await bus.undo(thing, key, to=1)
+    async with running(follower(*new), bus=each_bus):
+        pass
+    for key, names in (("a", old), ("b", new)):
+        service, _, thing = owner(*names)
+        async with running(service, bus=each_bus) as bus:
+            assert (await bus.undo(thing, key, to=1)).receipt.changed
 
 
 async def test_views_reactions_records_and_replicas_follow_an_undo_and_a_rebuild_does_too(each_bus: str) -> None:
