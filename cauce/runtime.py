@@ -20,7 +20,7 @@ from cauce.carried import LastOfEach, Superseded, carried
 from cauce.clock import Clock, SystemClock, uuid7
 from cauce.codec import Entry, Meta, derive_id, seal
 from cauce.commander import Commander, Decider
-from cauce.errors import CauceError, Gone, NoAnswer, NotOwner, Refused, Unavailable
+from cauce.errors import CauceError, Gone, NoAnswer, NotOwner, Refused, Unavailable, Unreadable
 from cauce.fold import Folder, messages_of
 from cauce.folding import fold_of, rules_of
 from cauce.history import page, stood
@@ -891,6 +891,11 @@ class _Running:
         record = domain.messages.get(ask.type) or domain.renamed.get(ask.type)
         if record is None or not issubclass(record, Record):
             raise Refused(f"{domain.name} has no record {ask.type!r}: name one that it has")
+        if ask.schema < declared(record).version:
+            # Nothing is recorded of which the asker could not be told.
+            raise Unreadable(
+                f"{ask.type} of {domain.name} is version {declared(record).version}, who asks knows {ask.schema}: deploy the newer code there first"
+            )
         try:
             asked = _decode_asked(ask.body)
         except msgspec.MsgspecError as error:

@@ -27,6 +27,7 @@ from cauce import (
     Service,
     Store,
     Undone,
+    Unreadable,
     connect,
     replace,
     running,
@@ -555,6 +556,34 @@ async def test_old_restoring_facts_are_lifted_by_the_upcasters_of_their_record()
 
         class RestoredThing(Event, domain=things):
             id: str
+
+
+async def test_who_could_not_read_what_an_undo_would_tell_is_refused_before_anything_is_written(each_bus: str) -> None:
+    class Older(Record, domain=Domain("people", key="id"), name="Person"):
+        id: str
+
+    domain = Domain("people", key="id")
+
+    class Now(Record, domain=domain, name="Person", version=2):
+        id: str
+        email: str
+
+    class Came(Event, domain=domain, name="Joined"):
+        id: str
+        email: str
+
+    service = Service("people", owns=domain)
+
+    @service.evolve
+    def came(person: Now | None, event: Came) -> Now:
+        return Now(event.id, event.email)
+
+    async with running(service, bus=each_bus) as bus, connect(each_bus) as client:
+        for n in "12":
+            await bus.facts.append("people/a", [seal(Came("a", n), bus.clock.id(), Meta(0))])
+        with pytest.raises(Unreadable, match="Person of people is version 2, who asks knows 1: deploy the newer code"):
+            await client.undo(Older, "a", to=1)
+        assert len(await entries(bus)) == 2
 
 
 def test_an_inverse_that_cannot_be_right_is_refused_by_its_name() -> None:
