@@ -401,16 +401,20 @@ class Bus:
         records = _Records(record)
         if expect is not None:
             check_count(expect, "expect", "a version, 0 or more")
-        elif steps is not None and id is None and not dry_run:
+        elif steps is not None and not dry_run:
             # Who is told twice to go back a step must not go back over the first of them.
-            seen = await self.undo(record, key, steps=steps, dry_run=True, without=without, timeout=timeout)
+            seen = await self.undo(record, key, steps=steps, dry_run=True, without=without, timeout=timeout, id=id)
+            if seen.receipt.changed:
+                return seen
             expect = seen.receipt.version
         asked = self.clock.id() if id is None else check_line(id, "id")
         again, parts, more, told = id is not None, list[msgspec.Raw](), True, None
         while more:
             body = msgspec.Raw(_encode(Asked(undo, expect, tuple(without), dry_run)))
             ask = Ask("undo", kind.name, asked, check_key(key), kind.version, body, again, me, since=len(parts))
-            told = _decode_undo((await self.wish(kind.domain.name, ask, timeout)).body)
+            told = _decode_undo(
+                (await (self._look_ahead if dry_run else self.wish)(kind.domain.name, ask, timeout)).body
+            )
             # What is left to be told is of what was recorded, or would be upon what stood.
             parts, more, again, expect = [*parts, *told.parts], told.more, True, told.version
         assert told is not None
@@ -475,6 +479,10 @@ class Bus:
         if not reply.changed:
             return None
         return _found(record, reply.schema or kind.version, bytes(reply.body))
+
+    async def _look_ahead(self, domain: str, ask: Ask, timeout: float) -> Reply:
+        """What the instance that holds the slot would record: of that no outcome is left unknown."""
+        return await self._look(f"{domain}/{slot_of(ask.key)}", ask, timeout)
 
     async def _look(self, domain: str, ask: Ask, timeout: float) -> Reply:
         """What an owner folds. Raises `NoAnswer`."""

@@ -20,6 +20,7 @@ from cauce import (
     Fact,
     NoAnswer,
     Notice,
+    OutcomeUnknown,
     Record,
     Refused,
     Rejected,
@@ -349,6 +350,47 @@ async def test_an_undo_said_twice_at_once_is_done_once(each_bus: str) -> None:
         again = await client.undo(Person, "b", to=1, id="said")
         assert again == once
         assert len(await entries(bus, "b")) == 5
+
+
+async def test_steps_go_back_over_what_was_there_when_they_were_said_with_an_id_too(
+    each_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(owner(), bus=each_bus) as bus, connect(each_bus) as client:
+        await begun(bus)
+        ask = client.wire.ask
+
+        async def overtaken(address: str, payload: bytes, deadline: float) -> bytes:
+            answer = await ask(address, payload, deadline)
+            if b'"dry' in payload:
+                await bus.call(ChangeEmail("a", "4@x"))
+            return answer
+
+        monkeypatch.setattr(client.wire, "ask", overtaken)
+        with pytest.raises(Refused, match="went on from version 3 to 4 meanwhile"):
+            await client.undo(Person, "a", steps=1, id="step")
+        monkeypatch.setattr(client.wire, "ask", ask)
+        first = await client.undo(Person, "a", steps=1, id="step")
+        assert first.after == Person("a", "3@x")
+        await bus.call(ChangeEmail("a", "5@x"))
+        assert await client.undo(Person, "a", steps=1, id="step") == first
+        assert await bus.fetch(Person, "a") == Person("a", "5@x")
+
+
+async def test_only_an_undo_that_may_have_been_recorded_has_an_unknown_outcome(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(owner(), bus=bus_url) as bus:
+        await begun(bus)
+
+        async def silent(address: str, payload: bytes, deadline: float) -> bytes:
+            raise TimeoutError
+
+        monkeypatch.setattr(bus.wire, "ask", silent)
+        with pytest.raises(OutcomeUnknown, match="call again with id='me'"):
+            await bus.undo(Person, "a", to=1, id="me")
+        for asked in ({"to": 1, "dry_run": True}, {"steps": 1}):
+            with pytest.raises(NoAnswer, match=r"people/\d+ did not answer within 30 s"):
+                await bus.undo(Person, "a", **asked)  # type: ignore[arg-type]
 
 
 async def test_wishes_that_race_with_an_undo_are_decided_before_or_after_it(each_bus: str) -> None:
