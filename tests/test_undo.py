@@ -628,6 +628,29 @@ async def test_who_could_not_read_what_an_undo_would_tell_is_refused_before_anyt
         assert len(await entries(bus)) == 2
 
 
+@pytest.mark.parametrize("key", ["record", "to", "key"])
+async def test_a_key_that_is_named_as_a_field_of_what_restores_is_told_or_kept(key: str, bus_url: str) -> None:
+    tracks = Domain("tracks", key=key)
+    made: Any = type(Event)
+    record = made("Track", (Record,), {"__module__": __name__, "__annotations__": {key: str, "n": int}}, domain=tracks)
+    played = made("Played", (Event,), {"__module__": __name__, "__annotations__": {key: str, "n": int}}, domain=tracks)
+    service = Service("tracks", owns=tracks)
+
+    def stands(before: Any, event: Any) -> Any:
+        return record(getattr(event, key), event.n)
+
+    stands.__annotations__ = {"before": record | None, "event": played}
+    service.evolve(stands)
+    async with running(service, bus=bus_url) as bus:
+        for n in (1, 2):
+            await bus.facts.append("tracks/a", [seal(played("a", n), bus.clock.id(), Meta(n))])
+        if key == "key":
+            assert (await bus.undo(record, "a", to=1)).after == record("a", 1)
+        else:
+            with pytest.raises(Refused, match=f"the key of tracks is named {key}, as a field of Restored"):
+                await bus.undo(record, "a", to=1)
+
+
 def test_an_inverse_that_cannot_be_right_is_refused_by_its_name() -> None:
     def bound(function: Callable[..., Any], match: str) -> None:
         service = Service("people", owns=people)

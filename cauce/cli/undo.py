@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import click
 import msgspec
 
+from cauce.bus import check_line
 from cauce.cli.history import columns, told
 from cauce.cli.place import as_json, bus, reading
 from cauce.cli.text import count, one_line, print_json
@@ -50,7 +52,7 @@ def undo(
     Nothing is deleted: facts are recorded that compensate, inverses that the service declares, or one that carries what
     stood. They are shown first, made from the log by the functions of MODULE; its service must run to record them.
     """
-    wanted = undo_of(to, steps, correlation)
+    wanted, _ = undo_of(to, steps, correlation), check_line(by, "by")
     plan = asyncio.run(_plan(url, module, stream, wanted, by, without))
     if not as_json:
         _show(plan)
@@ -58,6 +60,10 @@ def undo(
         _tell(plan, as_json, changed=False)
         return
     if not yes:
+        if as_json:
+            raise Refused(
+                "--json tells all at the end, so nobody could agree to it: look with --dry-run, and say --yes"
+            )
         if not (sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()):
             raise Refused("there is no terminal to ask at: look with --dry-run, and say --yes")
         click.confirm("Record this?", abort=True, err=True)
@@ -97,12 +103,19 @@ async def _plan(url: str, module: str, stream: str, wanted: Undo, by: str, witho
 
 
 async def _record(url: str, plan: _Plan, wanted: Undo, by: str, without: tuple[str, ...]) -> None:
-    key = plan.stream.partition("/")[2]
+    """Have it recorded, if the owner that runs would record just what was shown: its code may be another."""
     async with connect(url) as bus:
-        await bus.undo(
-            plan.record, key, to=wanted.to, steps=wanted.steps, correlation=wanted.correlation, by=by,
-            expect=plan.version, without=without,
+        undo = functools.partial(
+            bus.undo, plan.record, plan.stream.partition("/")[2], to=wanted.to, steps=wanted.steps,
+            correlation=wanted.correlation, by=by, expect=plan.version, without=without,
         )  # fmt: skip
+        would = await undo(dry_run=True)
+        shown = [(declared(each).name, msgspec.json.decode(encode(each))) for each in plan.events]
+        if [(each.type, each.body) for each in would.facts] != shown:
+            raise Refused(
+                f"the service that runs would record other facts for {plan.stream} than MODULE: let both be of the same code"
+            )
+        await undo()
 
 
 def _show(plan: _Plan) -> None:
