@@ -154,6 +154,18 @@ async def wrote(bus: Bus, *events: Event, times: list[int] | None = None) -> Non
         await bus.facts.append(entry.stream, [entry])
 
 
+def asked(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> list[Ask]:
+    """What is asked over the wire from now on."""
+    found, ask = list[Ask](), bus.wire.ask
+
+    async def counted(address: str, payload: bytes, deadline: float) -> bytes:
+        found.append(msgspec.json.decode(payload, type=Ask))
+        return await ask(address, payload, deadline)
+
+    monkeypatch.setattr(bus.wire, "ask", counted)
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------- history
 
 
@@ -401,16 +413,23 @@ async def test_a_page_of_things_with_long_histories_ends_before_the_asker_has_wa
     async with running(service, bus=each_bus) as bus:
         for n in range(6):
             await wrote(bus, Joined(f"{n}", "x"), *[Seen(f"{n}")] * 60)
-        asked = list[Ask]()
-        ask = bus.wire.ask
-
-        async def counted(address: str, payload: bytes, deadline: float) -> bytes:
-            asked.append(msgspec.json.decode(payload, type=Ask))
-            return await ask(address, payload, deadline)
-
-        monkeypatch.setattr(bus.wire, "ask", counted)
+        pages = asked(bus, monkeypatch)
         assert [each.id async for each in bus.states(Person, at=datetime.now(UTC))] == [f"{n}" for n in range(6)]
-        assert len(asked) >= 3
+        assert len(pages) >= 3
+
+
+async def test_a_page_of_things_that_are_rare_in_the_log_ends_too(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cauce.history._LOOKED", 2_000)
+    monkeypatch.setattr("cauce.backends.sqlite.log._WINDOW", 10)
+    async with running(service, bus=bus_url) as bus:
+        await wrote(bus, Joined("first", "x"))
+        await bus.facts.append("others/1", [sealed("others/1", "Noise", f"{n}", Meta(1), b"{}") for n in range(200)])
+        await wrote(bus, Joined("last", "x"))
+        pages = asked(bus, monkeypatch)
+        assert [each.id async for each in bus.states(Person)] == ["first", "last"]
+        assert len(pages) > 5
 
 
 async def test_others_get_their_turn_while_a_long_history_is_folded(each_bus: str) -> None:
