@@ -594,6 +594,8 @@ async def test_old_restoring_facts_are_lifted_by_the_upcasters_of_their_record()
     assert gone.record is None
     assert encode(old) == b'{"id":"1","record":{"id":"1","name":"old"},"to":4}'
     assert "RestoredThing" not in things.messages, "nobody declared, locks or reviews it"
+    with pytest.raises(Refused, match=r"lifted by those of the record in it: write @upcast\(Thing, …\)"):
+        upcast(Restored[Thing], from_version=1)
     with pytest.raises(Refused, match="'RestoredThing' means"):
 
         class RestoredThing(Event, domain=things):
