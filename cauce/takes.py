@@ -8,7 +8,7 @@ import msgspec
 
 from cauce.clock import Clock
 from cauce.codec import Meta, sealed
-from cauce.errors import Conflict, Refused
+from cauce.errors import Conflict, Refused, Unreadable
 from cauce.log import Filter, Log
 
 __all__ = ["Takes", "check_told", "enter"]
@@ -75,7 +75,12 @@ async def _read(facts: Log) -> tuple[Mapping[str, Takes], int]:
     while looked < head:
         page = await facts.read(Filter(_STREAM), after=looked, limit=_READ)
         for entry in page.entries:
-            each = _decode(entry.checked().body or b"")
+            try:
+                each = _decode(entry.checked().body or b"")
+            except msgspec.MsgspecError as error:
+                raise Unreadable(
+                    f"position {entry.position} ({entry.stream} version {entry.version}) does not say what a service takes: {error}: deploy the code that wrote it"
+                ) from None
             found[each.service], version = each.takes, entry.version
         looked = page.looked
     return found, version

@@ -35,7 +35,7 @@ from cauce import (
     upcast,
 )
 from cauce.bus import Bus, Cause
-from cauce.codec import Entry, Meta, seal
+from cauce.codec import Entry, Meta, seal, sealed
 from cauce.folding import fold_of
 from cauce.log import Filter
 from cauce.restored import restored
@@ -540,6 +540,15 @@ async def test_who_takes_a_fact_by_an_earlier_or_later_name_counts_too(each_bus:
         service, _, thing = owner(*names)
         async with running(service, bus=each_bus) as bus:
             assert (await bus.undo(thing, key, to=1)).receipt.changed
+
+
+async def test_an_entry_of_what_a_service_takes_that_cannot_be_read_is_named_with_its_place(bus_url: str) -> None:
+    stream = "_takes/services"
+    async with connect(bus_url) as bus:
+        await bus.facts.append(stream, [sealed(stream, "Takes", "1", Meta(1), b'{"service":"later","takes":7}')])
+    with pytest.raises(Unreadable, match=r"position 1 \(_takes/services version 1\) does not say what a service takes"):
+        async with running(owner(), bus=bus_url):
+            pass
 
 
 async def test_views_reactions_records_and_replicas_follow_an_undo_and_a_rebuild_does_too(each_bus: str) -> None:
