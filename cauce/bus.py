@@ -399,6 +399,8 @@ class Bus:
         """
         kind, undo, me = _declared(record, "record"), undo_of(to, steps, correlation), check_line(by, "by")
         records = _Records(record)
+        if isinstance(without, str):
+            raise Refused(f"without={without!r}: pass the names of services, without=[{without!r}]")
         if expect is not None:
             check_count(expect, "expect", "a version, 0 or more")
         elif steps is not None and not dry_run:

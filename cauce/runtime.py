@@ -255,9 +255,10 @@ class _Running:
     # ------------------------------------------------------------------------------------------------------ starting
 
     async def look(self) -> None:
-        """Raises `NotOwner` before anything is written."""
+        """Raises `NotOwner`, and `Refused` for messages that cannot be right, before anything is written."""
         for domain in self._service.owns:
             await owned(self._bus.facts, domain.name, self._service.name)
+            self._prepare(domain)
         if any(bound.part.kind in ("view", "replica") for bound in self._parts):
             from cauce.copying import copies_of
 
@@ -274,8 +275,6 @@ class _Running:
         await keep(bus.facts, name, store.id, store.place, store.is_fresh, bus.clock)
         self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose)
         shares.touched = self._touched
-        for domain in self._service.owns:
-            self._prepare(domain)
         caution = asyncio.Lock()
         self._consumers = [
             (consumer, tail)

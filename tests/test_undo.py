@@ -305,6 +305,7 @@ async def test_what_cannot_be_undone_is_refused_before_anything_is_written(each_
             ({"to": 1, "steps": 1}, "one of to=version"),
             ({"to": 1, "expect": 2}, "went on from version 2 to 3 meanwhile"),
             ({"to": 1, "by": "a\nb"}, "by="),
+            ({"to": 1, "without": "crm"}, r"pass the names of services, without=\['crm'\]"),
         ]
         for asked, why in wrong:
             with pytest.raises(Refused, match=why):
@@ -637,6 +638,22 @@ async def test_who_could_not_read_what_an_undo_would_tell_is_refused_before_anyt
         with pytest.raises(Unreadable, match="Person of people is version 2, who asks knows 1: deploy the newer code"):
             await client.undo(Older, "a", to=1)
         assert len(await entries(bus)) == 2
+
+
+async def test_an_event_named_as_what_restores_a_record_is_refused_before_anything_is_written(each_bus: str) -> None:
+    domain = Domain("seats", key="id")
+
+    class Seat(Record, domain=domain):
+        id: str
+
+    class RestoredSeat(Event, domain=domain):
+        id: str
+
+    with pytest.raises(Refused, match="two messages named 'RestoredSeat'"):
+        async with running(Service("seats", owns=domain), bus=each_bus):
+            pass
+    async with connect(each_bus) as bus:
+        assert await bus.facts.head() == 0
 
 
 @pytest.mark.parametrize("key", ["record", "to", "key"])
