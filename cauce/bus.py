@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import msgspec
 
@@ -17,11 +17,11 @@ from cauce.codec import Entry, Meta, derive_id, micros, moment, sealed
 from cauce.errors import CauceError, Conflict, Gone, NoAnswer, NotOwner, OutcomeUnknown, Refused, Unreadable
 from cauce.log import Filter, Log
 from cauce.messages import Command, Copy, Declared, Event, Message, Query, Record, declared
-from cauce.past import Change, Changes, Standing, check_count, moment_or_version
+from cauce.past import Change, Changes, Standing, Stood, check_count, moment_or_version
 from cauce.receipt import Receipt
 from cauce.schema import Schema, encode, key_of
 from cauce.sql import Store
-from cauce.undone import Asked, ToldUndo, Undone, undo_of
+from cauce.undone import Asked, Fact, ToldUndo, Undone, undo_of
 from cauce.wire import Wire
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "correlation",
     "error_name",
     "keep",
+    "other_record",
     "own",
     "owned",
 ]
@@ -123,6 +124,8 @@ _decode_reply = msgspec.json.Decoder(Reply).decode
 _decode_changes = msgspec.json.Decoder(Changes).decode
 _decode_standing = msgspec.json.Decoder(Standing).decode
 _decode_undo = msgspec.json.Decoder(ToldUndo).decode
+_decode_stood = msgspec.json.Decoder(Stood | None).decode
+_decode_fact = msgspec.json.Decoder(Fact).decode
 _ERRORS: dict[str, type[CauceError]] = {
     name: cls
     for name, cls in vars(errors).items()
@@ -277,8 +280,9 @@ class Bus:
         entry = page.entries[-1].checked()
         if not entry.body:
             return None
-        found = Schema([record]).decode(entry.domain, entry.type, entry.meta.schema, entry.body)
-        assert isinstance(found, record)
+        found = _Records(record).found(Stood(entry.type, entry.meta.schema, msgspec.Raw(entry.body)))
+        if not isinstance(found, record):
+            raise other_record(entry.stream, entry.type, kind.name)
         return found
 
     async def state(
@@ -309,7 +313,7 @@ class Bus:
 
         Raises `NoAnswer`, and what folding raises.
         """
-        kind, schema = _declared(record, "record"), Schema([record])
+        kind, records = _declared(record, "record"), _Records(record)
         wanted = check_count(after, "after", "a version, 0 or more")
         # A page tells what stood after each fact: the one before the first that is wanted tells what stood before it.
         since, before, more = max(wanted - 1, 0), None, True
@@ -317,7 +321,7 @@ class Bus:
             ask = Ask("history", kind.name, self.clock.id(), check_key(key), kind.version, since=since)
             page = _decode_changes((await self._look(kind.domain.name, ask, timeout)).body)
             for told in page.told:
-                stands = _found(record, schema, told.schema, bytes(told.after)) if told.schema else None
+                stands = records.found(told.after)
                 if told.version > wanted:
                     yield Change(
                         told.version, told.position, moment(told.time), told.event, told.id, told.by, told.wish,
@@ -342,7 +346,7 @@ class Bus:
         Raises `Refused` for a position that never was and for a datetime without a time zone; `NoAnswer`, and what
         folding raises.
         """
-        kind, schema = _declared(record, "record"), Schema([record])
+        kind, records = _declared(record, "record"), _Records(record)
         if at is not None and not isinstance(at, datetime):
             raise Refused(
                 f"at={at!r}: pass a datetime; versions are those of one thing, for all at a place in the log pass upto=position"
@@ -354,7 +358,8 @@ class Bus:
             ask = Ask("states", kind.name, self.clock.id(), "", kind.version, at_time=at_time, since=looked, upto=place)
             page = _decode_standing((await self._look(kind.domain.name, ask, timeout)).body)
             for each in page.stood:
-                yield _found(record, schema, each.schema, bytes(each.body))
+                if (stood := records.found(each)) is not None:
+                    yield stood
             looked, place = page.looked, page.upto
 
     async def undo(
@@ -393,21 +398,32 @@ class Bus:
         irreversible fact, a version that never was, the present one; and what `call` raises.
         """
         kind, undo, me = _declared(record, "record"), undo_of(to, steps, correlation), check_line(by, "by")
+        records = _Records(record)
+        if isinstance(without, str):
+            raise Refused(f"without={without!r}: pass the names of services, without=[{without!r}]")
         if expect is not None:
             check_count(expect, "expect", "a version, 0 or more")
-        elif steps is not None and id is None and not dry_run:
+        elif steps is not None and not dry_run:
             # Who is told twice to go back a step must not go back over the first of them.
-            seen = await self.undo(record, key, steps=steps, dry_run=True, without=without, timeout=timeout)
+            seen = await self.undo(record, key, steps=steps, dry_run=True, without=without, timeout=timeout, id=id)
+            if seen.receipt.changed:
+                return seen
             expect = seen.receipt.version
         asked = self.clock.id() if id is None else check_line(id, "id")
-        body = _encode(Asked(undo, expect, tuple(without), dry_run))
-        ask = Ask("undo", kind.name, asked, check_key(key), kind.version, msgspec.Raw(body), id is not None, me)
-        reply = await self.wish(kind.domain.name, ask, timeout)
-        told, schema = _decode_undo(reply.body), Schema([record])
+        again, parts, more, told = id is not None, list[msgspec.Raw](), True, None
+        while more:
+            body = msgspec.Raw(_encode(Asked(undo, expect, tuple(without), dry_run)))
+            ask = Ask("undo", kind.name, asked, check_key(key), kind.version, body, again, me, since=len(parts))
+            told = _decode_undo(
+                (await (self._look_ahead if dry_run else self.wish)(kind.domain.name, ask, timeout)).body
+            )
+            # What is left to be told is of what was recorded, or would be upon what stood.
+            parts, more, again, expect = [*parts, *told.parts], told.more, True, told.version
+        assert told is not None
+        before, after, *facts = parts
         return Undone(
-            Receipt(asked, key, told.version, told.position, told.changed, kind.domain.name), tuple(told.facts),
-            _found(record, schema, told.before_schema, bytes(told.before)) if told.before_schema else None,
-            _found(record, schema, told.after_schema, bytes(told.after)) if told.after_schema else None,
+            Receipt(asked, key, told.version, told.position, told.changed, kind.domain.name), tuple(map(_decode_fact, facts)),
+            records.found(_decode_stood(before)), records.found(_decode_stood(after)),
         )  # fmt: skip
 
     async def settled(self, timeout: float = TIMEOUT) -> None:
@@ -464,7 +480,11 @@ class Bus:
         reply = await self._look(kind.domain.name, ask, timeout)
         if not reply.changed:
             return None
-        return _found(record, Schema([record]), reply.schema or kind.version, bytes(reply.body))
+        return _found(record, reply.schema or kind.version, bytes(reply.body))
+
+    async def _look_ahead(self, domain: str, ask: Ask, timeout: float) -> Reply:
+        """What the instance that holds the slot would record: of that no outcome is left unknown."""
+        return await self._look(f"{domain}/{slot_of(ask.key)}", ask, timeout)
 
     async def _look(self, domain: str, ask: Ask, timeout: float) -> Reply:
         """What an owner folds. Raises `NoAnswer`."""
@@ -634,10 +654,32 @@ def reply_type(query: type[Query[Any]]) -> Any:
     raise Refused(f"{query.__name__} does not say what answers it: derive it from Query[Reply]")
 
 
-def _found(record: type[R], schema: Schema, version: int, body: bytes) -> R:
-    """A record as its owner tells it, who may run older or newer code than this program."""
+class _Records(Generic[R]):
+    """What an owner, who may run older or newer code than this program, tells who asked for a record.
+
+    Where its domain has several, it may be another.
+    """
+
+    def __init__(self, record: type[R]) -> None:
+        self._domain = declared(record).domain
+        records = [cls for cls in self._domain.messages.values() if issubclass(cls, Record)]
+        self._schema = Schema([*records, record])
+
+    def found(self, stood: Stood | None) -> R | None:
+        if stood is None:
+            return None
+        found = self._schema.decode(self._domain.name, stood.record, stood.schema, bytes(stood.body))
+        return cast("R", found)
+
+
+def other_record(stream: str, stands: str, asked: str) -> Refused:
+    """What is told where another record of the domain stands than the one that was asked for."""
+    return Refused(f"{stream} stands as {stands}, not as {asked}: ask for that")
+
+
+def _found(record: type[R], version: int, body: bytes) -> R:
     kind = declared(record)
-    found = schema.decode(kind.domain.name, kind.name, version, body)
+    found = Schema([record]).decode(kind.domain.name, kind.name, version, body)
     assert isinstance(found, record)
     return found
 

@@ -40,12 +40,13 @@ from cauce.folded import Folded
 from cauce.lease import Leases
 from cauce.log import Also, Appended, Filter
 from cauce.messages import Event, Message, Record, declared
+from cauce.past import Stood, stood_as
 from cauce.records import Records, ahead, written
 from cauce.rules import build, check
 from cauce.schema import Schema, encode, is_about, key_of
 from cauce.tags import Rule, Tags
 from cauce.undo import Invert, Undoing, told
-from cauce.undone import Asked, ToldUndo
+from cauce.undone import UNDO, Asked, ToldUndo
 
 __all__ = ["Commander", "Decider"]
 
@@ -413,20 +414,20 @@ class Commander:
     async def undo(self, ask: Ask, asked: Asked, record: type[Record]) -> ToldUndo:
         """Undo facts of a thing, as `cauce.undo` plans it. Raises as `call`, and what planning raises."""
         key, cause = ask.key, Cause(ask.id, ask.correlation or ask.id, ask.by, ask.trace, ask.tracestate)
-        wish = Wish("Undo", msgspec.Raw(_encode(asked.undo)), time=self._clock.now())
+        wish = Wish(UNDO, msgspec.Raw(_encode(asked.undo)), time=self._clock.now())
         with self._working(key):
             await self._alone(ask.id)
             try:
                 if ask.again and (before := await self._accepted(key, wish, ask.id)) is not None:
-                    return await self._told(before)
+                    return await self._told(before, ask.type)
                 for conflicts in range(self._most_conflicts):
                     leave = await self._my_turn(key, cause, "", conflicts)
                     try:
-                        undone = await self._undone(record, key, asked, cause, wish, leave, conflicts)
+                        undone = await self._undone(record, ask, asked, cause, wish, leave, conflicts)
                     finally:
                         leave()
                     if isinstance(undone, Receipt):
-                        return await self._told(undone)
+                        return await self._told(undone, ask.type)
                     if undone is not None:
                         return undone
             finally:
@@ -436,7 +437,7 @@ class Commander:
     async def _undone(
         self,
         record: type[Record],
-        key: str,
+        ask: Ask,
         asked: Asked,
         cause: Cause,
         wish: Wish,
@@ -444,6 +445,7 @@ class Commander:
         conflicts: int,
     ) -> Receipt | ToldUndo | None:
         """Undo once, or only tell what would be. None: the thing changed meanwhile, so that must be decided again."""
+        key = ask.key
         thing = self._things.get(key) or await self._load(key)
         # The plan reads the facts back: what is decided ahead of the disk must be there.
         if not await self._shown(key, thing):
@@ -459,11 +461,11 @@ class Commander:
         entries = self._sealed(stream, events, ids, cause, self._clock.now(), _encode(wish))
         if asked.dry or not events:
             after = self._stepped(key, before, events, entries)[0].state if events else before.state
-            return told(entries, before, after, changed=False)
+            return told(entries, before, *self._stood(ask.type, before.state, after), changed=False)
         appended = await self._record(key, thing, events, entries, leave, conflicts)
         return None if appended is None else Receipt(cause.id, key, appended.version, appended.position, True)
 
-    async def _told(self, receipt: Receipt) -> ToldUndo:
+    async def _told(self, receipt: Receipt, asked: str) -> ToldUndo:
         """What an undo recorded, by the log."""
         key, entries, looked = receipt.key, list[Entry](), 0
         while looked < receipt.position:
@@ -472,12 +474,10 @@ class Commander:
             looked = page.looked
         before = await self._folder.fold(self._facts, key, at_version=entries[0].version - 1)
         after = await self._folder.fold(self._facts, key, at_version=receipt.version)
-        return told(
-            entries,
-            msgspec.structs.replace(before, version=after.version, position=after.position),
-            after.state,
-            changed=True,
-        )
+        return told(entries, after, *self._stood(asked, before.state, after.state), changed=True)
+
+    def _stood(self, asked: str, *states: Record | None) -> list[Stood | None]:
+        return [stood_as(self._schema, asked, state) for state in states]
 
     async def settled(self) -> None:
         """Wait until all that is decided has its record."""

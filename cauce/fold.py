@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from cauce.codec import Entry, check, schema_of
+from cauce.codec import Entry, check, schema_of, time_in
 from cauce.errors import CauceError, Damaged, Inconsistent, Refused, Unreadable
 from cauce.folded import EMPTY, Folded
 from cauce.log import Filter, Log, Page
@@ -198,6 +198,7 @@ def _until(entries: list[Entry], at_version: int | None, at_time: int | None, up
         return [entry for entry in entries if entry.version <= at_version]
     if at_time is not None:
         for number, entry in enumerate(entries):
-            if entry.checked().meta.time > at_time:
+            if time_in(entry.raw) > at_time:
+                entry.checked()
                 return entries[:number]
     return entries

@@ -15,9 +15,8 @@ from cauce.errors import Refused
 from cauce.fold import Folder
 from cauce.folded import EMPTY, Folded
 from cauce.log import Filter, Log
-from cauce.messages import Record, declared
-from cauce.past import Change, Changes, Standing, Stood, Told
-from cauce.schema import encode
+from cauce.messages import Record
+from cauce.past import Change, Changes, Standing, Stood, Told, stood_as
 
 __all__ = ["changes", "page", "stood"]
 
@@ -28,7 +27,8 @@ _BYTES = ENTRY_BYTES
 _READ = 511
 """Facts that are read at once, two chapters of a stream on SQLite."""
 _LOOKED = 50_000
-"""Facts that are looked through for one page of things: then it is given as it is, before the asker has waited long."""
+"""Facts that are looked through or folded for one page of things: then it is given as it is, before the asker has
+waited long."""
 _FIRSTS = 1_000
 """Facts of a domain that are read at once, without bodies, to find the first ones."""
 _AT_ONCE = 16
@@ -89,16 +89,16 @@ def _wish(folder: Folder, meta: Meta, wisher: Entry | None) -> str:
 async def page(folder: Folder, facts: Log, records: Log, ask: Ask) -> Reply:
     """The next page of what was asked as `history` or `states`, never too large for a wire."""
     if ask.kind == "history":
-        return Reply(body=msgspec.Raw(_encode(await _changes(folder, facts, ask.key, ask.since))))
+        return Reply(body=msgspec.Raw(_encode(await _changes(folder, facts, ask))))
     return Reply(body=msgspec.Raw(_encode(await _standing(folder, facts, records, ask))))
 
 
-async def _changes(folder: Folder, facts: Log, key: str, after: int) -> Changes:
+async def _changes(folder: Folder, facts: Log, ask: Ask) -> Changes:
     told, size = list[Told](), 0
-    async with aclosing(changes(folder, facts, key, after=after)) as all_of_them:
+    async with aclosing(changes(folder, facts, ask.key, after=ask.since)) as all_of_them:
         try:
             async for change in all_of_them:
-                each = _told(change)
+                each = _told(change, stood_as(folder.schema, ask.type, change.after))
                 size += len(_encode(each))
                 if told and (size > _BYTES or len(told) >= _MOST):
                     return Changes(told, more=True)
@@ -111,11 +111,10 @@ async def _changes(folder: Folder, facts: Log, key: str, after: int) -> Changes:
     return Changes(told)
 
 
-def _told(change: Change[Record]) -> Told:
-    body, schema = (b"null", 0) if change.after is None else (encode(change.after), declared(change.after).version)
+def _told(change: Change[Record], after: Stood | None) -> Told:
     return Told(
         change.version, change.position, micros(change.time), change.event, change.id, change.by, change.wish,
-        change.causation, change.correlation, schema, msgspec.Raw(body),
+        change.causation, change.correlation, after,
     )  # fmt: skip
 
 
@@ -132,18 +131,22 @@ async def _standing(folder: Folder, facts: Log, records: Log, ask: Ask) -> Stand
         firsts = [entry for entry in read.entries if entry.version == 1 and _began(entry, upto, ask.at_time)]
         for start in range(0, len(firsts), _AT_ONCE):
             some = firsts[start : start + _AT_ONCE]
+            if left <= 0:
+                return Standing(found, some[0].position - 1, upto)
             folded = await asyncio.gather(
                 *(folder.fold(facts, entry.key, records=records, at_time=ask.at_time, upto=upto) for entry in some)
             )
             for first, each in zip(some, folded, strict=True):
-                if each.state is None:
+                told = stood_as(folder.schema, ask.type, each.state)
+                if told is None:
                     continue
-                told = Stood(declared(each.state).version, msgspec.Raw(encode(each.state)))
                 size += len(_encode(told))
                 if found and (size > _BYTES or len(found) >= _MOST):
                     return Standing(found, first.position - 1, upto)
                 found.append(told)
-        looked, left = read.looked, left - len(read.entries)
+            left -= sum(each.version for each in folded)
+        # Where others wrote most of the log, a look that finds little takes as long.
+        looked, left = read.looked, left - max(len(read.entries), _FIRSTS)
     return Standing(found, min(looked, upto), upto)
 
 

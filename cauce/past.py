@@ -9,9 +9,10 @@ import msgspec
 
 from cauce.codec import micros
 from cauce.errors import Refused
-from cauce.messages import Record
+from cauce.messages import Record, declared
+from cauce.schema import Schema, encode
 
-__all__ = ["Change", "Changes", "Standing", "Stood", "Told", "check_count", "moment_or_version"]
+__all__ = ["Change", "Changes", "Standing", "Stood", "Told", "check_count", "moment_or_version", "stood_as"]
 
 R = TypeVar("R", bound=Record)
 
@@ -48,11 +49,18 @@ class Change(msgspec.Struct, Generic[R], frozen=True):
         return {name: (before, after) for name, (before, after) in both.items() if before != after}
 
 
+class Stood(msgspec.Struct, frozen=True):
+    """A record that stood: the name and version of its type, and its body."""
+
+    record: str
+    schema: int
+    body: msgspec.Raw
+
+
 class Told(msgspec.Struct, frozen=True, omit_defaults=True):
     """A change as its owner tells it.
 
-    `time` is in microseconds since 1970. `after` is the body of the record, in the version `schema`; 0: none stands.
-    What stood before is what the change before it says.
+    `time` is in microseconds since 1970. What stood before is what the change before it says.
     """
 
     version: int
@@ -64,8 +72,7 @@ class Told(msgspec.Struct, frozen=True, omit_defaults=True):
     wish: str = ""
     causation: str = ""
     correlation: str = ""
-    schema: int = 0
-    after: msgspec.Raw = msgspec.Raw(b"null")
+    after: Stood | None = None
 
 
 class Changes(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -73,13 +80,6 @@ class Changes(msgspec.Struct, frozen=True, omit_defaults=True):
 
     told: list[Told]
     more: bool = False
-
-
-class Stood(msgspec.Struct, frozen=True):
-    """A record that stood, and its version as a type."""
-
-    schema: int
-    body: msgspec.Raw
 
 
 class Standing(msgspec.Struct, frozen=True):
@@ -91,6 +91,15 @@ class Standing(msgspec.Struct, frozen=True):
     stood: list[Stood]
     looked: int
     upto: int
+
+
+def stood_as(schema: Schema, asked: str, state: Record | None) -> Stood | None:
+    """How a record is told to who asked for one by this name: an earlier name of it, or that of another record."""
+    if state is None:
+        return None
+    kind = declared(state)
+    name = asked if schema.today(kind.domain.name, asked) == kind.name else kind.name
+    return Stood(name, kind.version, msgspec.Raw(encode(state)))
 
 
 def moment_or_version(at: object) -> tuple[int | None, int | None]:

@@ -82,6 +82,11 @@ def _made(record: type[Record]) -> type[Event]:
 
 
 def restored(record: type[R], key: str, stood: R | None, to: int) -> Event:
-    """The fact that a thing stands again as it stood at a version."""
+    """The fact that a thing stands again as it stood at a version. Raises `Refused` where it has no place for a key."""
+    domain = declared(record).domain
+    if domain.key in ("record", "to"):
+        raise Refused(
+            f"the key of {domain.name} is named {domain.key}, as a field of Restored[{record.__name__}] is: give each event an inverse with @service.invert"
+        )
     made = cast("Any", _made(record))
     return cast("Event", made(key, stood, to))

@@ -15,12 +15,12 @@ from cauce.accept import SLOTS, check_body, check_value, slot_of
 from cauce.audit import Audit
 from cauce.backends import Backend, open_backend, stores_at
 from cauce.backends.health import warn
-from cauce.bus import Ask, Bus, Cause, Context, Reply, correlation, error_name, keep, own, owned
+from cauce.bus import Ask, Bus, Cause, Context, Reply, correlation, error_name, keep, other_record, own, owned
 from cauce.carried import LastOfEach, Superseded, carried
 from cauce.clock import Clock, SystemClock, uuid7
 from cauce.codec import Entry, Meta, derive_id, seal
 from cauce.commander import Commander, Decider
-from cauce.errors import CauceError, Gone, NoAnswer, NotOwner, Refused, Unavailable
+from cauce.errors import CauceError, Gone, NoAnswer, NotOwner, Refused, Unavailable, Unreadable
 from cauce.fold import Folder, messages_of
 from cauce.folding import fold_of, rules_of
 from cauce.history import page, stood
@@ -34,6 +34,7 @@ from cauce.sql import spoken
 from cauce.store import Share, Store, Stores, Unit
 from cauce.takes import Takes, enter
 from cauce.threads import Threads
+from cauce.undo import part
 from cauce.undone import Asked
 from cauce.wire import Instance, State
 
@@ -251,9 +252,10 @@ class _Running:
     # ------------------------------------------------------------------------------------------------------ starting
 
     async def look(self) -> None:
-        """Raises `NotOwner` before anything is written."""
+        """Raises `NotOwner`, and `Refused` for messages that cannot be right, before anything is written."""
         for domain in self._service.owns:
             await owned(self._bus.facts, domain.name, self._service.name)
+            self._prepare(domain)
         if any(bound.part.kind in ("view", "replica") for bound in self._parts):
             from cauce.copying import copies_of
 
@@ -270,8 +272,6 @@ class _Running:
         await keep(bus.facts, name, store.id, store.place, store.is_fresh, bus.clock)
         self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose)
         shares.touched = self._touched
-        for domain in self._service.owns:
-            self._prepare(domain)
         caution = asyncio.Lock()
         self._consumers = [
             (consumer, tail)
@@ -874,6 +874,7 @@ class _Running:
         if ask.kind not in ("fetch", "state"):
             raise Refused(f"{domain.name} knows no question of kind {ask.kind!r}: run newer code there")
         folded = await stood(folder, facts, ask.key, records=records, at_version=ask.at_version, at_time=ask.at_time)
+        _check_record(folder.schema, ask, folded.state)
         body = b"" if folded.state is None else encode(folded.state)
         if by_hand and not body:
             raise Gone(f"{domain.name}/{ask.key} does not stand: it was deleted, or never was")
@@ -886,12 +887,17 @@ class _Running:
         record = domain.messages.get(ask.type) or domain.renamed.get(ask.type)
         if record is None or not issubclass(record, Record):
             raise Refused(f"{domain.name} has no record {ask.type!r}: name one that it has")
+        if ask.schema < declared(record).version:
+            # Nothing is recorded of which the asker could not be told.
+            raise Unreadable(
+                f"{ask.type} of {domain.name} is version {declared(record).version}, who asks knows {ask.schema}: deploy the newer code there first"
+            )
         try:
             asked = _decode_asked(ask.body)
         except msgspec.MsgspecError as error:
             raise Refused(f"what is to be undone of {domain.name}/{ask.key} cannot be read: {error}") from None
         told = await self._commanders[domain.name].undo(ask, asked, record)
-        return Reply(body=msgspec.Raw(_encode(told)))
+        return Reply(body=msgspec.Raw(_encode(part(told, ask.since))))
 
     async def _answered(self, domain: Domain, ask: Ask, answers: dict[type[Message], Bound]) -> Reply:
         query = self._schemas[domain.name].decode(domain.name, ask.type, ask.schema, bytes(ask.body))
@@ -938,6 +944,15 @@ _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(_Said).decode
 
 
+def _check_record(schema: Schema, ask: Ask, state: Record | None) -> None:
+    if state is None:
+        return
+    kind = declared(state)
+    name = kind.domain.name
+    if schema.knows(name, ask.type) and schema.today(name, ask.type) != kind.name:
+        raise other_record(f"{name}/{ask.key}", kind.name, ask.type)
+
+
 def _deciding(domain: str) -> str:
     """The name of the consumer that decides what was sent."""
     return f"decide {domain}"
@@ -951,7 +966,7 @@ def _takes(parts: Sequence[Bound]) -> Takes:
             handler = f"view {bound.part.view}" if bound.part.kind == "view" else "the reactions"
             for cls in bound.messages:
                 kind = declared(cls)
-                found.setdefault(kind.domain.name, {}).setdefault(handler, set()).add(kind.name)
+                found.setdefault(kind.domain.name, {}).setdefault(handler, set()).update(kind.names)
     return {
         domain: {handler: tuple(sorted(types)) for handler, types in handlers.items()}
         for domain, handlers in found.items()

@@ -8,13 +8,13 @@ import msgspec
 
 from cauce.clock import Clock
 from cauce.codec import Meta, sealed
-from cauce.errors import Conflict, Refused
+from cauce.errors import Conflict, Refused, Unreadable
 from cauce.log import Filter, Log
 
 __all__ = ["Takes", "check_told", "enter"]
 
 Takes = dict[str, dict[str, tuple[str, ...]]]
-"""By domain and handler the names of the types of events. The reactions of a service are one handler."""
+"""By domain and handler all names of the types of events. The reactions of a service are one handler."""
 
 _STREAM = "_takes/services"
 _READ = 1_000
@@ -42,17 +42,20 @@ async def enter(facts: Log, service: str, takes: Takes, clock: Clock) -> None:
             continue
 
 
-async def check_told(facts: Log, domain: str, types: Collection[str], event: str, without: Collection[str]) -> None:
+async def check_told(
+    facts: Log, domain: str, types: Mapping[str, Collection[str]], event: str, without: Collection[str]
+) -> None:
     """Raises `Refused`, naming them, if views or reactions that take one of these types do not take an event.
 
     Parameters:
+        types: all names of each, by that of today: a service may run code that is older, or newer.
         without: services that are not asked for it.
     """
     services, _ = await _read(facts)
     deaf = list[str]()
     for service, takes in sorted(services.items()):
         for handler, taken in sorted(takes.get(domain, {}).items()):
-            missed = sorted(set(taken).intersection(types))
+            missed = sorted(name for name, names in types.items() if not set(taken).isdisjoint(names))
             if missed and event not in taken and service not in without:
                 deaf.append(f"{handler} of {service}, taking {' and '.join(missed)}")
     if deaf:
@@ -72,7 +75,12 @@ async def _read(facts: Log) -> tuple[Mapping[str, Takes], int]:
     while looked < head:
         page = await facts.read(Filter(_STREAM), after=looked, limit=_READ)
         for entry in page.entries:
-            each = _decode(entry.checked().body or b"")
+            try:
+                each = _decode(entry.checked().body or b"")
+            except msgspec.MsgspecError as error:
+                raise Unreadable(
+                    f"position {entry.position} ({entry.stream} version {entry.version}) does not say what a service takes: {error}: deploy the code that wrote it"
+                ) from None
             found[each.service], version = each.takes, entry.version
         looked = page.looked
     return found, version

@@ -12,23 +12,28 @@ from typing import Any
 
 import msgspec
 
-from cauce.accept import APPEND_ENTRIES
+from cauce.accept import APPEND_ENTRIES, ENTRY_BYTES
 from cauce.codec import Entry, moment
 from cauce.errors import Refused
 from cauce.fold import Folder, messages_of
 from cauce.folded import Folded
 from cauce.log import Filter, Log
-from cauce.messages import Event, Message, Record, declared
+from cauce.messages import Declared, Event, Message, Record, declared
+from cauce.past import Stood
 from cauce.restored import Restored, restored
-from cauce.schema import encode
 from cauce.takes import check_told
-from cauce.undone import Asked, Fact, ToldUndo
+from cauce.undone import UNDO, Asked, ToldUndo, Undo
 
-__all__ = ["Invert", "Undoing", "told"]
+__all__ = ["Invert", "Undoing", "part", "told"]
 
 Invert = Callable[[Any, Any], Any]
 
 _READ = 511
+_BYTES = ENTRY_BYTES
+"""Bytes that are told at once: nothing is larger than an entry."""
+
+_encode = msgspec.json.Encoder().encode
+_decode_undo = msgspec.json.Decoder(Undo).decode
 
 
 class Undoing:
@@ -57,16 +62,22 @@ class Undoing:
         to, wanted = await self._wanted(stream, stands, asked)
         then = await self._folder.fold(self._facts, key, at_version=to)
         is_tail = len(wanted) == stands.version - to
-        types, inverses, missing, behind = set[str](), list[list[Event]](), dict[str, None](), list[Entry]()
+        types, inverses, missing, behind = (
+            dict[str, frozenset[str]](),
+            list[list[Event]](),
+            dict[str, None](),
+            list[Entry](),
+        )
         async with aclosing(self._since(stream, then, stands.version)) as facts:
             async for entry, event, before in facts:
                 if entry.version not in wanted:
                     behind.append(entry)
                     continue
-                types.add(_reversible(entry, event))
+                kind = _reversible(entry, event)
+                types[kind.name] = kind.names
                 invert = self._inverses.get(type(event))
                 if invert is None:
-                    missing[declared(event).name] = None
+                    missing[kind.name] = None
                 elif not missing:
                     inverses.append(self._inverted(invert, before, event))
         if is_tail and then.state == stands.state:
@@ -78,10 +89,10 @@ class Undoing:
                 f"{stream} went on with {', '.join(_named(each) for each in behind[:3])}{' …' if len(behind) > 3 else ''}, so what was before it is undone "
                 f"by inverses only: declare one with @service.invert for {', '.join(missing)}, or undo with to={to}, which takes back all of it"
             )
-        kind: type[Record] = record if then.state is None else type(then.state)
-        name = declared(Restored[kind]).name  # type: ignore[valid-type]
+        stood: type[Record] = record if then.state is None else type(then.state)
+        name = declared(Restored[stood]).name  # type: ignore[valid-type]
         await check_told(self._facts, self._folder.domain, types, name, asked.without)
-        return [restored(kind, key, then.state, to)]
+        return [restored(stood, key, then.state, to)]
 
     async def _wanted(self, stream: str, stands: Folded, asked: Asked) -> tuple[int, Collection[int]]:
         """The version before what is to be undone, and the versions that are."""
@@ -101,11 +112,20 @@ class Undoing:
         return to, range(to + 1, version + 1)
 
     async def _of(self, stream: str, correlation: str, upto: int) -> list[int]:
-        found, looked, head = list[int](), 0, await self._facts.head()
+        """The facts of a correlation, without those that an undo took back: twice would be once too often."""
+        found, by, looked, head = list[int](), 0, 0, await self._facts.head()
         while looked < head:
-            page = await self._facts.read(Filter(stream), after=looked, bodies=False)
-            found += [each.version for each in page.entries if each.correlation == correlation and each.version <= upto]
+            page = await self._facts.read(Filter(stream), after=looked, limit=_READ)
+            for entry in page.entries:
+                left = _left(found, entry, correlation)
+                found, by = (found, by) if len(left) == len(found) else (left, entry.version)
+                if entry.correlation == correlation and entry.version <= upto:
+                    found.append(entry.version)
             looked = page.looked
+        if not found and by:
+            raise Refused(
+                f"{stream} had its facts with correlation {correlation} taken back by version {by} already: to undo that, or to go back further, say to="
+            )
         if not found:
             raise Refused(f"{stream} has no facts with correlation {correlation}: see its history")
         return found
@@ -133,18 +153,43 @@ class Undoing:
         return made
 
 
-def told(entries: Sequence[Entry], before: Folded, after: Record | None, *, changed: bool) -> ToldUndo:
+def told(
+    entries: Sequence[Entry], stands: Folded, before: Stood | None, after: Stood | None, *, changed: bool
+) -> ToldUndo:
     """What is told of an undo by these facts.
 
     Parameters:
-        before: what stood before them, with the version and position that the asker is told.
+        stands: whose version and position the asker is told.
     """
-    facts = [Fact(entry.type, msgspec.json.decode(entry.body or b"{}")) for entry in entries]
-    return ToldUndo(before.version, before.position, changed, facts, *_told_record(before.state), *_told_record(after))
+    facts = ({"type": entry.type, "body": msgspec.Raw(entry.body or b"{}")} for entry in entries)
+    parts = [msgspec.Raw(_encode(each)) for each in (before, after, *facts)]
+    return ToldUndo(stands.version, stands.position, changed, parts)
 
 
-def _told_record(record: Record | None) -> tuple[int, msgspec.Raw]:
-    return (0, msgspec.Raw(b"null")) if record is None else (declared(record).version, msgspec.Raw(encode(record)))
+def part(told: ToldUndo, since: int) -> ToldUndo:
+    """What is told from a part on, as much as is never too large for a wire."""
+    some, size = list[msgspec.Raw](), 0
+    for each in told.parts[since:]:
+        size += len(bytes(each))
+        if some and size > _BYTES:
+            break
+        some.append(each)
+    return msgspec.structs.replace(told, parts=some, more=since + len(some) < len(told.parts))
+
+
+def _left(versions: list[int], entry: Entry, correlation: str) -> list[int]:
+    """Which facts of a correlation are not taken back by what an entry begins, if that is an undo."""
+    wished = entry.wished if versions else None
+    if wished is None or wished.type != UNDO:
+        return versions
+    try:
+        undo = _decode_undo(wished.body)
+    except msgspec.MsgspecError:
+        return versions  # a command of the domain has that name, too
+    if undo.correlation == correlation:
+        return []
+    to = entry.version - 1 - undo.steps if undo.steps is not None else undo.to
+    return versions if to is None else [each for each in versions if each <= to]
 
 
 def _joined(stream: str, inverses: list[list[Event]]) -> list[Event]:
@@ -156,14 +201,14 @@ def _joined(stream: str, inverses: list[list[Event]]) -> list[Event]:
     return events
 
 
-def _reversible(entry: Entry, event: Event) -> str:
-    """The name of a fact's type. Raises `Refused` if nothing goes back over it."""
+def _reversible(entry: Entry, event: Event) -> Declared:
+    """What a fact is declared as. Raises `Refused` if nothing goes back over it."""
     kind = declared(event)
     if kind.irreversible:
         raise Refused(
             f"{_named(entry)}, of {moment(entry.meta.time).isoformat()}, is irreversible: undo what came after it, or record what makes up for it"
         )
-    return kind.name
+    return kind
 
 
 def _named(entry: Entry) -> str:

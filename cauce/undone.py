@@ -11,9 +11,12 @@ from cauce.messages import Record
 from cauce.past import check_count
 from cauce.receipt import Receipt
 
-__all__ = ["Fact", "ToldUndo", "Undo", "Undone", "undo_of"]
+__all__ = ["UNDO", "Fact", "ToldUndo", "Undo", "Undone", "undo_of"]
 
 R = TypeVar("R", bound=Record)
+
+UNDO = "Undo"
+"""By what name the wish travels."""
 
 
 class Fact(msgspec.Struct, frozen=True):
@@ -35,7 +38,7 @@ class Undone(msgspec.Struct, Generic[R], frozen=True):
     after: R | None
 
 
-class Undo(msgspec.Struct, frozen=True, omit_defaults=True):
+class Undo(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """What is to be undone of a thing: all facts behind a version, the last so many, or those of one correlation."""
 
     to: int | None = None
@@ -56,16 +59,17 @@ class Asked(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ToldUndo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An undo as its owner tells it. A record is its body in the version `…_schema`; 0: none stands."""
+    """An undo as its owner tells it.
+
+    `parts`: what stood before and what stands after (a `Stood`, or null), then each `Fact`. `more`: there are later
+    ones.
+    """
 
     version: int
     position: int
     changed: bool
-    facts: list[Fact]
-    before_schema: int = 0
-    before: msgspec.Raw = msgspec.Raw(b"null")
-    after_schema: int = 0
-    after: msgspec.Raw = msgspec.Raw(b"null")
+    parts: list[msgspec.Raw]
+    more: bool = False
 
 
 def undo_of(to: object, steps: object, correlation: object) -> Undo:

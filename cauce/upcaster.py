@@ -31,6 +31,9 @@ def upcast(message: type[Message], *, from_version: int) -> Callable[[F], F]:
     """
     kind = declared(message)
     what = f"an upcaster of {kind.name}"
+    carried: type[Message] | None = getattr(message, "__record__", None)
+    if carried is not None:
+        raise Refused(f"{what}: it is lifted by those of the record in it: write @upcast({carried.__name__}, …)")
     if type(from_version) is not int or not 1 <= from_version < kind.version:
         raise Refused(
             f"{what} from version {from_version!r}: {kind.name} of {kind.domain.name} is version {kind.version}, so say from_version=1 to {kind.version - 1}, or raise version= in the class"

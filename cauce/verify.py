@@ -349,7 +349,14 @@ class _Kept(msgspec.Struct):
     place: str
 
 
-_ENTERED = {"_catalogue": _Owned, "_services": _Kept}
+class _Takes(msgspec.Struct):
+    """What `_takes/services` says."""
+
+    service: str
+    takes: dict[str, dict[str, list[str]]]
+
+
+_ENTERED: dict[str, type[_Owned | _Kept | _Takes]] = {"_catalogue": _Owned, "_services": _Kept, "_takes": _Takes}
 
 
 def check_entered(entry: Entry, found: Findings) -> None:

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from cauce import connect, running
 from cauce.cli import main
 from cauce.cli.text import width
-from tests.test_undo import ChangeEmail, Earn, EmailChanged, Join, Person, SendCard, entries, owner
+from tests.test_undo import ChangeEmail, Earn, Join, Person, SendCard, entries, owner
 
 ROOT = Path(__file__).parent.parent
 people = owner()
@@ -84,6 +84,7 @@ def test_what_was_agreed_to_is_recorded_by_the_owner(thing: str) -> None:
 
 WRONG: list[tuple[list[str], int, str]] = [
     (["--to", "1"], 1, "no terminal to ask at: look with --dry-run, and say --yes"),
+    (["--to", "1", "--by", "a\nb", "--dry-run"], 1, "by="),
     (["--to", "4", "--yes"], 1, "nothing to undo"),
     (["--to", "9", "--yes"], 1, "has 4 versions, there was never a 9"),
     (["--to", "-1", "--yes"], 1, "to=-1"),
@@ -101,23 +102,24 @@ def test_what_cannot_be_undone_is_told_on_one_line_with_its_code(thing: str) -> 
         assert result.exit_code == code
 
 
-def test_an_owner_that_runs_other_code_records_nothing_that_was_not_shown(each_bus: str) -> None:
-    other = owner()
+def test_with_json_nobody_is_asked(thing: str) -> None:
+    result = cauce(thing, "people/a", "--to", "1", "--json")
+    assert "nobody could agree to it: look with --dry-run, and say --yes" in result.output
+    assert result.exit_code == 1
 
-    @other.invert
-    def back(person: Person, event: EmailChanged) -> EmailChanged:
-        return EmailChanged(event.id, person.email)
+
+def test_what_the_owner_would_not_record_as_it_was_shown_is_refused(thing: str) -> None:
+    without = owner()
+    without.parts[:] = [each for each in without.parts if each.kind != "invert"]
 
     async def main() -> tuple[Result, int]:
-        async with running(other, bus=each_bus) as bus:
-            await bus.call(Join("a", "1@x"))
-            await bus.call(ChangeEmail("a", "2@x"))
-            result = await asyncio.to_thread(cauce, each_bus, "people/a", "--steps", "1", "--yes")
+        async with running(without, bus=thing) as bus:
+            result = await asyncio.to_thread(cauce, thing, "people/a", "--steps", "2", "--yes")
             return result, len(await entries(bus))
 
     result, facts = asyncio.run(main())
-    assert "would record other facts" in result.stderr
-    assert (result.exit_code, facts) == (1, 2)
+    assert "the service that runs would record other facts for people/a than MODULE" in result.stderr
+    assert (result.exit_code, facts) == (1, 4)
 
 
 def test_on_a_terminal_it_asks_first(tmp_path: Path) -> None:

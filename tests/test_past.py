@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
 
 from cauce import (
@@ -26,7 +28,7 @@ from cauce import (
     running,
     upcast,
 )
-from cauce.bus import Bus
+from cauce.bus import Ask, Bus
 from cauce.codec import Meta, seal, sealed
 from cauce.messages import declared
 from shop import users as shop
@@ -150,6 +152,18 @@ async def wrote(bus: Bus, *events: Event, times: list[int] | None = None) -> Non
         meta = Meta(times[n] if times else bus.clock.now(), declared(event).version)
         entry = seal(event, bus.clock.id(), meta)
         await bus.facts.append(entry.stream, [entry])
+
+
+def asked(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> list[Ask]:
+    """What is asked over the wire from now on."""
+    found, ask = list[Ask](), bus.wire.ask
+
+    async def counted(address: str, payload: bytes, deadline: float) -> bytes:
+        found.append(msgspec.json.decode(payload, type=Ask))
+        return await ask(address, payload, deadline)
+
+    monkeypatch.setattr(bus.wire, "ask", counted)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- history
@@ -391,6 +405,53 @@ async def test_a_large_domain_comes_in_pages_and_lacks_nothing(
         assert len(asked) >= least
 
 
+async def test_a_page_of_things_with_long_histories_ends_before_the_asker_has_waited_long(
+    each_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cauce.history._LOOKED", 100)
+    monkeypatch.setattr("cauce.history._AT_ONCE", 2)
+    async with running(service, bus=each_bus) as bus:
+        for n in range(6):
+            await wrote(bus, Joined(f"{n}", "x"), *[Seen(f"{n}")] * 60)
+        pages = asked(bus, monkeypatch)
+        assert [each.id async for each in bus.states(Person, at=datetime.now(UTC))] == [f"{n}" for n in range(6)]
+        assert len(pages) >= 3
+
+
+async def test_a_page_of_things_that_are_rare_in_the_log_ends_too(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cauce.history._LOOKED", 2_000)
+    monkeypatch.setattr("cauce.backends.sqlite.log._WINDOW", 10)
+    async with running(service, bus=bus_url) as bus:
+        await wrote(bus, Joined("first", "x"))
+        await bus.facts.append("others/1", [sealed("others/1", "Noise", f"{n}", Meta(1), b"{}") for n in range(200)])
+        await wrote(bus, Joined("last", "x"))
+        pages = asked(bus, monkeypatch)
+        assert [each.id async for each in bus.states(Person)] == ["first", "last"]
+        assert len(pages) > 5
+
+
+async def test_others_get_their_turn_while_a_long_history_is_folded(each_bus: str) -> None:
+    async with running(service, bus=each_bus) as bus:
+        await wrote(bus, Joined("long", "x"))
+        for start in range(0, 9_000, 900):
+            facts = [seal(Seen("long"), f"{n}", Meta(1)) for n in range(start, start + 900)]
+            await bus.facts.append("people/long", facts)
+        looks: list[Callable[[], Awaitable[Any]]] = [
+            lambda: bus.state(Person, "long", at=datetime.now(UTC)),
+            lambda: anext(bus.history(Person, "long", after=9_000)),
+            lambda: bus.undo(Person, "long", to=1, dry_run=True),
+        ]
+        for look in looks:
+            task, turns = asyncio.ensure_future(look()), 0
+            while not task.done():
+                turns += 1
+                await asyncio.sleep(0)
+            await task
+            assert turns > 4
+
+
 @pytest.mark.parametrize("short", [48, 0])
 async def test_a_domain_is_shown_at_one_place_in_the_log_while_others_write(
     short: int, each_bus: str, monkeypatch: pytest.MonkeyPatch
@@ -429,6 +490,55 @@ async def test_a_domain_as_it_stood_at_a_moment_has_what_had_begun_by_then(each_
         assert await names(10) == [("a", "1"), ("b", "1"), ("c", "early")]
         assert await names(20) == [("b", "1"), ("c", "early")]
         assert await names(30) == [("b", "2"), ("c", "early")]
+
+
+async def test_of_a_domain_with_several_records_each_is_told_as_what_it_is(each_bus: str) -> None:
+    papers = Domain("papers", key="id")
+
+    class Draft(Record, domain=papers):
+        id: str
+        text: str
+
+    class Article(Record, domain=papers, version=2):
+        id: str
+        text: str
+        by: str = ""
+
+    class Drafted(Event, domain=papers):
+        id: str
+        text: str
+
+    class Printed(Event, domain=papers):
+        id: str
+        by: str
+
+    owner = Service("papers", owns=papers)
+
+    @owner.evolve
+    def drafted(paper: Draft | Article | None, event: Drafted) -> Draft:
+        return Draft(event.id, event.text)
+
+    @owner.evolve
+    def printed(paper: Draft, event: Printed) -> Article:
+        return Article(event.id, paper.text, event.by)
+
+    async with connect(each_bus) as client:
+        await wrote(client, Drafted("a", "1"), Printed("a", "eva"), Drafted("b", "2"))
+    async with running(owner, bus=each_bus) as bus:
+        draft, article = Draft("a", "1"), Article("a", "1", "eva")
+        assert await bus.fetch(Article, "a") == await bus.record(Article, "a") == article
+        assert await bus.state(Draft, "a", at=1) == draft
+        for ask in (bus.fetch(Draft, "a"), bus.state(Draft, "a"), bus.record(Draft, "a")):
+            with pytest.raises(Refused, match="papers/a stands as Article, not as Draft: ask for that"):
+                await ask
+        for record in (Draft, Article):
+            assert [each.after async for each in bus.history(record, "a")] == [draft, article]
+            assert [each async for each in bus.states(record)] == [article, Draft("b", "2")]
+        there: list[object] = [article, draft]
+        undone = await bus.undo(Draft, "a", to=1)
+        assert [undone.before, undone.after] == there
+        undone = await bus.undo(Draft, "a", to=2)
+        assert [undone.after, undone.before] == there
 
 
 # ------------------------------------------------------------------------------------------------ over the wire

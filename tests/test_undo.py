@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cauce import (
     Fact,
     NoAnswer,
     Notice,
+    OutcomeUnknown,
     Record,
     Refused,
     Rejected,
@@ -26,19 +28,21 @@ from cauce import (
     Service,
     Store,
     Undone,
+    Unreadable,
     connect,
     replace,
     running,
     upcast,
 )
-from cauce.bus import Bus
-from cauce.codec import Entry
+from cauce.bus import Bus, Cause
+from cauce.codec import Entry, Meta, seal, sealed
 from cauce.folding import fold_of
 from cauce.log import Filter
 from cauce.restored import restored
 from cauce.schema import encode
 from cauce.service import bind
 from shop import crm, users
+from tests.wires import Peer
 
 people = Domain("people", key="id")
 
@@ -250,6 +254,28 @@ async def test_the_facts_of_one_correlation_are_undone_where_others_came_after_b
         assert first.changed
 
 
+async def test_the_facts_of_a_correlation_are_taken_back_once_by_whichever_undo(each_bus: str) -> None:
+    async with running(owner(), bus=each_bus) as bus:
+        await bus.call(Join("a", "1@x"))
+        await bus.call(Earn("a", 2), id="gift")
+        await bus.call(Earn("a", 5))
+        first = await bus.undo(Person, "a", correlation="gift")
+        with pytest.raises(Refused, match="correlation gift taken back by version 9 already"):
+            await bus.undo(Person, "a", correlation="gift")
+        # What came with it later is another matter.
+        await bus.call(Earn("a", 1), cause=Cause(correlation="gift"))
+        assert (await bus.undo(Person, "a", correlation="gift")).facts == (Fact("Earned", {"id": "a", "points": -1}),)
+        back = await bus.undo(Person, "a", correlation=first.receipt.id)
+        assert back.after == Person("a", "1@x", 7), "an undo is undone by its own"
+        await bus.call(Earn("a", 1), cause=Cause(correlation="more"))
+        await bus.undo(Person, "a", to=1)
+        await bus.call(Earn("a", 1), cause=Cause(correlation="more"))
+        await bus.undo(Person, "a", steps=1)
+        with pytest.raises(Refused, match="correlation more taken back by version"):
+            await bus.undo(Person, "a", correlation="more")
+        assert await bus.fetch(Person, "a") == Person("a", "1@x", 0)
+
+
 async def test_nothing_goes_back_over_an_irreversible_fact(each_bus: str) -> None:
     async with running(owner(), bus=each_bus) as bus:
         await begun(bus)
@@ -279,6 +305,7 @@ async def test_what_cannot_be_undone_is_refused_before_anything_is_written(each_
             ({"to": 1, "steps": 1}, "one of to=version"),
             ({"to": 1, "expect": 2}, "went on from version 2 to 3 meanwhile"),
             ({"to": 1, "by": "a\nb"}, "by="),
+            ({"to": 1, "without": "crm"}, r"pass the names of services, without=\['crm'\]"),
         ]
         for asked, why in wrong:
             with pytest.raises(Refused, match=why):
@@ -324,6 +351,47 @@ async def test_an_undo_said_twice_at_once_is_done_once(each_bus: str) -> None:
         again = await client.undo(Person, "b", to=1, id="said")
         assert again == once
         assert len(await entries(bus, "b")) == 5
+
+
+async def test_steps_go_back_over_what_was_there_when_they_were_said_with_an_id_too(
+    each_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(owner(), bus=each_bus) as bus, connect(each_bus) as client:
+        await begun(bus)
+        ask = client.wire.ask
+
+        async def overtaken(address: str, payload: bytes, deadline: float) -> bytes:
+            answer = await ask(address, payload, deadline)
+            if b'"dry' in payload:
+                await bus.call(ChangeEmail("a", "4@x"))
+            return answer
+
+        monkeypatch.setattr(client.wire, "ask", overtaken)
+        with pytest.raises(Refused, match="went on from version 3 to 4 meanwhile"):
+            await client.undo(Person, "a", steps=1, id="step")
+        monkeypatch.setattr(client.wire, "ask", ask)
+        first = await client.undo(Person, "a", steps=1, id="step")
+        assert first.after == Person("a", "3@x")
+        await bus.call(ChangeEmail("a", "5@x"))
+        assert await client.undo(Person, "a", steps=1, id="step") == first
+        assert await bus.fetch(Person, "a") == Person("a", "5@x")
+
+
+async def test_only_an_undo_that_may_have_been_recorded_has_an_unknown_outcome(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(owner(), bus=bus_url) as bus:
+        await begun(bus)
+
+        async def silent(address: str, payload: bytes, deadline: float) -> bytes:
+            raise TimeoutError
+
+        monkeypatch.setattr(bus.wire, "ask", silent)
+        with pytest.raises(OutcomeUnknown, match="call again with id='me'"):
+            await bus.undo(Person, "a", to=1, id="me")
+        for asked in ({"to": 1, "dry_run": True}, {"steps": 1}):
+            with pytest.raises(NoAnswer, match=r"people/\d+ did not answer within 30 s"):
+                await bus.undo(Person, "a", **asked)  # type: ignore[arg-type]
 
 
 async def test_wishes_that_race_with_an_undo_are_decided_before_or_after_it(each_bus: str) -> None:
@@ -415,6 +483,75 @@ async def test_a_restoring_fact_is_refused_while_a_view_or_reaction_that_took_th
         assert len(await entries(bus)) == 6
 
 
+async def test_who_takes_a_fact_by_an_earlier_or_later_name_counts_too(each_bus: str) -> None:
+    def code(event: str, record: str, *was: str) -> tuple[Domain, type[Event], type[Record]]:
+        domain = Domain("things", key="id")
+
+        class Moved(Event, domain=domain, name=event, was=was[:1]):
+            id: str
+            n: int
+
+        class Thing(Record, domain=domain, name=record, was=was[1:]):
+            id: str
+            n: int
+
+        return domain, Moved, Thing
+
+    def owner(event: str, record: str, *was: str) -> tuple[Service, type[Event], type[Record]]:
+        domain, moved, thing = code(event, record, *was)
+        service = Service("things", owns=domain)
+
+        def stands(before: Any, event: Any) -> Any:
+            return thing(event.id, event.n)  # type: ignore[call-arg]
+
+        stands.__annotations__ = {"before": thing | None, "event": moved}
+        service.evolve(stands)
+        return service, moved, thing
+
+    def follower(event: str, record: str, *was: str) -> Service:
+        _, moved, thing = code(event, record, *was)
+        service = Service("follower")
+
+        def follow(event: Any, db: Store) -> None: ...
+
+        follow.__annotations__ = {"event": moved, "db": Store}
+        service.view("followed", schema="create table followed (id text)")(follow)
+        if was:
+
+            def restore(event: Any, db: Store) -> None: ...
+
+            restore.__annotations__ = {"event": Restored[thing], "db": Store}  # type: ignore[valid-type]
+            service.view("followed")(restore)
+        return service
+
+    old, new = ("Shifted", "Item"), ("Moved", "Thing", "Shifted", "Item")
+    async with running(follower(*old), bus=each_bus):
+        pass
+    for key, names in (("a", old), ("b", new)):
+        service, moved, thing = owner(*names)
+        async with running(service, bus=each_bus) as bus:
+            for n in range(3):
+                event = moved(key, n)  # type: ignore[call-arg]
+                await bus.facts.append(f"things/{key}", [seal(event, bus.clock.id(), Meta(n))])
+            with pytest.raises(Refused, match=f"view followed of follower, taking {names[0]}: would not be told"):
+                await bus.undo(thing, key, to=1)
+    async with running(follower(*new), bus=each_bus):
+        pass
+    for key, names in (("a", old), ("b", new)):
+        service, _, thing = owner(*names)
+        async with running(service, bus=each_bus) as bus:
+            assert (await bus.undo(thing, key, to=1)).receipt.changed
+
+
+async def test_an_entry_of_what_a_service_takes_that_cannot_be_read_is_named_with_its_place(bus_url: str) -> None:
+    stream = "_takes/services"
+    async with connect(bus_url) as bus:
+        await bus.facts.append(stream, [sealed(stream, "Takes", "1", Meta(1), b'{"service":"later","takes":7}')])
+    with pytest.raises(Unreadable, match=r"position 1 \(_takes/services version 1\) does not say what a service takes"):
+        async with running(owner(), bus=bus_url):
+            pass
+
+
 async def test_views_reactions_records_and_replicas_follow_an_undo_and_a_rebuild_does_too(each_bus: str) -> None:
     copies = Service("copies", owns=(asked := Domain("asked")))
     copies.replica(Pal)
@@ -467,10 +604,79 @@ async def test_old_restoring_facts_are_lifted_by_the_upcasters_of_their_record()
     assert gone.record is None
     assert encode(old) == b'{"id":"1","record":{"id":"1","name":"old"},"to":4}'
     assert "RestoredThing" not in things.messages, "nobody declared, locks or reviews it"
+    with pytest.raises(Refused, match=r"lifted by those of the record in it: write @upcast\(Thing, …\)"):
+        upcast(Restored[Thing], from_version=1)
     with pytest.raises(Refused, match="'RestoredThing' means"):
 
         class RestoredThing(Event, domain=things):
             id: str
+
+
+async def test_who_could_not_read_what_an_undo_would_tell_is_refused_before_anything_is_written(each_bus: str) -> None:
+    class Older(Record, domain=Domain("people", key="id"), name="Person"):
+        id: str
+
+    domain = Domain("people", key="id")
+
+    class Now(Record, domain=domain, name="Person", version=2):
+        id: str
+        email: str
+
+    class Came(Event, domain=domain, name="Joined"):
+        id: str
+        email: str
+
+    service = Service("people", owns=domain)
+
+    @service.evolve
+    def came(person: Now | None, event: Came) -> Now:
+        return Now(event.id, event.email)
+
+    async with running(service, bus=each_bus) as bus, connect(each_bus) as client:
+        for n in "12":
+            await bus.facts.append("people/a", [seal(Came("a", n), bus.clock.id(), Meta(0))])
+        with pytest.raises(Unreadable, match="Person of people is version 2, who asks knows 1: deploy the newer code"):
+            await client.undo(Older, "a", to=1)
+        assert len(await entries(bus)) == 2
+
+
+async def test_an_event_named_as_what_restores_a_record_is_refused_before_anything_is_written(each_bus: str) -> None:
+    domain = Domain("seats", key="id")
+
+    class Seat(Record, domain=domain):
+        id: str
+
+    class RestoredSeat(Event, domain=domain):
+        id: str
+
+    with pytest.raises(Refused, match="two messages named 'RestoredSeat'"):
+        async with running(Service("seats", owns=domain), bus=each_bus):
+            pass
+    async with connect(each_bus) as bus:
+        assert await bus.facts.head() == 0
+
+
+@pytest.mark.parametrize("key", ["record", "to", "key"])
+async def test_a_key_that_is_named_as_a_field_of_what_restores_is_told_or_kept(key: str, bus_url: str) -> None:
+    tracks = Domain("tracks", key=key)
+    made: Any = type(Event)
+    record = made("Track", (Record,), {"__module__": __name__, "__annotations__": {key: str, "n": int}}, domain=tracks)
+    played = made("Played", (Event,), {"__module__": __name__, "__annotations__": {key: str, "n": int}}, domain=tracks)
+    service = Service("tracks", owns=tracks)
+
+    def stands(before: Any, event: Any) -> Any:
+        return record(getattr(event, key), event.n)
+
+    stands.__annotations__ = {"before": record | None, "event": played}
+    service.evolve(stands)
+    async with running(service, bus=bus_url) as bus:
+        for n in (1, 2):
+            await bus.facts.append("tracks/a", [seal(played("a", n), bus.clock.id(), Meta(n))])
+        if key == "key":
+            assert (await bus.undo(record, "a", to=1)).after == record("a", 1)
+        else:
+            with pytest.raises(Refused, match=f"the key of tracks is named {key}, as a field of Restored"):
+                await bus.undo(record, "a", to=1)
 
 
 def test_an_inverse_that_cannot_be_right_is_refused_by_its_name() -> None:
@@ -533,6 +739,55 @@ async def test_a_history_of_any_length_is_undone_by_one_fact_or_refused_where_in
             await bus.undo(Person, "a", to=1)
         await bus.call(ChangeEmail("a", "2@x"))
         assert (await bus.undo(Person, "a", to=1)).after == Person("a", "1@x")
+
+
+OWNER = """
+import asyncio, sys
+from cauce import running
+from tests.test_undo import inverting
+
+async def main():
+    async with running(inverting(), bus=sys.argv[1]):
+        print("ready", flush=True)
+        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+
+asyncio.run(main())
+"""
+
+
+def inverting() -> Service:
+    service = owner()
+
+    @service.invert
+    def back(person: Person, event: EmailChanged) -> EmailChanged:
+        return EmailChanged(event.id, person.email)
+
+    return service
+
+
+async def test_an_undo_of_large_facts_is_told_whole_to_another_process(
+    each_bus: str, program: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """In one process the wire is a call, and carries anything; a message of NATS holds one of these and no more."""
+    assert await Peer(program(OWNER, each_bus)).said() == "ready"
+    large = 370_000
+    async with connect(each_bus) as client:
+        await client.call(Join("a", "1" * large))
+        await client.call(Earn("a", 1))
+        await client.call(ChangeEmail("a", "2" * large))
+        await client.call(Leave("a"))
+        undone = await client.undo(Person, "a", to=1)
+        assert (undone.before, undone.after) == (None, Person("a", "1" * large))
+        assert [each.body["record"]["email"] for each in undone.facts] == ["1" * large]
+        await client.call(ChangeEmail("a", "2" * large))
+        await client.call(ChangeEmail("a", "3" * large))
+        dry = await client.undo(Person, "a", to=5, dry_run=True)
+        wet = await client.undo(Person, "a", to=5, id="large")
+        again = await client.undo(Person, "a", to=5, id="large")
+        assert [each.body["email"][0] for each in wet.facts] == ["2", "1"]
+        assert wet == again
+        assert (wet.facts, wet.before, wet.after) == (dry.facts, dry.before, dry.after)
+        assert (wet.receipt.version, wet.receipt.changed, dry.receipt.changed) == (9, True, False)
 
 
 def test_the_how_to_runs() -> None:

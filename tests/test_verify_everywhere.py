@@ -239,13 +239,13 @@ async def test_records_of_facts_that_are_not_there_and_marks_beyond_them_are_nam
 
 async def test_a_catalogue_that_says_nothing_or_gives_an_owner_twice_is_named(each_bus: str) -> None:
     async def hurt(bus: Backend) -> None:
-        for stream in ("_catalogue/users", "_catalogue/notes", "_services/notes"):
+        for stream in ("_catalogue/users", "_catalogue/notes", "_services/notes", "_takes/services"):
             await bus.facts.append(stream, [sealed(stream, "Owned", CLOCK.id(), Meta(CLOCK.now()), b'{"x":1}')])
 
     report = await damaged(each_bus, hurt)
     assert {each.kind for each in report.findings} == {"catalogue"}
     assert "(_catalogue/users version 2) gives users an owner a second time" in said(report)
-    assert said(report).count("is no entry of the catalogue") == 3
+    assert said(report).count("is no entry of the catalogue") == 4
 
 
 async def test_a_claim_that_no_log_gave_is_named(each_bus: str, storage: Storage, backend: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import click
 import msgspec
 
+from cauce.bus import check_line
 from cauce.cli.history import columns, told
 from cauce.cli.place import as_json, bus, reading
 from cauce.cli.text import count, one_line, print_json
@@ -24,7 +26,7 @@ from cauce.runtime import connect
 from cauce.schema import encode
 from cauce.service import bind
 from cauce.undo import Undoing
-from cauce.undone import Asked, Fact, Undo, undo_of
+from cauce.undone import UNDO, Asked, Fact, Undo, undo_of
 
 __all__ = ["undo"]
 
@@ -50,7 +52,7 @@ def undo(
     Nothing is deleted: facts are recorded that compensate, inverses that the service declares, or one that carries what
     stood. They are shown first, made from the log by the functions of MODULE; its service must run to record them.
     """
-    wanted = undo_of(to, steps, correlation)
+    wanted, _ = undo_of(to, steps, correlation), check_line(by, "by")
     plan = asyncio.run(_plan(url, module, stream, wanted, by, without))
     if not as_json:
         _show(plan)
@@ -58,6 +60,10 @@ def undo(
         _tell(plan, as_json, changed=False)
         return
     if not yes:
+        if as_json:
+            raise Refused(
+                "--json tells all at the end, so nobody could agree to it: look with --dry-run, and say --yes"
+            )
         if not (sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()):
             raise Refused("there is no terminal to ask at: look with --dry-run, and say --yes")
         click.confirm("Record this?", abort=True, err=True)
@@ -95,24 +101,24 @@ async def _plan(url: str, module: str, stream: str, wanted: Undo, by: str, witho
     state, now, changes = stands.state, moment(SystemClock().now()), list[Change[Record]]()
     for version, event in enumerate(events, stands.version + 1):
         after = folder.step(state, event, version)
-        changes.append(Change(version, 0, now, declared(event).name, "", by, "Undo", "", "", state, after))
+        changes.append(Change(version, 0, now, declared(event).name, "", by, UNDO, "", "", state, after))
         state = after
     return _Plan(name, record, stands.version, events, changes)
 
 
 async def _record(url: str, plan: _Plan, wanted: Undo, by: str, without: tuple[str, ...]) -> None:
-    key = plan.stream.partition("/")[2]
+    """Have it recorded, if the owner that runs would record just what was shown: its code may be another."""
     async with connect(url) as bus:
-        for dry_run in (True, False):
-            undone = await bus.undo(
-                plan.record, key, to=wanted.to, steps=wanted.steps, correlation=wanted.correlation, by=by,
-                expect=plan.version, without=without, dry_run=dry_run,
-            )  # fmt: skip
-            if undone.facts != plan.facts:
-                # Nobody shall agree to one thing and get another.
-                raise Refused(
-                    f"the owner of {plan.stream} would record other facts, so it runs other code than this module: look with the code that runs"
-                )
+        undo = functools.partial(
+            bus.undo, plan.record, plan.stream.partition("/")[2], to=wanted.to, steps=wanted.steps,
+            correlation=wanted.correlation, by=by, expect=plan.version, without=without,
+        )  # fmt: skip
+        would = await undo(dry_run=True)
+        if would.facts != plan.facts:
+            raise Refused(
+                f"the service that runs would record other facts for {plan.stream} than MODULE: let both be of the same code"
+            )
+        await undo()
 
 
 def _show(plan: _Plan) -> None:

@@ -37,6 +37,7 @@ __all__ = ["Reader", "SQLiteLog"]
 _POLL = 0.5
 _WINDOW = 50_000
 _LONGEST = 5_000
+_MANY = 500
 _SOME = 2_000
 _SLOW = 1024 * 1024
 _OVERHEAD = 200
@@ -139,6 +140,9 @@ class SQLiteLog:
     ) -> Page:
         page = self._look(filter, after, limit, bodies)
         if page.entries or wait <= 0:
+            if len(page.entries) >= _MANY or (filter.stream is None and page.looked - after >= _WINDOW):
+                # Who reads on and on gives others their turn on the loop.
+                await self._woken(filter, 0)
             return page
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
