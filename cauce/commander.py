@@ -206,7 +206,7 @@ class Commander:
                 self._bus.records,
                 self._folder,
                 self._tags.rules,
-                self._leases.claims[self._slots[0]],
+                [self._leases.claims[slot] for slot in self._slots],
                 self._clock,
             )
         finally:
