@@ -31,11 +31,15 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Binding(msgspec.Struct, frozen=True):
-    """A rule that binds: what its code is named, the number of its build, and whether that has ended."""
+    """A rule that binds: what its code is named, the number of its build, whether that has ended, and what it counts.
+
+    `records` is the log whose positions the build goes by.
+    """
 
     code: str
     since: int
     built: bool
+    records: str = ""
 
 
 _decode = msgspec.json.Decoder(dict[str, Binding]).decode
@@ -78,8 +82,8 @@ async def build(
 ) -> None:
     """Have just these rules bind the domain, whose slots are all held here and whose records are all written.
 
-    What was begun and not ended is gone on with. Raises `Refused` where more bear a tag than may, and `Fenced` where a
-    slot was taken over meanwhile.
+    What was begun and not ended is gone on with, if the records are still the same log. Raises `Refused` where more
+    bear a tag than may, and `Fenced` where a slot was taken over meanwhile.
 
     Parameters:
         fences: of all slots.
@@ -89,12 +93,13 @@ async def build(
     stands, version = await standing(facts, domain)
     if _agree(stands, rules):
         return
-    if {name: each.code for name, each in stands.items()} != {rule.name: rule.code for rule in rules}:
+    lost = any(not each.built and each.records != records.id for each in stands.values())
+    if lost or {name: each.code for name, each in stands.items()} != {rule.name: rule.code for rule in rules}:
         kept = {rule.name: stands[rule.name] for rule in rules if rule.name in stands}
         stands = {
             rule.name: kept[rule.name]
             if rule.name in kept and kept[rule.name].code == rule.code and kept[rule.name].built
-            else Binding(rule.code, version + 1, False)
+            else Binding(rule.code, version + 1, False, records.id)
             for rule in rules
         }
         version = await _say(facts, domain, stands, version, fence, clock)
@@ -103,7 +108,7 @@ async def build(
         # Who takes a slot from here on finds these rules, and takes none; who did before is met now.
         await asyncio.gather(*(facts.beat(each) for each in fences))
         await _Building(facts, records, folder, due, fence, clock).run()
-        done = {name: Binding(each.code, each.since, True) for name, each in stands.items()}
+        done = {name: msgspec.structs.replace(each, built=True) for name, each in stands.items()}
         await _say(facts, domain, done, version, fence, clock)
 
 

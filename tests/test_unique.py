@@ -43,6 +43,7 @@ from cauce.rules import standing as bound
 from cauce.service import bind
 from cauce.tags import Tags
 from cauce.testing import given
+from tests.servers import Nats
 from tests.test_instances import close, standing, until_shared
 
 Program = Callable[..., subprocess.Popen[str]]
@@ -513,6 +514,32 @@ async def test_what_was_accepted_is_counted_anew_in_any_order_where_the_record_s
         await bus.call(Seat("ana", "macbeth"))
         with pytest.raises(Rejected, match="'hamlet' is borne by 5 of people already"):
             await bus.call(Seat("ana", "hamlet"))
+
+
+async def test_a_build_that_broke_off_is_begun_anew_where_the_records_were_removed_meanwhile(
+    nats: Nats, nats_bus: str, bus_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written anew in another order, so how far it had counted says nothing any more."""
+    monkeypatch.setattr("cauce.rules._PAGE", 2)
+    async with running(made(email=False), bus=nats_bus) as bus:
+        for n in range(6):
+            await bus.call(Seat(f"p{n}", "hamlet"))
+            await bus.settled()
+        await bus.call(Move("p0", "0@x"))
+    page = _Building._page
+
+    async def broken(building: _Building, entries: Any) -> None:
+        await page(building, entries)
+        raise ConnectionError("the lights went out")
+
+    with monkeypatch.context() as patched, pytest.raises(ConnectionError):
+        patched.setattr("cauce.rules._Building._page", broken)
+        async with running(made(seats=8), bus=nats_bus):
+            pass
+    assert nats.request(f"$JS.API.STREAM.DELETE.{bus_name}_records")["success"]
+    async with running(made(seats=8), bus=nats_bus) as bus:
+        calls = [bus.call(Seat(f"q{n}", "hamlet")) for n in range(5)]
+        assert await verdicts(*calls) == {"accepted": 2, "Rejected": 3}
 
 
 async def test_instances_with_other_rules_do_not_run_side_by_side(
