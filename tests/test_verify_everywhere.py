@@ -187,6 +187,20 @@ async def test_a_command_that_is_gone_from_the_beginning_is_missed_though_others
     assert "lack" in found or "has lost 1 entries" in found
 
 
+async def test_a_command_is_missed_where_none_was_ever_forgotten(each_bus: str, storage: Storage) -> None:
+    async with backend_at(each_bus) as bus:
+        for stream in STREAMS[:3]:
+            await bus.commands.append(stream, [fact(stream)])
+        position = (await nth(bus.commands, STREAMS[1], 0)).position
+    assert (await read_all(each_bus, CLOCK)).ok
+    await storage.remove("commands", position)
+    found = said(await read_all(each_bus, CLOCK))
+    assert any(
+        words in found
+        for words in ("lack 1 entries", "has lost 1 entries", f"positions {position} to {position} are missing")
+    )
+
+
 async def test_a_record_that_is_gone_is_no_finding_because_they_are_written_behind(
     each_bus: str, storage: Storage
 ) -> None:
