@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
@@ -18,7 +19,7 @@ from cauce.bus import keep, own
 from cauce.cli import main
 from cauce.clock import SystemClock
 from cauce.codec import Entry, Meta, sealed
-from cauce.errors import Refused, Unreachable
+from cauce.errors import Refused, StorageFull, Unreachable
 from cauce.log import Filter, Log
 from cauce.twice import Twice
 from cauce.verify import Report, Walk
@@ -383,6 +384,21 @@ async def test_a_server_that_goes_away_while_it_is_read_is_no_damage(
                     await read_all(url, CLOCK)
     finally:
         own.remove()
+
+
+async def test_a_disk_without_room_for_temporary_files_is_no_damage(
+    each_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with backend_at(each_bus) as bus:
+        await filled(bus)
+    monkeypatch.setattr("cauce.twice._MANY", 2)
+    monkeypatch.setattr("cauce.backends.sqlite.verify._SOME", 0)
+    monkeypatch.setattr("cauce.twice.TemporaryFile", full)
+    with pytest.raises(StorageFull, match="No space left on device.*TMPDIR"):
+        await read_all(each_bus, CLOCK)
 
 
 def once(see: Callable[..., None], first: Callable[[], None]) -> Callable[..., None]:
