@@ -41,7 +41,7 @@ from cauce.lease import Leases
 from cauce.log import Also, Appended, Filter
 from cauce.messages import Event, Message, Record, declared
 from cauce.records import Records, ahead, written
-from cauce.rules import build, check
+from cauce.rules import are_coming, build, check
 from cauce.schema import Schema, encode, is_about, key_of
 from cauce.tags import Rule, Tags
 from cauce.undo import Invert, Undoing, told
@@ -172,7 +172,7 @@ class Commander:
         """Have the rules of this code bind the domain. Where others did, all slots are held while that is changed.
 
         Parameters:
-            patience: seconds to wait for another instance that does the same.
+            patience: seconds to wait for instances with other rules to go; for one that does the same it waits longer.
 
         Raises `Held` where another instance runs, and `Refused` where more things bear a tag than may.
         """
@@ -186,7 +186,8 @@ class Commander:
             try:
                 await self._leases.take(*self._slots)
             except Held as held:
-                if self._clock.monotonic() > until:
+                coming = await are_coming(self._facts, self.domain, self._tags.rules)
+                if self._clock.monotonic() > until and not coming:
                     why = f"{held}, because {self.domain} gets other rules, which binds all instances or none"
                     raise Held(why, held.claim) from None
                 await self._clock.sleep(_PAUSE * (1 + self._clock.random()))

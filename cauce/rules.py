@@ -18,7 +18,7 @@ from cauce.fold import Folder
 from cauce.log import Appended, Claim, Filter, Log
 from cauce.tags import Borne, Count, Rule, borne, count_of, stream_of
 
-__all__ = ["Binding", "build", "check", "standing", "void"]
+__all__ = ["Binding", "are_coming", "build", "check", "standing", "void"]
 
 _PAGE = 256
 """Things that are looked at together."""
@@ -70,6 +70,12 @@ async def check(facts: Log, domain: str, rules: Sequence[Rule]) -> dict[str, int
     return {name: each.since for name, each in stands.items()}
 
 
+async def are_coming(facts: Log, domain: str, rules: Sequence[Rule]) -> bool:
+    """Whether just these rules bind the domain, or will as soon as their tags are made."""
+    stands, _ = await standing(facts, domain)
+    return _are_named(stands, rules)
+
+
 async def void(facts: Log, domain: str, fence: Claim, clock: Clock) -> None:
     """Let no rule bind a domain whose slots are all held here: who starts next builds the tags anew."""
     stands, version = await standing(facts, domain)
@@ -94,7 +100,7 @@ async def build(
     if _agree(stands, rules):
         return
     lost = any(not each.built and each.records != records.id for each in stands.values())
-    if lost or {name: each.code for name, each in stands.items()} != {rule.name: rule.code for rule in rules}:
+    if lost or not _are_named(stands, rules):
         kept = {rule.name: stands[rule.name] for rule in rules if rule.name in stands}
         stands = {
             rule.name: kept[rule.name]
@@ -113,9 +119,11 @@ async def build(
 
 
 def _agree(stands: Mapping[str, Binding], rules: Sequence[Rule]) -> bool:
-    return {name: each.code for name, each in stands.items() if each.built} == {
-        rule.name: rule.code for rule in rules
-    } and all(each.built for each in stands.values())
+    return _are_named(stands, rules) and all(each.built for each in stands.values())
+
+
+def _are_named(stands: Mapping[str, Binding], rules: Sequence[Rule]) -> bool:
+    return {name: each.code for name, each in stands.items()} == {rule.name: rule.code for rule in rules}
 
 
 def _named(rules: Mapping[str, object]) -> str:

@@ -38,7 +38,7 @@ from cauce.bus import Ask
 from cauce.cli import main
 from cauce.codec import derive_id
 from cauce.log import Filter, Log
-from cauce.rules import _Building, build
+from cauce.rules import _Building, are_coming, build
 from cauce.rules import standing as bound
 from cauce.service import bind
 from cauce.tags import Tags
@@ -584,6 +584,54 @@ async def test_of_many_that_start_at_once_with_a_new_rule_one_counts(each_bus: s
             "Rejected": 30,
         }
         assert [entry.version for entry in (await bus.facts.read(Filter("_rules/people"))).entries] == [1, 2]
+
+
+SLOW = """
+import asyncio, sys
+from cauce import rules, running
+from tests import test_unique
+
+page = rules._Building._page
+
+async def slow(building, entries):
+    print("begun", flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
+    await page(building, entries)
+
+async def main():
+    rules._Building._page = slow
+    async with running(test_unique.made(), bus=sys.argv[1]):
+        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+
+asyncio.run(main())
+"""
+
+
+async def test_who_counts_for_long_is_waited_for_by_those_with_the_same_rules(
+    each_bus: str, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cauce.runtime._PATIENCE", 0.0)
+    monkeypatch.setattr("cauce.commander._PAUSE", 0.01)
+    async with running(made(email=False), bus=each_bus) as bus:
+        await bus.call(Join("ana", "a@x"))
+    slow = program(SLOW, each_bus)
+    stdin, stdout = slow.stdin, slow.stdout
+    assert stdin is not None
+    assert stdout is not None
+    assert await asyncio.to_thread(stdout.readline) == "begun\n"
+    looks = list[bool]()
+
+    async def looked(*arguments: Any) -> bool:
+        looks.append(await are_coming(*arguments))
+        if len(looks) == 3:
+            stdin.write("go on\n")
+            stdin.flush()
+        return looks[-1]
+
+    monkeypatch.setattr("cauce.commander.are_coming", looked)
+    async with running(made(), bus=each_bus):
+        assert looks[:3] == [True] * 3
+        await asyncio.to_thread(close, slow)
 
 
 async def test_who_has_other_rules_than_those_that_bind_takes_no_slot(
