@@ -42,7 +42,7 @@ from cauce.log import Also, Appended, Filter
 from cauce.messages import Event, Message, Record, declared
 from cauce.past import Stood, stood_as
 from cauce.records import Records, ahead, written
-from cauce.rules import build, check
+from cauce.rules import are_coming, build, check
 from cauce.schema import Schema, encode, is_about, key_of
 from cauce.tags import Rule, Tags
 from cauce.undo import Invert, Undoing, told
@@ -65,7 +65,7 @@ _LATE = round(SHORTEST * 1_000_000) // 2
 """Microseconds: an earlier try of what was said longer ago may be forgotten by now."""
 
 _PATIENCE = 30.0
-"""Seconds to wait for another instance that makes the tags of new rules."""
+"""Seconds to wait for instances with other rules to go, or for one that looks whether its own bind."""
 
 _PAUSE = 0.25
 _LONGEST_PAUSE = 5.0
@@ -186,8 +186,8 @@ class Commander:
     async def bind(self) -> None:
         """Have the rules of this code bind the domain. Where others did, all slots are held while that is changed.
 
-        Another instance that does the same is waited for. Raises `Held` where another instance runs, and `Refused`
-        where more things bear a tag than may.
+        Another instance that does the same is waited for. Raises `Held` where one with other rules does not go, and
+        `Refused` where more things bear a tag than may.
         """
         until = self._clock.monotonic() + _PATIENCE
         while True:
@@ -197,7 +197,8 @@ class Commander:
             try:
                 await self._leases.take(*self._slots)
             except Held as held:
-                if self._clock.monotonic() > until:
+                coming = await are_coming(self._facts, self.domain, self._tags.rules)
+                if self._clock.monotonic() > until and not coming:
                     why = f"{held}, because {self.domain} gets other rules, which binds all instances or none"
                     raise Held(why, held.claim) from None
                 await self._clock.sleep(_PAUSE * (1 + self._clock.random()))
@@ -217,7 +218,7 @@ class Commander:
                 self._bus.records,
                 self._folder,
                 self._tags.rules,
-                self._leases.claims[self._slots[0]],
+                [self._leases.claims[slot] for slot in self._slots],
                 self._clock,
             )
         finally:

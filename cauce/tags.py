@@ -58,18 +58,32 @@ class Rule(msgspec.Struct, frozen=True):
             several = isinstance(found, Iterable) and not isinstance(found, (str, bytes, Mapping))
             tags = frozenset(found if several else (found,))
         except Exception as error:
-            error.add_note(f"in rule {self.name} of {self.domain}, for {state!r:.200}")
+            self._note(error, state)
             raise
         for tag in tags:
             if type(tag) is not str or not tag:
                 raise Refused(
-                    f"rule {self.name} of {self.domain} gave {found!r}: return a tag (text), several, or None"
+                    f"rule {self.name} of {self.domain} gave {found!r:.200}: return a tag (text), several, or None"
                 )
         return tags
 
     def room(self, state: Record | None) -> int:
-        """How many may bear a tag, by the record of who wants it."""
-        return self.most(state) if callable(self.most) else self.most
+        """How many may bear a tag, by the record of who wants it. Raises `Refused` where that is no number."""
+        if not callable(self.most):
+            return self.most
+        try:
+            room = self.most(state)
+        except Exception as error:
+            self._note(error, state)
+            raise
+        if type(room) is not int:
+            raise Refused(
+                f"rule {self.name} of {self.domain} gave {room!r:.200} as the most: return a number of things"
+            )
+        return room
+
+    def _note(self, error: Exception, state: Record | None) -> None:
+        error.add_note(f"in rule {self.name} of {self.domain}, for {state!r:.200}")
 
 
 class Borne(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -191,7 +205,7 @@ class Tags:
         for change in sorted(changes, key=lambda each: (each.gained, each.stream)):
             count = self._counts.get(change.stream)
             if count is None or not self._goes(change, count, key, state):
-                count = self._counts[change.stream] = await count_of(self._facts, change.stream, count or _NOTHING)
+                count = await self._look(change)
             if not self._goes(change, count, key, state):
                 raise _full(change, count.borne) if change.gained else _uncounted(change, key)
             n = count.borne.n + (1 if change.gained else -1)
@@ -208,31 +222,38 @@ class Tags:
 
     def wrote(self, also: Sequence[Also], position: int) -> None:
         """They stand, behind a position."""
-        if len(self._counts) >= _CACHED:
-            self._counts.clear()
         for each in also:
             assert each.expect is not None
             entry = each.entries[-1]
-            self._counts[each.stream] = Count(each.expect + 1, _decode(entry.body or b"{}"), position)
+            self._remember(each.stream, Count(each.expect + 1, _decode(entry.body or b"{}"), position))
 
     async def lost(self, changes: Sequence[Change], conflicts: int) -> None:
         """Another process was first: look again, a little later each time."""
         for change in changes:
-            before = self._counts.get(change.stream, _NOTHING)
-            self._counts[change.stream] = await count_of(self._facts, change.stream, before)
+            await self._look(change)
         await self._clock.sleep(_PAUSE * conflicts * self._clock.random())
+
+    async def _look(self, change: Change) -> Count:
+        before = self._counts.get(change.stream, _NOTHING)
+        return self._remember(change.stream, await count_of(self._facts, change.stream, before))
+
+    def _remember(self, stream: str, count: Count) -> Count:
+        if len(self._counts) >= _CACHED:
+            self._counts.clear()
+        self._counts[stream] = count
+        return count
 
 
 def _full(change: Change, borne: Borne) -> Rejected:
     rule, tag = change.rule, change.tag
     if borne.n == 1 and rule.most == 1:
-        return Rejected(f"{rule.name} {tag!r} is borne by {rule.domain}/{borne.by} already")
-    return Rejected(f"{rule.name} {tag!r} is borne by {borne.n} of {rule.domain} already, and no more may")
+        return Rejected(f"{rule.name} {tag!r:.200} is borne by {rule.domain}/{borne.by} already")
+    return Rejected(f"{rule.name} {tag!r:.200} is borne by {borne.n} of {rule.domain} already, and no more may")
 
 
 def _uncounted(change: Change, key: str) -> Inconsistent:
     rule = change.rule
     return Inconsistent(
-        f"{rule.domain}/{key} gives {rule.name} {change.tag!r} back, which was never counted for it: its rule, or evolve, "
+        f"{rule.domain}/{key} gives {rule.name} {change.tag!r:.200} back, which was never counted for it: its rule, or evolve, "
         f"uses code of another module that was changed, so rename the rule, which builds its tags anew"
     )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from typing import IO
+
+from cauce.errors import StorageFull
 
 __all__ = ["Twice"]
 
@@ -21,14 +25,19 @@ class Twice:
         self._files: list[IO[bytes]] = []
 
     def tidy(self) -> None:
-        """Put away what is open, if that is much."""
+        """Put away what is open, if that is much. Raises `StorageFull`."""
         if len(self.open) >= _MANY:
-            self._spread()
+            with _room():
+                self._spread()
 
     def found(self) -> set[int]:
-        """The hashes that came more than once. Nothing is kept after that."""
+        """The hashes that came more than once. Nothing is kept after that. Raises `StorageFull`."""
         if not self._files:
             return _doubles(self.open)
+        with _room():
+            return self._gathered()
+
+    def _gathered(self) -> set[int]:
         self._spread()
         found = set[int]()
         for file in self._files:
@@ -50,6 +59,16 @@ class Twice:
             file.write(part.tobytes())
         # In place: who appends has hold of this very array.
         del self.open[:]
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageFull(
+            f"no temporary file can be written in {gettempdir()} ({error}): make room there, or name another folder by TMPDIR"
+        ) from error
 
 
 def _doubles(hashes: array[int]) -> set[int]:

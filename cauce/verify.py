@@ -14,7 +14,7 @@ import msgspec
 
 from cauce.accept import SLOTS, check_key
 from cauce.codec import Entry, digest
-from cauce.errors import CauceError, Refused
+from cauce.errors import CauceError, NotPermitted, Refused, Unavailable
 from cauce.twice import Twice
 
 __all__ = [
@@ -70,9 +70,14 @@ class Findings:
 
     @contextmanager
     def step(self, kind: str) -> Iterator[None]:
-        """Whatever fails in it is a finding: damaged storage may fail in any way."""
+        """Whatever fails in it is a finding: damaged storage may fail in any way.
+
+        Only what cannot be read now, or not by us, is raised: that says nothing of what is there.
+        """
         try:
             yield
+        except (Unavailable, NotPermitted):
+            raise
         except CauceError as error:
             self.add(kind, str(error))
         except Exception as error:

@@ -21,6 +21,7 @@ from cauce import (
     Command,
     Domain,
     Event,
+    Fenced,
     Gone,
     Held,
     Inconsistent,
@@ -37,11 +38,13 @@ from cauce.bus import Ask
 from cauce.cli import main
 from cauce.codec import derive_id
 from cauce.folding import fold_of
-from cauce.log import Filter
-from cauce.rules import _Building
+from cauce.log import Filter, Log
+from cauce.rules import _Building, are_coming, build
 from cauce.rules import standing as bound
 from cauce.service import bind
+from cauce.tags import Tags
 from cauce.testing import given
+from tests.servers import Nats
 from tests.test_instances import close, standing, until_shared
 
 Program = Callable[..., subprocess.Popen[str]]
@@ -256,6 +259,9 @@ async def test_who_is_rejected_is_told_rule_tag_and_who_has_it(each_bus: str) ->
         await bus.settled()
         assert await bus.record(Person, "bob") is None
         assert (await audited(bus)).count("rejected: mail 'ana@x.example' is borne by people/ana already") == 2
+        await bus.call(Join("cid", "x" * 1_000))
+        with pytest.raises(Rejected, match=r"^mail 'x{199} is borne by people/cid already$"):
+            await bus.call(Join("dan", "x" * 1_000))
 
 
 async def test_a_tag_is_free_when_its_thing_changes_or_goes(each_bus: str) -> None:
@@ -392,6 +398,37 @@ async def test_the_record_may_say_how_many(bus_url: str) -> None:
         assert await verdicts(*calls) == {"accepted": 6, "Rejected": 6}
 
 
+async def test_a_limit_that_is_no_number_is_refused_and_one_that_fails_names_its_rule(bus_url: str) -> None:
+    wrong: list[Any] = ["2", None, True, 2.0]
+    async with running(made(email=False, seats=lambda person: wrong[int(person.show)]), bus=bus_url) as bus:
+        for n, said in enumerate(wrong):
+            with pytest.raises(Refused, match=f"rule show of people gave {said!r} as the most: return a number"):
+                await bus.call(Seat("ana", str(n)))
+        with pytest.raises(Refused, match="gave '2' as the most"):
+            await bus.call(Seat("ana", "0"))
+
+
+async def test_what_is_remembered_of_tags_is_bounded(bus_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cauce.tags._CACHED", 3)
+    async with running(made(), bus=bus_url) as one:
+        for n in range(9):
+            await one.call(Join(f"p{n}", f"{n}@x"))
+    remembered = list[int]()
+    also = Tags.also
+
+    async def watched(tags: Tags, *arguments: Any) -> Any:
+        try:
+            return await also(tags, *arguments)
+        finally:
+            remembered.append(len(tags._counts))
+
+    monkeypatch.setattr("cauce.tags.Tags.also", watched)
+    async with running(made(), bus=bus_url) as bus:
+        calls = [bus.call(Join(f"q{n}", f"{n}@x")) for n in range(9)]
+        assert await verdicts(*calls) == {"Rejected": 9}
+    assert max(remembered) == 3
+
+
 # ------------------------------------------------------------------------------------------------ rules that change
 
 
@@ -482,6 +519,53 @@ async def test_a_build_that_broke_off_is_gone_on_with_and_counts_nothing_twice(
         assert [entry.version for entry in page_.entries] == [1, 2], "begun once, ended once"
 
 
+async def test_what_was_accepted_is_counted_anew_in_any_order_where_the_record_says_how_many(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who wanted little room came first, and its record was written last."""
+    monkeypatch.setattr("cauce.rules._PAGE", 2)
+
+    def room(person: Person) -> int:
+        return 1 if person.name == "ana" else 9
+
+    async with running(made(email=False, seats=room), bus=bus_url) as bus:
+        for name in ("ana", "bob", "cid", "dan", "eve"):
+            await bus.call(Seat(name, "hamlet"))
+        await bus.settled()
+        await bus.call(Move("ana", "a@x"))
+    async with running(made(email=False, seats=lambda person: room(person)), bus=bus_url) as bus:
+        await bus.call(Seat("fay", "hamlet"))
+        await bus.call(Seat("ana", "macbeth"))
+        with pytest.raises(Rejected, match="'hamlet' is borne by 5 of people already"):
+            await bus.call(Seat("ana", "hamlet"))
+
+
+async def test_a_build_that_broke_off_is_begun_anew_where_the_records_were_removed_meanwhile(
+    nats: Nats, nats_bus: str, bus_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written anew in another order, so how far it had counted says nothing any more."""
+    monkeypatch.setattr("cauce.rules._PAGE", 2)
+    async with running(made(email=False), bus=nats_bus) as bus:
+        for n in range(6):
+            await bus.call(Seat(f"p{n}", "hamlet"))
+            await bus.settled()
+        await bus.call(Move("p0", "0@x"))
+    page = _Building._page
+
+    async def broken(building: _Building, entries: Any) -> None:
+        await page(building, entries)
+        raise ConnectionError("the lights went out")
+
+    with monkeypatch.context() as patched, pytest.raises(ConnectionError):
+        patched.setattr("cauce.rules._Building._page", broken)
+        async with running(made(seats=8), bus=nats_bus):
+            pass
+    assert nats.request(f"$JS.API.STREAM.DELETE.{bus_name}_records")["success"]
+    async with running(made(seats=8), bus=nats_bus) as bus:
+        calls = [bus.call(Seat(f"q{n}", "hamlet")) for n in range(5)]
+        assert await verdicts(*calls) == {"accepted": 2, "Rejected": 3}
+
+
 async def test_instances_with_other_rules_do_not_run_side_by_side(
     each_bus: str, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -496,6 +580,25 @@ async def test_instances_with_other_rules_do_not_run_side_by_side(
         await bus.call(Join("ana", "a@x"))
 
 
+async def test_nothing_is_counted_while_another_holds_a_slot_that_was_taken_over(
+    each_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who counts stood still for so long that somebody on another machine took it for dead."""
+    async with running(made(email=False), bus=each_bus) as bus:
+        await bus.call(Join("ana", "a@x"))
+
+    async def taken_over(facts: Log, records: Log, folder: Any, rules: Any, fences: Any, clock: Any) -> None:
+        await facts.claim(fences[5].name, "other", over=fences[5])
+        await build(facts, records, folder, rules, fences, clock)
+
+    with monkeypatch.context() as patched, pytest.raises(Fenced, match="people/5"):
+        patched.setattr("cauce.commander.build", taken_over)
+        async with running(made(), bus=each_bus):
+            pass
+    async with connect(each_bus) as bus:
+        assert [each.stream for each in (await bus.facts.read(Filter(domains=frozenset({"_tags"})))).entries] == []
+
+
 async def test_of_many_that_start_at_once_with_a_new_rule_one_counts(each_bus: str, program: Program) -> None:
     async with running(made(email=False), bus=each_bus) as bus:
         await asyncio.gather(*(bus.call(Join(f"p{n}", f"{n}@x")) for n in range(30)))
@@ -505,6 +608,54 @@ async def test_of_many_that_start_at_once_with_a_new_rule_one_counts(each_bus: s
             "Rejected": 30,
         }
         assert [entry.version for entry in (await bus.facts.read(Filter("_rules/people"))).entries] == [1, 2]
+
+
+SLOW = """
+import asyncio, sys
+from cauce import rules, running
+from tests import test_unique
+
+page = rules._Building._page
+
+async def slow(building, entries):
+    print("begun", flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
+    await page(building, entries)
+
+async def main():
+    rules._Building._page = slow
+    async with running(test_unique.made(), bus=sys.argv[1]):
+        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+
+asyncio.run(main())
+"""
+
+
+async def test_who_counts_for_long_is_waited_for_by_those_with_the_same_rules(
+    each_bus: str, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cauce.commander._PATIENCE", 0.0)
+    monkeypatch.setattr("cauce.commander._PAUSE", 0.01)
+    async with running(made(email=False), bus=each_bus) as bus:
+        await bus.call(Join("ana", "a@x"))
+    slow = program(SLOW, each_bus)
+    stdin, stdout = slow.stdin, slow.stdout
+    assert stdin is not None
+    assert stdout is not None
+    assert await asyncio.to_thread(stdout.readline) == "begun\n"
+    looks = list[bool]()
+
+    async def looked(*arguments: Any) -> bool:
+        looks.append(await are_coming(*arguments))
+        if len(looks) == 3:
+            stdin.write("go on\n")
+            stdin.flush()
+        return looks[-1]
+
+    monkeypatch.setattr("cauce.commander.are_coming", looked)
+    async with running(made(), bus=each_bus):
+        assert looks[:3] == [True] * 3
+        await asyncio.to_thread(close, slow)
 
 
 async def test_who_has_other_rules_than_those_that_bind_takes_no_slot(
@@ -543,6 +694,22 @@ async def test_what_is_imported_is_counted_at_the_next_start(bus_url: str, tmp_p
             async with running(made(), bus=bus_url) as bus:
                 with pytest.raises(Rejected, match="people/bob"):
                     await bus.call(Join("dan", "b@x"))
+
+
+async def test_more_tags_than_a_log_lets_wait_are_counted(bus_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cauce.backends.sqlite.writer._MOST_WAITING", 1_200)
+
+    def words(person: Person) -> list[str]:
+        return [f"{person.email}-{n}" for n in range(500)]
+
+    async with running(made(email=False), bus=bus_url) as bus:
+        await asyncio.gather(*(bus.call(Join(f"p{n}", f"{n}")) for n in range(4)))
+    service = made(email=False)
+    service.unique(words)
+    async with running(service, bus=bus_url) as bus:
+        for n in range(4):
+            with pytest.raises(Rejected, match=f"'{n}-[0-9]+' is borne by people/p{n} already"):
+                await bus.call(Join("new", f"{n}"))
 
 
 # ------------------------------------------------------------------------------------------------ beside commands

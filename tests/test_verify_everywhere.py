@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -17,12 +19,12 @@ from cauce.bus import keep, own
 from cauce.cli import main
 from cauce.clock import SystemClock
 from cauce.codec import Entry, Meta, sealed
-from cauce.errors import Refused
+from cauce.errors import Refused, StorageFull, Unreachable
 from cauce.log import Filter, Log
 from cauce.twice import Twice
-from cauce.verify import Report
+from cauce.verify import Report, Walk
 from tests.kept import backend_at
-from tests.servers import Nats, Postgres
+from tests.servers import Missing, Nats, Postgres, absent
 from tests.storage import Storage, storage
 
 __all__ = ["storage"]
@@ -187,6 +189,20 @@ async def test_a_command_that_is_gone_from_the_beginning_is_missed_though_others
     assert "lack" in found or "has lost 1 entries" in found
 
 
+async def test_a_command_is_missed_where_none_was_ever_forgotten(each_bus: str, storage: Storage) -> None:
+    async with backend_at(each_bus) as bus:
+        for stream in STREAMS[:3]:
+            await bus.commands.append(stream, [fact(stream)])
+        position = (await nth(bus.commands, STREAMS[1], 0)).position
+    assert (await read_all(each_bus, CLOCK)).ok
+    await storage.remove("commands", position)
+    found = said(await read_all(each_bus, CLOCK))
+    assert any(
+        words in found
+        for words in ("lack 1 entries", "has lost 1 entries", f"positions {position} to {position} are missing")
+    )
+
+
 async def test_a_record_that_is_gone_is_no_finding_because_they_are_written_behind(
     each_bus: str, storage: Storage
 ) -> None:
@@ -344,6 +360,57 @@ async def test_on_postgresql_commands_forgotten_before_they_were_counted_are_no_
         assert (await read_all(postgres_bus, CLOCK)).ok
         await bus.commands.forget("users", slot_of("3"), await bus.commands.head(), 2**60)
     assert (await read_all(postgres_bus, CLOCK)).ok
+
+
+async def test_a_server_that_goes_away_while_it_is_read_is_no_damage(
+    postgres: Postgres, postgres_bus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end_session() -> None:
+        postgres.sql(
+            "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'cauce verify%'"
+        )
+
+    try:
+        own = Nats(name="own")
+    except Missing as missing:
+        absent(missing)
+    try:
+        for url, go_away in ((postgres_bus, end_session), (f"{own.url('b')}?files={tmp_path}", own.stop)):
+            async with backend_at(url) as bus:
+                await filled(bus)
+            with monkeypatch.context() as patched:
+                patched.setattr("cauce.verify.Walk.see", once(Walk.see, go_away))
+                with pytest.raises(Unreachable):
+                    await read_all(url, CLOCK)
+    finally:
+        own.remove()
+
+
+async def test_a_disk_without_room_for_temporary_files_is_no_damage(
+    each_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with backend_at(each_bus) as bus:
+        await filled(bus)
+    monkeypatch.setattr("cauce.twice._MANY", 2)
+    monkeypatch.setattr("cauce.backends.sqlite.verify._SOME", 0)
+    monkeypatch.setattr("cauce.twice.TemporaryFile", full)
+    with pytest.raises(StorageFull, match="No space left on device.*TMPDIR"):
+        await read_all(each_bus, CLOCK)
+
+
+def once(see: Callable[..., None], first: Callable[[], None]) -> Callable[..., None]:
+    """Does something else before it sees for the first time."""
+    left = [first]
+
+    def seen(walk: Walk, entries: Iterable[Entry]) -> None:
+        while left:
+            left.pop()()
+        see(walk, entries)
+
+    return seen
 
 
 # ------------------------------------------------------------------------------------------------------ as it is told

@@ -57,7 +57,9 @@ create table {schema}.turns (
     at timestamptz not null default clock_timestamp(),
     unique (writer, turn)
 );
-insert into {schema}.turns (change, writer, turn, facts, commands, records) values (0, '', 0, 0, 0, 0);
+-- Nothing was forgotten yet: from the beginning this is counted.
+insert into {schema}.turns (change, writer, turn, facts, commands, records, void)
+    values (0, 'forgotten', 0, 0, 0, 0, true);
 
 -- log: 0 is facts, 1 commands, 2 records
 create table {schema}.claims (

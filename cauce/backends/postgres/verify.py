@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from cauce.accept import slot_of
 from cauce.backends import nothing_at
+from cauce.backends.postgres.faults import translate
 from cauce.backends.postgres.forgetting import forgotten
 from cauce.backends.postgres.link import Link, Session
 from cauce.backends.postgres.migrations import format_of
 from cauce.backends.postgres.table import LOGS
 from cauce.clock import Clock
 from cauce.codec import Entry
+from cauce.errors import NotPermitted, Unavailable
 from cauce.verify import Fact, Findings, Repeats, Report, Walk, check_holder
 
 __all__ = ["verify"]
@@ -38,12 +41,26 @@ async def verify(url: str, clock: Clock) -> Report:
             raise nothing_at(link.url)
         session = await link.dedicated("verify", default_transaction_read_only="on", lock_timeout="0")
         try:
-            async with session.transaction(isolation="repeatable_read", readonly=True):
+            with _reached(link):
+                # It ends with its session.
+                await session.transaction(isolation="repeatable_read", readonly=True).start()
                 return await _Search(link, session).run()
         finally:
             session.terminate()
     finally:
         await link.close()
+
+
+@contextmanager
+def _reached(link: Link) -> Iterator[None]:
+    """Raises as ours what the server cannot do now, or not for us: whatever it holds is not damaged by that."""
+    try:
+        yield
+    except Exception as error:
+        ours = translate(error, link.url)
+        if isinstance(ours, (NotPermitted, Unavailable)):
+            raise ours from error
+        raise
 
 
 class _Search:
@@ -55,14 +72,14 @@ class _Search:
     async def run(self) -> Report:
         found, id, heads = self._found, "", (0, 0, 0)
         walks = [Walk(log, found) for log in LOGS]
-        with found.step("names"):
+        with found.step("names"), _reached(self._link):
             id = await self._id()
             heads = await self._heads()
             walks = await self._walks()
             await self._claims()
         for walk, head in zip(walks, heads, strict=True):
             # A page that cannot be read ends the transaction, so that nothing behind it is read either.
-            with found.step("structure"):
+            with found.step("structure"), _reached(self._link):
                 await self._walk(walk, head, heads[0])
         streams = set[str]().union(*(walk.streams for walk in walks))
         return Report(
