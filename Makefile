@@ -13,9 +13,9 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 demo: $(VENV)/.demo
 	$(BIN)/cauce demo
 
-# pytest comes last, and so does its closing line. Many tests wait for servers and processes, so two files are run at a time.
+# pytest comes last, and so does its closing line. Many tests wait for servers and processes, so three files are run at a time, on two cores, too.
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -88,15 +88,16 @@ async def reset(
     async with _alone(service, store, clock) as shares:
         plan = await planned(service, logs, store, shelf, from_first=from_first)
         await _clear(plan.builds, service, shelf)
+        # Who was interrupted before the places moved is stopped again, and told what to do. But what waits and will be
+        # read again goes only when that is sure.
+        if from_first:
+            await _moved(plan.moves, logs, store, shares)
         for each in plan.dropped:
             unit = Unit(shares[each.slot])
             unit.unparked = each.consumer, each.position
             await store.commit(unit)
-        # Last: who was interrupted before is stopped again, and told what to do.
-        for move in plan.moves:
-            place = move.place
-            store.move(shares[place.slot], place.consumer, place.domain, place.slot, logs[move.log].id, move.to)
-        await store.flush()
+        if not from_first:
+            await _moved(plan.moves, logs, store, shares)
     return plan
 
 
@@ -147,6 +148,13 @@ async def _are_sound(builds: Builds, logs: Logs, heads: Mapping[str, int]) -> bo
         if not sound:
             return False
     return True
+
+
+async def _moved(moves: Sequence[Move], logs: Logs, store: Store, shares: Mapping[int, Share]) -> None:
+    for move in moves:
+        place = move.place
+        store.move(shares[place.slot], place.consumer, place.domain, place.slot, logs[move.log].id, move.to)
+    await store.flush()
 
 
 async def _clear(names: Sequence[str], service: str, shelf: Shelf) -> None:
