@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from cauce import Command, Domain, Event, Record, Service, connect, running
 from cauce.accept import SLOTS, slot_of
+from cauce.backends.sqlite.file import folder_of
 from cauce.bus import Bus, Receipt
 from cauce.codec import Entry, Meta, sealed
 from cauce.errors import Fenced, NoAnswer, NotOwner, OutcomeUnknown, Unavailable, Unreachable, Unreadable
@@ -149,15 +151,26 @@ async def all_once(bus: Bus, ids: Sequence[str]) -> None:
         assert found.balance == len(versions)
 
 
-async def stop(process: subprocess.Popen[str], client: Bus) -> None:
-    """Stop a process, but not while it holds the lock of a SQLite file: nobody could write there, and would be told."""
+async def stop(process: subprocess.Popen[str], url: str) -> None:
+    """Stop a process, but not while it writes a SQLite file: nobody else could, and would be told."""
     while True:
         os.kill(process.pid, signal.SIGSTOP)
-        write = client.commands.append("probes/a", [sealed("probes/a", "Probe", client.clock.id(), Meta(1), b"{}")])
-        if (await asyncio.wait({write}, timeout=1.0))[0]:
+        if nobody_writes(url):
             return
         os.kill(process.pid, signal.SIGCONT)
-        await write
+        await asyncio.sleep(0.01)
+
+
+def nobody_writes(url: str) -> bool:
+    """Whether all turns at the files of a bus on SQLite, and of the stores beside it, are free."""
+    kind, _, path = url.partition(":///")
+    for turn in folder_of(Path(path)).rglob("turn.*") if kind == "sqlite" else ():
+        with turn.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+    return True
 
 
 @pytest.fixture
@@ -186,7 +199,7 @@ async def test_an_owner_that_was_stopped_writes_nothing_when_it_wakes_up_and_ano
             asyncio.ensure_future(persist(client, Pay(key, 1), id)) for key, id in zip(KEYS, ids[24:], strict=False)
         ]
         await asyncio.sleep(0.01)
-        await stop(stale, client)
+        await stop(stale, each_bus)
         async with running(owner("fresh"), bus=each_bus) as bus:
             await until(SLOTS, but=stopped)
             await asyncio.gather(*late)
