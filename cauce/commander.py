@@ -63,6 +63,9 @@ _CACHED = 100_000
 _LATE = round(SHORTEST * 1_000_000) // 2
 """Microseconds: an earlier try of what was said longer ago may be forgotten by now."""
 
+_PATIENCE = 30.0
+"""Seconds to wait for another instance that makes the tags of new rules."""
+
 _PAUSE = 0.25
 _LONGEST_PAUSE = 5.0
 
@@ -156,7 +159,7 @@ class Commander:
         """
         mine = sorted(slots)
         names = [self._slots[slot] for slot in mine]
-        await self._leases.take(*names, superseded=superseded)
+        await self._take(names, superseded)
         try:
             # Not before: who changes the rules holds all slots.
             self._tags.since = await check(self._facts, self.domain, self._tags.rules)
@@ -168,21 +171,28 @@ class Commander:
             raise
         self.slots.update(mine)
 
-    async def bind(self, patience: float) -> None:
-        """Have the rules of this code bind the domain. Where others did, all slots are held while that is changed.
-
-        Parameters:
-            patience: seconds to wait for another instance that does the same.
-
-        Raises `Held` where another instance runs, and `Refused` where more things bear a tag than may.
-        """
-        until = self._clock.monotonic() + patience
+    async def _take(self, names: Sequence[str], superseded: frozenset[str] = frozenset()) -> None:
+        """Claim slots. Another instance that looks whether its rules bind holds all of them, but not for long."""
+        until = self._clock.monotonic() + (_PATIENCE if self._tags.rules else 0.0)
         while True:
             try:
+                return await self._leases.take(*names, superseded=superseded)
+            except Held:
+                if self._clock.monotonic() >= until:
+                    raise
+            await self._clock.sleep(_PAUSE * (1 + self._clock.random()))
+
+    async def bind(self) -> None:
+        """Have the rules of this code bind the domain. Where others did, all slots are held while that is changed.
+
+        Another instance that does the same is waited for. Raises `Held` where another instance runs, and `Refused`
+        where more things bear a tag than may.
+        """
+        until = self._clock.monotonic() + _PATIENCE
+        while True:
+            with suppress(Refused):
                 self._tags.since = await check(self._facts, self.domain, self._tags.rules)
                 return
-            except Refused:
-                pass
             try:
                 await self._leases.take(*self._slots)
             except Held as held:

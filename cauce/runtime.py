@@ -54,9 +54,6 @@ _PAUSE = 0.25
 _LONGEST_PAUSE = 30.0
 _HOPELESS_PAUSE = 60.0
 _REST = 1.0
-_PATIENCE = 30.0
-"""Seconds to wait for another instance that makes the tags of new rules."""
-
 _MOST_UNDER_WAY = 5_000
 
 
@@ -301,7 +298,7 @@ class _Running:
     async def bind(self) -> None:
         """Have its rules bind its domains. Raises `Refused` where what stands is against them."""
         for commander in self._commanders.values():
-            await commander.bind(_PATIENCE)
+            await commander.bind()
 
     async def join(self) -> None:
         """Become one of the instances, and take what is free, with all records written that a predecessor left."""

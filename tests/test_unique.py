@@ -485,7 +485,7 @@ async def test_a_build_that_broke_off_is_gone_on_with_and_counts_nothing_twice(
 async def test_instances_with_other_rules_do_not_run_side_by_side(
     each_bus: str, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cauce.runtime._PATIENCE", 0.1)
+    monkeypatch.setattr("cauce.commander._PATIENCE", 0.1)
     async with instances(program, each_bus, 1, "made(email=False)"):
         with pytest.raises(
             Held, match=r"is held by people \(process \d+\): stop it first, because people gets other rules"

@@ -145,7 +145,7 @@ def kinds(report: Report) -> set[str]:
 # ------------------------------------------------------------------------------------------------------ flipped bits
 
 
-@pytest.mark.parametrize(("flips", "with_witness"), [(1000, True), (300, False)])
+@pytest.mark.parametrize(("flips", "with_witness"), [(700, True), (300, False)])
 async def test_a_thousand_flipped_bits_never_pass_for_an_untouched_log(
     flips: int, with_witness: bool, program: Program, tmp_path: Path
 ) -> None:
@@ -158,6 +158,8 @@ async def test_a_thousand_flipped_bits_never_pass_for_an_untouched_log(
     before = await readable(copy)
     written = written_of(wal)
     assert written > 100_000
+    # What is only kept ready behind it, as zeros, is not worth to be copied a thousand times.
+    wal = wal[:written]
 
     chance = random.Random(2)
     unseen, found = [], 0
