@@ -39,14 +39,14 @@ def purgatory(seconds: float) -> Sample:
 
 
 def circuitbreaker(seconds: float) -> Sample:
-    from circuitbreaker import circuit
+    from circuitbreaker import circuit  # type: ignore[import-untyped]
 
     guarded = circuit(nothing)
     return _run(lambda: guarded(), seconds)
 
 
 def aiobreaker(seconds: float) -> Sample:
-    from aiobreaker import CircuitBreaker
+    from aiobreaker import CircuitBreaker  # type: ignore[import-untyped]
 
     breaker = CircuitBreaker()
     return _run(lambda: breaker.call_async(nothing), seconds)
