@@ -6,6 +6,7 @@ Every message names the thing and the cure. Whatever is refused is refused befor
 from __future__ import annotations
 
 __all__ = [
+    "BreakerOpen",
     "Busy",
     "CauceError",
     "Conflict",
@@ -92,6 +93,10 @@ class Unavailable(CauceError):
 
 class NoAnswer(Unavailable):
     """Nobody serves this now, and nothing was stored: start the service, or `send` instead of `call`."""
+
+
+class BreakerOpen(NoAnswer):
+    """This callee has failed so often that it is left alone for a while, and nothing ran: wait, or use a fallback."""
 
 
 class OutcomeUnknown(Unavailable):
