@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from cauce.bus import Bus, Context
     from cauce.clock import Clock, SystemClock
     from cauce.errors import (
+        BreakerOpen,
         Busy,
         CauceError,
         Conflict,
@@ -47,6 +48,7 @@ else:
         "bus": ("Bus", "Context"),
         "clock": ("Clock", "SystemClock"),
         "errors": (
+            "BreakerOpen",
             "Busy",
             "CauceError",
             "Conflict",
@@ -91,6 +93,7 @@ else:
 
 
 __all__ = [
+    "BreakerOpen",
     "Bus",
     "Busy",
     "CauceError",
