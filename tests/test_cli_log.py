@@ -342,6 +342,7 @@ def test_exit_codes_say_what_the_caller_can_do() -> None:
         "Unavailable",
         "NoAnswer",
         "OutcomeUnknown",
+        "BreakerOpen",
         "Busy",
         "Overloaded",
         "StorageFull",
