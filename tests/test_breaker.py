@@ -79,7 +79,9 @@ def test_a_few_failures_among_many_calls_or_few_calls_at_all_open_nothing(virtua
     virtual(main)
 
 
-@pytest.mark.parametrize("answer", [Rejected("no"), Refused("bad"), ValueError("its own fault")])
+@pytest.mark.parametrize(
+    "answer", [Rejected("no"), Refused("bad"), ValueError("its own fault"), NoAnswer("nobody is there to be burdened")]
+)
 def test_a_no_is_an_answer(answer: Exception, virtual: Run, clock: VirtualClock) -> None:
     async def main() -> None:
         breaker, callee = opened(clock)

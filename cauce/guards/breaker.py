@@ -14,7 +14,7 @@ from typing import Literal, ParamSpec, TypeVar
 import msgspec
 
 from cauce.clock import Clock
-from cauce.errors import BreakerOpen, Refused, Unavailable
+from cauce.errors import BreakerOpen, NoAnswer, Refused, Unavailable
 
 __all__ = ["Breaker", "Limits", "State"]
 
@@ -25,7 +25,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _FAILURES = (Unavailable, TimeoutError, ConnectionError)
-"""What a callee in trouble answers. That it says no, or cannot take what it was asked, is an answer like any other."""
+"""What a callee in trouble answers. That it says no, or cannot take what it was asked, is an answer like any other.
+
+That nobody is there to be asked is not among them: it burdens nobody, and who comes back is to be asked at once.
+"""
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -100,8 +103,8 @@ class Breaker:
         round, began = self._round, self._clock()
         try:
             result = await work(*args, **kwargs)
-        except _FAILURES:
-            self._ended(round, began, failed=True)
+        except _FAILURES as error:
+            self._ended(round, began, failed=not isinstance(error, NoAnswer))
             raise
         except Exception:
             self._ended(round, began, failed=False)
