@@ -38,7 +38,7 @@ from cauce.errors import (
 from cauce.fold import Folder, messages_of
 from cauce.folded import Folded
 from cauce.lease import Leases
-from cauce.log import Also, Appended, Filter
+from cauce.log import Also, Appended, Filter, entries_of
 from cauce.messages import Event, Message, Record, declared
 from cauce.past import Stood, stood_as
 from cauce.records import Records, ahead, written
@@ -468,11 +468,9 @@ class Commander:
 
     async def _told(self, receipt: Receipt, asked: str) -> ToldUndo:
         """What an undo recorded, by the log."""
-        key, entries, looked = receipt.key, list[Entry](), 0
-        while looked < receipt.position:
-            page = await self._facts.read(Filter(f"{self.domain}/{key}"), after=looked)
-            entries += (each for each in page.entries if each.meta.causation == receipt.id)
-            looked = page.looked
+        key = receipt.key
+        facts = entries_of(self._facts, Filter(f"{self.domain}/{key}"))
+        entries = [each async for each in facts if each.meta.causation == receipt.id]
         before = await self._folder.fold(self._facts, key, at_version=entries[0].version - 1)
         after = await self._folder.fold(self._facts, key, at_version=receipt.version)
         return told(entries, after, *self._stood(asked, before.state, after.state), changed=True)
@@ -641,13 +639,7 @@ class Commander:
 
     async def _stands(self, entry: Entry) -> bool:
         """Whether a stream holds the id of an entry."""
-        looked, head = 0, await self._facts.head()
-        while looked < head:
-            page = await self._facts.read(Filter(entry.stream), after=looked, bodies=False)
-            if any(each.id == entry.id for each in page.entries):
-                return True
-            looked = page.looked
-        return False
+        return any([each.id == entry.id async for each in entries_of(self._facts, Filter(entry.stream), bodies=False)])
 
     async def _appended(
         self,
@@ -779,12 +771,8 @@ class Commander:
         if key in self._unsure or (thing is not None and thing.tail is not None and not thing.tail.done()):
             await self._sure(key)
         stream = Filter(f"{self.domain}/{key}")
-        looked, head = 0, await self._facts.head()
-        found: list[Entry] = []
-        while looked < head:
-            page = await self._facts.read(stream, after=looked, bodies=False)
-            found += (entry for entry in page.entries if entry.meta.causation == id)
-            looked = page.looked
+        known = entries_of(self._facts, stream, bodies=False)
+        found = [entry async for entry in known if entry.meta.causation == id]
         if not found:
             return None
         page = await self._facts.read(stream, after=found[0].position - 1, limit=1)

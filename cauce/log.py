@@ -6,7 +6,7 @@ The words here are the contract; `cauce.conformance` is the same contract as cod
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -29,6 +29,7 @@ __all__ = [
     "check_filter",
     "check_forget",
     "check_put",
+    "entries_of",
     "filter_of",
     "old_of",
 ]
@@ -60,6 +61,9 @@ class Filter(msgspec.Struct, frozen=True):
 
 
 EVERYTHING = Filter()
+
+_PAGE = 1_000
+"""Entries that are read at once, where all that a filter wants is read."""
 
 _MOST = 2**63 - 2**20
 """Beyond it no fence and no beat is counted: the next ones would not fit 64 bits."""
@@ -203,6 +207,20 @@ class Log(Protocol):
         that cannot be; `Busy` while another removes.
         """
         ...
+
+
+async def entries_of(
+    log: Log, filter: Filter = EVERYTHING, *, after: int = 0, bodies: bool = True
+) -> AsyncIterator[Entry]:
+    """What the filter wants, from a position to the end as it is now."""
+    head = await log.head()
+    while after < head:
+        page = await log.read(filter, after=after, limit=_PAGE, bodies=bodies)
+        for entry in page.entries:
+            if entry.position > head:
+                return
+            yield entry
+        after = page.looked
 
 
 def old_of(rows: Iterable[tuple[int, bool, bytes]], before: int) -> tuple[list[int], int, bool]:

@@ -15,7 +15,7 @@ from cauce.clock import Clock
 from cauce.codec import Entry, Meta, sealed
 from cauce.errors import Refused
 from cauce.fold import Folder
-from cauce.log import Appended, Claim, Filter, Log
+from cauce.log import Appended, Claim, Filter, Log, entries_of
 from cauce.tags import Borne, Count, Rule, borne, count_of, stream_of
 
 __all__ = ["Binding", "are_coming", "build", "check", "standing", "void"]
@@ -47,13 +47,8 @@ _decode = msgspec.json.Decoder(dict[str, Binding]).decode
 
 async def standing(facts: Log, domain: str) -> tuple[dict[str, Binding], int]:
     """The rules that bind a domain, and the version of the entry that says so."""
-    found, version, looked, head = dict[str, Binding](), 0, 0, await facts.head()
-    while looked < head:
-        page = await facts.read(Filter(f"_rules/{domain}"), after=looked)
-        if page.entries:
-            found, version = _decode(page.entries[-1].checked().body or b"{}"), page.entries[-1].version
-        looked = page.looked
-    return found, version
+    said = [entry async for entry in entries_of(facts, Filter(f"_rules/{domain}"))]
+    return (_decode(said[-1].checked().body or b"{}"), said[-1].version) if said else ({}, 0)
 
 
 async def check(facts: Log, domain: str, rules: Sequence[Rule]) -> dict[str, int]:

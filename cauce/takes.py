@@ -9,7 +9,7 @@ import msgspec
 from cauce.clock import Clock
 from cauce.codec import Meta, sealed
 from cauce.errors import Conflict, Refused, Unreadable
-from cauce.log import Filter, Log
+from cauce.log import Filter, Log, entries_of
 
 __all__ = ["Takes", "check_told", "enter"]
 
@@ -17,7 +17,6 @@ Takes = dict[str, dict[str, tuple[str, ...]]]
 """By domain and handler all names of the types of events. The reactions of a service are one handler."""
 
 _STREAM = "_takes/services"
-_READ = 1_000
 _encode = msgspec.json.Encoder(order="sorted").encode
 
 
@@ -71,16 +70,13 @@ def _typed(event: str) -> str:
 
 async def _read(facts: Log) -> tuple[Mapping[str, Takes], int]:
     """What each service takes, and the version of the stream that says so."""
-    found, looked, version, head = dict[str, Takes](), 0, 0, await facts.head()
-    while looked < head:
-        page = await facts.read(Filter(_STREAM), after=looked, limit=_READ)
-        for entry in page.entries:
-            try:
-                each = _decode(entry.checked().body or b"")
-            except msgspec.MsgspecError as error:
-                raise Unreadable(
-                    f"position {entry.position} ({entry.stream} version {entry.version}) does not say what a service takes: {error}: deploy the code that wrote it"
-                ) from None
-            found[each.service], version = each.takes, entry.version
-        looked = page.looked
+    found, version = dict[str, Takes](), 0
+    async for entry in entries_of(facts, Filter(_STREAM)):
+        try:
+            each = _decode(entry.checked().body or b"")
+        except msgspec.MsgspecError as error:
+            raise Unreadable(
+                f"position {entry.position} ({entry.stream} version {entry.version}) does not say what a service takes: {error}: deploy the code that wrote it"
+            ) from None
+        found[each.service], version = each.takes, entry.version
     return found, version

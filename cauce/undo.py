@@ -17,7 +17,7 @@ from cauce.codec import Entry, moment
 from cauce.errors import Refused
 from cauce.fold import Folder, messages_of
 from cauce.folded import Folded
-from cauce.log import Filter, Log
+from cauce.log import Filter, Log, entries_of
 from cauce.messages import Declared, Event, Message, Record, declared
 from cauce.past import Stood
 from cauce.restored import Restored, restored
@@ -113,15 +113,12 @@ class Undoing:
 
     async def _of(self, stream: str, correlation: str, upto: int) -> list[int]:
         """The facts of a correlation, without those that an undo took back: twice would be once too often."""
-        found, by, looked, head = list[int](), 0, 0, await self._facts.head()
-        while looked < head:
-            page = await self._facts.read(Filter(stream), after=looked, limit=_READ)
-            for entry in page.entries:
-                left = _left(found, entry, correlation)
-                found, by = (found, by) if len(left) == len(found) else (left, entry.version)
-                if entry.correlation == correlation and entry.version <= upto:
-                    found.append(entry.version)
-            looked = page.looked
+        found, by = list[int](), 0
+        async for entry in entries_of(self._facts, Filter(stream)):
+            left = _left(found, entry, correlation)
+            found, by = (found, by) if len(left) == len(found) else (left, entry.version)
+            if entry.correlation == correlation and entry.version <= upto:
+                found.append(entry.version)
         if not found and by:
             raise Refused(
                 f"{stream} had its facts with correlation {correlation} taken back by version {by} already: to undo that, or to go back further, say to="

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import msgspec
 
 from cauce.cli.text import one_line
 from cauce.codec import Entry, moment, to_cloudevent
-from cauce.log import EVERYTHING, Filter, Log
+from cauce.log import Filter, Log, entries_of
 
-__all__ = ["body_of", "cloudevent", "entries", "last", "local_time"]
+__all__ = ["body_of", "cloudevent", "last", "local_time"]
 
 _PAGE = 1000
-
-
-async def entries(
-    log: Log, filter: Filter = EVERYTHING, *, after: int = 0, bodies: bool = True
-) -> AsyncIterator[Entry]:
-    """What the filter wants, from a position to the end as it is now."""
-    head = await log.head()
-    while after < head:
-        page = await log.read(filter, after=after, limit=_PAGE, bodies=bodies)
-        for entry in page.entries:
-            if entry.position > head:
-                return
-            yield entry
-        after = page.looked
 
 
 async def last(log: Log, filter: Filter, number: int) -> tuple[list[Entry], int]:
@@ -43,7 +28,7 @@ async def last(log: Log, filter: Filter, number: int) -> tuple[list[Entry], int]
     while number:
         after = max(0, head - far)
         found: deque[Entry] = deque(maxlen=number)
-        async for entry in entries(log, filter, after=after):
+        async for entry in entries_of(log, filter, after=after):
             if entry.position <= head:
                 found.append(entry)
         if len(found) == number or not after:

@@ -12,12 +12,12 @@ from pathlib import Path
 import click
 
 from cauce.backends.sqlite.part import flush, move, no_room, unfinished
-from cauce.cli.entries import cloudevent, entries
+from cauce.cli.entries import cloudevent
 from cauce.cli.place import as_json, bus, log_option, reading
 from cauce.cli.signals import terminable
 from cauce.cli.text import one_line, print_json, write
 from cauce.errors import Refused
-from cauce.log import Log
+from cauce.log import Log, entries_of
 
 __all__ = ["export"]
 
@@ -54,7 +54,7 @@ async def _export(url: str, name: str, everything: bool, line: Callable[[bytes],
     number = 0
     async with reading(url) as logs:
         log: Log = getattr(logs, name)
-        async for entry in entries(log):
+        async for entry in entries_of(log):
             if everything or not entry.stream.startswith("_"):
                 line(cloudevent(entry))
                 number += 1

@@ -10,7 +10,6 @@ import click
 import msgspec
 
 from cauce.cli.endings import FOUND
-from cauce.cli.entries import entries
 from cauce.cli.place import as_json, reading
 from cauce.cli.run import modules
 from cauce.cli.text import count, one_line, print_json
@@ -18,7 +17,7 @@ from cauce.compatible import described
 from cauce.corpus import Corpus, Draft, Locked, read, write
 from cauce.errors import Refused
 from cauce.finding import Finding, Report, check
-from cauce.log import Filter
+from cauce.log import Filter, entries_of
 from cauce.messages import Domain, Message, declared
 from cauce.sample import samples
 from cauce.schema import Schema
@@ -158,7 +157,7 @@ async def _taken(url: str, classes: Sequence[type[Message]], corpus: Corpus) -> 
     wanted = Filter(domains=frozenset(declared(cls).domain.name for cls in classes))
     async with reading(url) as bus:
         for log in (bus.facts, bus.commands, bus.records):
-            async for entry in entries(log, wanted):
+            async for entry in entries_of(log, wanted):
                 if not entry.body or not known.knows(entry.domain, entry.type) or b"\n" in entry.body:
                     continue
                 key = entry.domain, entry.type, entry.checked().meta.schema

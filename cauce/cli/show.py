@@ -8,12 +8,12 @@ import unicodedata
 import click
 import msgspec
 
-from cauce.cli.entries import body_of, cloudevent, entries, local_time
+from cauce.cli.entries import body_of, cloudevent, local_time
 from cauce.cli.place import as_json, bus, log_option, reading
 from cauce.cli.text import one_line, write
 from cauce.codec import Entry
 from cauce.errors import Gone
-from cauce.log import Filter, Log
+from cauce.log import Filter, Log, entries_of
 
 __all__ = ["show"]
 
@@ -37,7 +37,7 @@ async def _show(stream: str, url: str, as_json: bool, name: str) -> None:
     async with reading(url) as logs:
         log: Log = getattr(logs, name)
         number = 0
-        async for entry in entries(log, Filter(stream)):
+        async for entry in entries_of(log, Filter(stream)):
             number += 1
             if as_json:
                 write(cloudevent(entry))

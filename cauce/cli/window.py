@@ -7,12 +7,11 @@ from array import array
 from asyncio import Future
 from collections import deque
 
-from cauce.cli.entries import entries
 from cauce.cli.intake import Intake
 from cauce.clock import Clock
 from cauce.codec import Entry, digest
 from cauce.errors import Conflict, IdReused, Overloaded, Refused
-from cauce.log import Appended, Claim, Filter, Log
+from cauce.log import Appended, Claim, Filter, Log, entries_of
 
 __all__ = ["Window"]
 
@@ -55,7 +54,7 @@ class Window:
     async def _read(self, stream: str) -> array[int]:
         """The digests of what stands in a stream: to compare with them costs a tenth of an append that repeats."""
         digests = array("I")
-        async for entry in entries(self._facts, Filter(stream), bodies=False):
+        async for entry in entries_of(self._facts, Filter(stream), bodies=False):
             digests.append(entry.digest)
         return digests or _NONE
 

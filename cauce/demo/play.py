@@ -17,14 +17,13 @@ from rich.panel import Panel
 from cauce.backends import look, read_all
 from cauce.bus import Bus, Receipt
 from cauce.clock import Clock, SystemClock
-from cauce.codec import Entry
 from cauce.demo.apart import apart, until_runs
 from cauce.demo.ground import Ground, ground
 from cauce.demo.inbox import Inbox, receiving
 from cauce.demo.shop import cards, crm, mails, users
 from cauce.demo.story import Story, listening
 from cauce.demo.web import app, serving
-from cauce.log import Log
+from cauce.log import entries_of
 from cauce.runtime import running
 
 __all__ = ["play"]
@@ -179,7 +178,7 @@ async def _tell_log(story: Story, place: Ground, clock: Clock) -> None:
     """The same story once more, as it is kept."""
     async with look(place.url, clock) as bus:
         for name, log in (("facts", bus.facts), ("commands", bus.commands), ("records", bus.records)):
-            async for entry in _entries(log):
+            async for entry in entries_of(log):
                 meta = entry.checked().meta
                 if entry.stream.startswith("_"):
                     continue
@@ -189,15 +188,6 @@ async def _tell_log(story: Story, place: Ground, clock: Clock) -> None:
                     f"{name} {entry.position}: {entry.type} {entry.stream} version {entry.version}",
                     wished or f"fact …{entry.id[-12:]}",
                 )
-
-
-async def _entries(log: Log) -> AsyncIterator[Entry]:
-    head, looked = await log.head(), 0
-    while looked < head:
-        page = await log.read(after=looked)
-        for entry in page.entries:
-            yield entry
-        looked = page.looked
 
 
 async def _verified(story: Story, place: Ground, clock: Clock) -> bool:
