@@ -8,8 +8,8 @@ import os
 import signal
 import subprocess
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from cauce.backends.sqlite.file import folder_of
 from cauce.bus import Bus, Receipt
 from cauce.codec import Entry, Meta, sealed
 from cauce.errors import Fenced, NoAnswer, NotOwner, OutcomeUnknown, Unavailable, Unreachable, Unreadable
-from cauce.log import Filter
-from tests.kept import store_of
+from cauce.log import Filter, entries_of
 from tests.servers import Nats, Postgres
 from tests.servers.link import Links
 from tests.servers.process import free_port
+from tests.test_instances import close, standing, until_shared
 
 Program = Callable[..., subprocess.Popen[str]]
 
@@ -96,37 +96,9 @@ def instance(program: Program, url: str, name: str, make: str = "owner") -> subp
     return process
 
 
-def end(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.close()
-    process.stdin = None
-    process.wait(30)
-
-
-@asynccontextmanager
-async def watching(url: str) -> AsyncIterator[Callable[..., Any]]:
-    """Waits until the slots are held in these numbers, by others than `but`; gives who holds them."""
-    async with store_of(url, "accounts") as store:
-
-        async def until(*wanted: int, but: set[str] = frozenset()) -> set[str]:  # type: ignore[assignment]
-            async with asyncio.timeout(30.0):
-                while True:
-                    held = (await store.tick("nobody", ())).holders
-                    found = Counter(each for name, each in held.items() if name.startswith("slot/"))
-                    if sorted(found.values()) == list(wanted) and not found.keys() & but:
-                        return set(found)
-                    await asyncio.sleep(0.02)
-
-        yield until
-
-
 async def facts_of(bus: Bus, domain: str = "accounts") -> list[Entry]:
-    found, looked, head = list[Entry](), 0, await bus.facts.head()
-    while looked < head:
-        page = await bus.facts.read(Filter(domains=frozenset({domain})), after=looked)
-        found += page.entries
-        looked = page.looked
-    return [entry.checked() for entry in found]
+    found = entries_of(bus.facts, Filter(domains=frozenset({domain})))
+    return [entry.checked() async for entry in found]
 
 
 async def persist(bus: Bus, command: Command, id: str) -> Receipt:
@@ -190,9 +162,9 @@ async def test_an_owner_that_was_stopped_writes_nothing_when_it_wakes_up_and_ano
     each_bus: str, program: Program
 ) -> None:
     stale = instance(program, each_bus, "stale")
-    async with connect(each_bus) as client, watching(each_bus) as until:
+    async with connect(each_bus) as client, standing(each_bus, "accounts") as holders:
         ids = [client.clock.id() for _ in range(3 * len(KEYS))]
-        stopped = await until(SLOTS)
+        stopped = await until_shared(holders, SLOTS)
         await asyncio.gather(*(client.call(Pay(key, 1), id=id) for key, id in zip(KEYS, ids, strict=False)))
         # It is stopped with calls on their way to it: whether each of them was decided, only the log can tell.
         late = [
@@ -201,7 +173,7 @@ async def test_an_owner_that_was_stopped_writes_nothing_when_it_wakes_up_and_ano
         await asyncio.sleep(0.01)
         await stop(stale, each_bus)
         async with running(owner("fresh"), bus=each_bus) as bus:
-            await until(SLOTS, but=stopped)
+            await until_shared(holders, SLOTS, but=stopped)
             await asyncio.gather(*late)
             os.kill(stale.pid, signal.SIGCONT)
             assert stale.stdout is not None
@@ -229,9 +201,9 @@ async def test_an_owner_that_is_cut_off_from_the_bus_is_replaced_and_writes_noth
     port = free_port()
     let = links.add(server.port, port)
     cut_off = instance(program, url.replace(f":{server.port}", f":{port}"), "cut off")
-    async with connect(url) as client, watching(url) as until:
+    async with connect(url) as client, standing(url, "accounts") as holders:
         ids = [client.clock.id() for _ in range(3 * len(KEYS))]
-        before = await until(SLOTS)
+        before = await until_shared(holders, SLOTS)
         await asyncio.gather(*(client.call(Pay(key, 1), id=id) for key, id in zip(KEYS, ids, strict=False)))
         late = [
             asyncio.ensure_future(persist(client, Pay(key, 1), id)) for key, id in zip(KEYS, ids[24:], strict=False)
@@ -239,7 +211,7 @@ async def test_an_owner_that_is_cut_off_from_the_bus_is_replaced_and_writes_noth
         await asyncio.sleep(0.01)
         let(False)
         async with running(owner("fresh"), bus=url) as bus:
-            await until(SLOTS, but=before)
+            await until_shared(holders, SLOTS, but=before)
             await asyncio.gather(*late)
             let(True)
             assert cut_off.stdout is not None
@@ -312,8 +284,8 @@ async def test_two_versions_of_an_owner_run_side_by_side_while_the_newer_is_depl
     each_bus: str, program: Program
 ) -> None:
     first, second = instance(program, each_bus, "old 1"), instance(program, each_bus, "old 2")
-    async with connect(each_bus) as client, watching(each_bus) as until:
-        await until(8, 8)
+    async with connect(each_bus) as client, standing(each_bus, "accounts") as holders:
+        await until_shared(holders, 8, 8)
         ids, paying = list[str](), True
 
         async def load(key: str) -> None:
@@ -324,12 +296,12 @@ async def test_two_versions_of_an_owner_run_side_by_side_while_the_newer_is_depl
 
         loads = [asyncio.ensure_future(load(key)) for key in KEYS]
         third = instance(program, each_bus, "new 1", "newer")
-        await until(5, 5, 6)
-        await asyncio.to_thread(end, first)
+        await until_shared(holders, 5, 5, 6)
+        await asyncio.to_thread(close, first)
         fourth = instance(program, each_bus, "new 2", "newer")
-        await until(5, 5, 6)
-        await asyncio.to_thread(end, second)
-        await until(8, 8)
+        await until_shared(holders, 5, 5, 6)
+        await asyncio.to_thread(close, second)
+        await until_shared(holders, 8, 8)
         paying = False
         await asyncio.gather(*loads)
         # Only now all know it: as long as an older one may hold the slot, nobody decides it there.
@@ -349,7 +321,7 @@ async def test_two_versions_of_an_owner_run_side_by_side_while_the_newer_is_depl
             assert found.balance == sum(entry.key == key for entry in facts)
             assert found.owner in deciders, "no record of the older fold is gone on with"
         for process in (third, fourth):
-            await asyncio.to_thread(end, process)
+            await asyncio.to_thread(close, process)
 
 
 async def test_an_older_version_of_an_owner_decides_nothing_upon_facts_that_it_does_not_know(each_bus: str) -> None:
