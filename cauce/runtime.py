@@ -36,6 +36,7 @@ from cauce.takes import Takes, enter
 from cauce.threads import Threads
 from cauce.undo import part
 from cauce.undone import Asked
+from cauce.wanted import reads_of
 from cauce.wire import Instance, State
 
 if TYPE_CHECKING:
@@ -291,7 +292,7 @@ class _Running:
         bus.settles(self._settled_behind, behind=True)
 
     async def own(self) -> None:
-        await enter(self._bus.facts, self._service.name, _takes(self._parts), self._bus.clock)
+        await enter(self._bus.facts, self._service.name, _takes(self._parts), self._bus.clock, reads_of(self._parts))
         for domain in self._service.owns:
             await own(self._bus.facts, domain.name, self._service.name, self._bus.clock)
 

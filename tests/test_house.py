@@ -53,6 +53,8 @@ FLOORS = (
         "receipt",
         "undone",
         "takes",
+        "backlog",
+        "lag",
         "bus",
         "question",
         "shares",
@@ -76,7 +78,17 @@ FLOORS = (
         "registry",
         "guards.*",
     ),  # the patterns
-    ("service", "folding", "copying", "runtime", "corpus", "reader", "replay", "finding"),  # what a team writes against
+    (
+        "service",
+        "folding",
+        "copying",
+        "wanted",
+        "runtime",
+        "corpus",
+        "reader",
+        "replay",
+        "finding",
+    ),  # what a team writes against
     ("ext.*", "testing.*", "console.*", "demo.*", "cli.*"),  # faces
 )
 
