@@ -17,6 +17,7 @@ from cauce.codec import Entry, Meta, derive_id, micros, moment, sealed
 from cauce.errors import CauceError, Conflict, Gone, NoAnswer, NotOwner, OutcomeUnknown, Refused, Unreadable
 from cauce.log import Filter, Log
 from cauce.messages import Command, Copy, Declared, Event, Message, Query, Record, declared
+from cauce.meter import Meter
 from cauce.past import Change, Changes, Standing, Stood, check_count, moment_or_version
 from cauce.receipt import Receipt
 from cauce.schema import Schema, encode, key_of
@@ -165,6 +166,7 @@ class Bus:
     """Three logs and a wire.
 
     Made by `running` and `connect`. All times are in seconds. `failed` is done when a service has stopped by itself.
+    `meter` counts what is done here, if there is one.
     """
 
     def __init__(self, id: str, facts: Log, commands: Log, records: Log, wire: Wire, clock: Clock) -> None:
@@ -177,6 +179,7 @@ class Bus:
             clock,
         )
         self.copies: dict[str, Copies] = {}
+        self.meter: Meter | None = None
         self._settled: list[Callable[[], Awaitable[None]]] = []
         self._settled_behind: list[Callable[[], Awaitable[None]]] = []
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -26,6 +26,7 @@ from cauce.folding import fold_of, rules_of
 from cauce.history import page, stood
 from cauce.lease import Leases, identity
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
+from cauce.meter import Meter
 from cauce.question import completed, read
 from cauce.schema import Schema, encode
 from cauce.service import ATTEMPTS, Bound, Service, bind
@@ -37,10 +38,10 @@ from cauce.threads import Threads
 from cauce.undo import part
 from cauce.undone import Asked
 from cauce.wanted import reads_of
-from cauce.wire import Instance, State
+from cauce.wire import Handler, Instance, State
 
 if TYPE_CHECKING:
-    from cauce.consumer import Consumer, Tail
+    from cauce.consumer import Consumer, Handle, Tail
     from cauce.copies import Copies
     from cauce.shares import Shares
 
@@ -82,6 +83,7 @@ async def running(
     store: str | None = None,
     clock: Clock | None = None,
     drain: float = 10.0,
+    meter: Meter | None = None,
 ) -> AsyncIterator[Bus]:
     """Run services in this process, and a bus to talk to them. They are drained when the block is left.
 
@@ -91,6 +93,7 @@ async def running(
         store: where these services keep what is their own, `sqlite:///folder` or `postgresql://host/database`; None: at
             the bus. All instances of a service must be given the same.
         drain: seconds that handlers get to finish at the end.
+        meter: counts what these services do.
 
     The same service may run in any number of processes: its instances share its slots out among themselves.
 
@@ -106,7 +109,7 @@ async def running(
         stack.push_async_callback(backend.close)
         await warn(backend)
         stores = backend.stores if store is None else await stack.enter_async_context(stores_at(store, clock))
-        face = _bus(backend, clock)
+        face = _bus(backend, clock, meter)
         tasks = _Tasks(face.failed)
         tails = Tails(face)
         each = [_Running(service, parts, stores, face, tasks, tails, drain) for service, parts in bounds]
@@ -147,8 +150,11 @@ async def _stop(services: Sequence[_Running], tasks: _Tasks, drain: float) -> No
         await service.close()
 
 
-def _bus(backend: Backend, clock: Clock) -> Bus:
-    return Bus(backend.id, backend.facts, backend.commands, backend.records, backend.wire, clock)
+def _bus(backend: Backend, clock: Clock, meter: Meter | None = None) -> Bus:
+    wire = backend.wire if meter is None else meter.wire(backend.wire)
+    bus = Bus(backend.id, backend.facts, backend.commands, backend.records, wire, clock)
+    bus.meter = meter
+    return bus
 
 
 def _check(services: Sequence[Service]) -> None:
@@ -232,7 +238,7 @@ class _Running:
         self._commanders: dict[str, Commander] = {}
         self._folders: dict[str, Folder] = {}
         self._schemas: dict[str, Schema] = {}
-        self._handlers: dict[str, Callable[[bytes], Coroutine[Any, Any, bytes]]] = {}
+        self._handlers: dict[str, Handler] = {}
         self._consumers: list[tuple[Consumer, Tail]] = []
         self._served: dict[str, Callable[[], None]] = {}
         self._copies: Copies | None = None
@@ -269,7 +275,8 @@ class _Running:
         bus, name = self._bus, self._service.name
         migrations = [spoken(each, self._stores.dialect, f"service {name}") for each in self._service.schema]
         keeps = bool(migrations or self._copies is not None)
-        self._store = store = await self._stores.open(name, migrations, keeps=keeps)
+        store = await self._stores.open(name, migrations, keeps=keeps)
+        self._store = store = store if bus.meter is None else bus.meter.store(name, store)
         await keep(bus.facts, name, store.id, store.place, store.is_fresh, bus.clock)
         self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose)
         shares.touched = self._touched
@@ -324,7 +331,10 @@ class _Running:
     async def serve(self) -> None:
         """Answer from now on."""
         for domain in self._service.owns:
-            self._handlers[domain.name] = handler = self._answer(domain)
+            handler = self._answer(domain)
+            if self._bus.meter is not None:
+                handler = self._bus.meter.answers(self._service.name, domain.name, domain.messages, handler)
+            self._handlers[domain.name] = handler
             self._served[domain.name] = await self._bus.wire.serve(domain.name, handler)
         await self._serve_slots(self._slots)
         await self._announce("running")
@@ -549,7 +559,7 @@ class _Running:
         assert self._shares is not None
         shares = self._shares
         return Consumer(
-            _deciding(domain), {domain: frozenset()}, handle, self._bus.commands, self._store, self._bus.clock,
+            _deciding(domain), {domain: frozenset()}, self._metered(_deciding(domain), handle), self._bus.commands, self._store, self._bus.clock,
             attempts=ATTEMPTS, may_begin=lambda: shares.is_fresh, caution=caution,
         )  # fmt: skip
 
@@ -580,9 +590,13 @@ class _Running:
             self._say(bound, context, unit, slot_of(entry.key), await _run(bound, (message,), context, self._threads))
 
         return Consumer(
-            bound.name, _wants(bound), handle, log, store, bus.clock, bodies=not bound.notice,
+            bound.name, _wants(bound), self._metered(bound.name, handle), log, store, bus.clock, bodies=not bound.notice,
             attempts=bound.part.attempts, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
         )  # fmt: skip
+
+    def _metered(self, name: str, handle: Handle) -> Handle:
+        meter = self._bus.meter
+        return handle if meter is None else meter.handle(self._service.name, name, handle)
 
     # ------------------------------------------------------------------------------------------------- what it says
 
@@ -825,7 +839,7 @@ class _Running:
         if not consumer.cancelled() and (error := consumer.exception()) is not None:
             self._tasks.fail(error)
 
-    def _answer(self, domain: Domain) -> Callable[[bytes], Coroutine[Any, Any, bytes]]:
+    def _answer(self, domain: Domain) -> Handler:
         answers = {cls: bound for cls, bound in self._functions("answer").items() if declared(cls).domain is domain}
 
         async def handler(payload: bytes) -> bytes:

@@ -55,6 +55,7 @@ FLOORS = (
         "takes",
         "backlog",
         "lag",
+        "meter",
         "bus",
         "question",
         "shares",
