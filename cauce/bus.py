@@ -39,6 +39,7 @@ __all__ = [
     "check_line",
     "correlation",
     "error_name",
+    "handling",
     "keep",
     "other_record",
     "own",
@@ -56,6 +57,9 @@ _LINE = 256
 
 correlation: ContextVar[str] = ContextVar("cauce.correlation", default="")
 """The id with which it all began, of what is being handled here: for whoever writes a log."""
+
+handling: ContextVar[Context | None] = ContextVar("cauce.handling", default=None)
+"""What the handler at work here was told beside its message: for whoever writes a log."""
 
 
 class After(msgspec.Struct, frozen=True):
@@ -535,6 +539,16 @@ class Context:
     def correlation(self) -> str:
         """The id of the message with which it all began."""
         return self.cause.correlation
+
+    @property
+    def handler(self) -> str:
+        """The name of this handler."""
+        return self._handler
+
+    @property
+    def stream(self) -> str:
+        """The thing that the message is about, as domain/key; empty for a question."""
+        return "" if self._entry is None else self._entry.stream
 
     @property
     def key(self) -> str:

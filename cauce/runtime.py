@@ -15,7 +15,7 @@ from cauce.accept import SLOTS, check_body, check_value, slot_of
 from cauce.audit import Audit
 from cauce.backends import Backend, open_backend, stores_at
 from cauce.backends.health import warn
-from cauce.bus import Ask, Bus, Cause, Context, Reply, correlation, error_name, keep, other_record, own, owned
+from cauce.bus import Ask, Bus, Cause, Context, Reply, correlation, error_name, handling, keep, other_record, own, owned
 from cauce.carried import LastOfEach, Superseded, carried
 from cauce.clock import Clock, SystemClock, uuid7
 from cauce.codec import Entry, Meta, derive_id, seal
@@ -587,6 +587,7 @@ class _Running:
             cause = Cause(entry.id, meta.correlation or entry.id, "", meta.trace, meta.tracestate)
             correlation.set(cause.correlation)
             context = Context(bus, service, bound.name, entry, cause, Sql(store.fetch))
+            handling.set(context)
             self._say(bound, context, unit, slot_of(entry.key), await _run(bound, (message,), context, self._threads))
 
         return Consumer(
@@ -821,6 +822,7 @@ class _Running:
             id = derive_id(uuid7(due * 4096 // 1000, 0), self._service.name, name)
             correlation.set(id)
             context = Context(self._bus, self._service.name, name, None, Cause(id, id), Sql(store.fetch))
+            handling.set(context)
             unit = Unit(share)
             try:
                 self._say(bound, context, unit, 0, await _run(bound, (), context, self._threads))
@@ -923,11 +925,13 @@ class _Running:
             await self._copies.passed(ask.after)
         cause = Cause(ask.id, ask.correlation or ask.id, ask.by, ask.trace, ask.tracestate)
         before = correlation.set(cause.correlation)
+        context = Context(self._bus, self._service.name, bound.name, None, cause)
+        before_it = handling.set(context)
         try:
-            context = Context(self._bus, self._service.name, bound.name, None, cause)
             answer = await _run(bound, (query,), context, self._threads)
         finally:
             correlation.reset(before)
+            handling.reset(before_it)
         what = f"the answer of {self._service.name}.{bound.name}"
         check_value(msgspec.to_builtins(answer), what)
         return Reply(body=msgspec.Raw(check_body(_encode(answer), what)))
