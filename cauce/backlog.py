@@ -13,7 +13,7 @@ from cauce.accept import SLOTS, slot_of
 from cauce.clock import Clock
 from cauce.codec import Entry, time_in
 from cauce.log import Filter, Log, filter_of
-from cauce.store import Aside
+from cauce.store import Pending
 from cauce.takes import Reads
 
 __all__ = ["WHOLE", "Backlog", "Spot", "WentBack"]
@@ -108,14 +108,14 @@ class Backlog:
             self.passed += done
             self.held -= done
 
-    async def oldest(self, aside: Aside | None) -> int | None:
+    async def oldest(self, pending: Pending | None) -> int | None:
         """When what was said that is not handled yet and was said first; None: nothing waits."""
         found = list[int]()
         firsts = [lane.positions[0] for lane in self.lanes.values() if lane.positions]
         if firsts:
             found += await self._time(self.filter, min(firsts))
-        if aside is not None and aside.position:
-            found += await self._time(Filter(aside.stream), aside.position)
+        if pending is not None and pending.position:
+            found += await self._time(Filter(pending.stream), pending.position)
         self._times = {position: time for position, time in self._times.items() if time in found}
         return min(found, default=None)
 

@@ -12,7 +12,7 @@ from cauce.clock import Clock
 from cauce.errors import Unavailable
 from cauce.log import Log
 from cauce.shelf import Builds
-from cauce.store import Aside, Outline, Stores
+from cauce.store import Outline, Pending, Stores
 from cauce.takes import Reads, readers
 
 __all__ = ["Kept", "Logs", "Progress", "Seen", "Survey"]
@@ -22,7 +22,7 @@ _MOST = 2_000_000
 
 _WITHIN = 20.0
 _DECIDES = "decide "
-_ASIDE = ("on", "decide")
+_BY_SLOT = ("on", "decide")
 """Those who set aside what fails, and have a place for each slot."""
 
 _NO_FUNCTION = "has places here, and no function in the code that was started last"
@@ -48,7 +48,7 @@ class Progress(msgspec.Struct, frozen=True):
 
     `lag` counts the entries of its log that it wants and that lie behind its places; `at_least`: there are more, which
     were not counted. `seconds` is the age of the oldest that is neither handled nor dead. `retrying`, `dead` and
-    `behind` wait, as `cauce.store.Aside` says. `rate` is what it passed a second since the look before. None: not
+    `behind` wait, as `cauce.store.Pending` says. `rate` is what it passed a second since the look before. None: not
     known, and `note` may say why.
     """
 
@@ -130,7 +130,7 @@ class Survey:
                 found.append(await self._progress(service, reads, outline, heads, until))
                 if (reader := self._readers.get(_key(service, reads))) is not None:
                     counted[_key(service, reads)] = reader.passed
-            known = {each.name for each in all_reads if each.kind in _ASIDE}
+            known = {each.name for each in all_reads if each.kind in _BY_SLOT}
             found += _gone(service, outline, known, _NO_FUNCTION if service in catalogue else _NOT_SAID)
         self._before, self._looked = counted, self._clock.monotonic()
         return Seen(self._clock.now(), heads, kept, found)
@@ -152,8 +152,10 @@ class Survey:
         self, service: str, reads: Reads, outline: Outline, heads: Mapping[str, int], until: float
     ) -> Progress:
         key, head = _key(service, reads), heads[reads.log]
-        aside = next((each for each in outline.aside if each.consumer == reads.name and reads.kind in _ASIDE), None)
-        waits = (0, 0, 0) if aside is None else (aside.retrying, aside.dead, aside.behind)
+        pending = next(
+            (each for each in outline.pending if each.consumer == reads.name and reads.kind in _BY_SLOT), None
+        )
+        waits = (0, 0, 0) if pending is None else (pending.retrying, pending.dead, pending.behind)
         places, note = await self._places(service, reads, outline)
         reader = self._readers.get(key)
         if note or reader is None:
@@ -165,7 +167,7 @@ class Survey:
             self._readers[key] = reader = Backlog(reads, self._logs[reads.log])
             reader.begin(places, head)
             await reader.count(head, self._most, until, self._clock)
-        oldest = await reader.oldest(aside)
+        oldest = await reader.oldest(pending)
         seconds = 0.0 if oldest is None else max(0, self._clock.now() - oldest) / 1_000_000
         return Progress(
             service, reads.kind, reads.name, reads.log, reader.held, reader.looked < head, seconds, *waits,
@@ -179,7 +181,7 @@ class Survey:
     async def _places(self, service: str, reads: Reads, outline: Outline) -> tuple[dict[Spot, int], str]:
         """Where a reader stands, and what is wrong with that."""
         log = self._logs[reads.log]
-        if reads.kind in _ASIDE:
+        if reads.kind in _BY_SLOT:
             mine = [each for each in outline.places if each.consumer == reads.name]
             if any(each.log != log.id for each in mine):
                 return {}, f"has read another log than this one: see cauce reset {service}"
@@ -224,11 +226,11 @@ def _deciders(outline: Outline) -> list[Reads]:
 
 def _gone(service: str, outline: Outline, known: set[str], note: str) -> list[Progress]:
     """Consumers that have places or waiting messages, and of which is not known what they want."""
-    aside = {each.consumer: each for each in outline.aside}
-    names = {each.consumer for each in outline.places} | aside.keys()
+    pending = {each.consumer: each for each in outline.pending}
+    names = {each.consumer for each in outline.places} | pending.keys()
     found = list[Progress]()
     for name in sorted(names - known):
-        each = aside.get(name, Aside(name))
+        each = pending.get(name, Pending(name))
         found.append(
             Progress(service, "gone", name, "", retrying=each.retrying, dead=each.dead, behind=each.behind, note=note)
         )

@@ -22,11 +22,11 @@ from cauce.errors import Damaged, Refused, Unavailable
 from cauce.shelf import Shelf
 
 __all__ = [
-    "Aside",
     "BadStatement",
     "Inventory",
     "Letter",
     "Outline",
+    "Pending",
     "Place",
     "Share",
     "Standing",
@@ -34,8 +34,8 @@ __all__ = [
     "Stores",
     "Unit",
     "Waiting",
-    "aside_of",
     "check_places",
+    "pending_of",
     "write_places",
 ]
 
@@ -133,7 +133,7 @@ class Inventory(msgspec.Struct, frozen=True):
     timers: int
 
 
-class Aside(msgspec.Struct, frozen=True):
+class Pending(msgspec.Struct, frozen=True):
     """What waits of one consumer, in numbers.
 
     `retrying` are tried again by themselves, with what waits behind such a one; `dead` wait for a person, and `behind`
@@ -156,7 +156,7 @@ class Outline(msgspec.Struct, frozen=True):
     """
 
     places: list[Place]
-    aside: list[Aside]
+    pending: list[Pending]
     outbox: int
     timers: int
     due: int
@@ -322,7 +322,7 @@ class Stores(Protocol):
         ...
 
 
-def aside_of(rows: Iterable[tuple[str, int, str, bool]]) -> list[Aside]:
+def pending_of(rows: Iterable[tuple[str, int, str, bool]]) -> list[Pending]:
     """What waits of each consumer, from consumer, position, stream and whether it is dead, in order per consumer."""
     found, blocked = dict[str, list[Any]](), set[tuple[str, str]]()
     for consumer, position, stream, dead in rows:
@@ -336,7 +336,7 @@ def aside_of(rows: Iterable[tuple[str, int, str, bool]]) -> list[Aside]:
             counts[0] += 1
             if not counts[3]:
                 counts[3:] = position, stream
-    return [Aside(consumer, *counts) for consumer, counts in sorted(found.items())]
+    return [Pending(consumer, *counts) for consumer, counts in sorted(found.items())]
 
 
 async def write_places(

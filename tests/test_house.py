@@ -59,7 +59,9 @@ FLOORS = (
         "bus",
         "question",
         "shares",
+        "aside",
         "consumer",
+        "outbox",
         "reset",
     ),  # delivery
     (

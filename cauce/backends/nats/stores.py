@@ -18,7 +18,7 @@ from cauce.backends.sqlite.stores import SQLiteStores
 from cauce.clock import Clock
 from cauce.errors import Refused, Unavailable
 from cauce.shelf import Shelf
-from cauce.store import Letter, Outline, Store, Waiting, aside_of
+from cauce.store import Letter, Outline, Store, Waiting, pending_of
 
 __all__ = ["NatsStores"]
 
@@ -67,7 +67,7 @@ class NatsStores:
         rows = ((consumer, position, latest[consumer, position]) for consumer, position in sorted(latest))
         due = [int(each.payload) for each in await bucket.read("timer.*")]
         return Outline(
-            places, aside_of((consumer, position, each.stream, each.dead) for consumer, position, each in rows),
+            places, pending_of((consumer, position, each.stream, each.dead) for consumer, position, each in rows),
             len(await bucket.read("outbox.>")), len(due), sum(each <= now for each in due),
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from cauce.backends.postgres.shelf import PostgresShelf
 from cauce.backends.postgres.store import PostgresStore
 from cauce.clock import Clock
 from cauce.errors import Refused
-from cauce.store import Letter, Outline, Place, aside_of
+from cauce.store import Letter, Outline, Place, pending_of
 
 __all__ = ["PostgresStores"]
 
@@ -57,7 +57,7 @@ class PostgresStores:
         ((places, waiting, *numbers),) = await self._link.fetch(filled(_OUTLINE, home_of(self._link.schema, name)), now)
         return Outline(
             [Place(*row) for row in places],
-            aside_of(tuple(row) for row in waiting),
+            pending_of(tuple(row) for row in waiting),
             *numbers,
         )
 

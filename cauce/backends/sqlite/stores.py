@@ -16,7 +16,7 @@ from cauce.backends.sqlite.file import connect, translate
 from cauce.backends.sqlite.store import SQLiteStore
 from cauce.clock import Clock
 from cauce.errors import Refused
-from cauce.store import Letter, Outline, Place, aside_of
+from cauce.store import Letter, Outline, Place, pending_of
 from cauce.threads import in_thread
 
 __all__ = ["SQLiteStores"]
@@ -111,10 +111,10 @@ def _outline(path: Path, now: int) -> Outline:
         connection.execute("begin")
         places: list[Any] = connection.execute(_PLACES).fetchall()
         rows: Any = connection.execute("select consumer, position, stream, dead from cauce_waiting order by 1, 2")
-        aside = aside_of((consumer, position, stream, bool(dead)) for consumer, position, stream, dead in rows)
+        pending = pending_of((consumer, position, stream, bool(dead)) for consumer, position, stream, dead in rows)
         numbers: Any = connection.execute(_NUMBERS, (now,)).fetchone()
         connection.execute("rollback")
-    return Outline([Place(*row) for row in places], aside, *numbers)
+    return Outline([Place(*row) for row in places], pending, *numbers)
 
 
 @contextmanager
