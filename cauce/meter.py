@@ -243,7 +243,7 @@ class _Wire:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._wire, name)
 
-    async def ask(self, address: str, payload: bytes, deadline: float) -> bytes:
+    async def ask(self, address: str, payload: bytes, deadline: float, **options: Any) -> bytes:
         domain = address.partition("/")[0]
         counts = self._meter.asked.get(domain)
         if counts is None:
@@ -251,7 +251,7 @@ class _Wire:
         counts.in_flight += 1
         began = self._now()
         try:
-            reply = await self._wire.ask(address, payload, deadline)
+            reply: bytes = await self._wire.ask(address, payload, deadline, **options)
             counts.answered += 1
             return reply
         except NoAnswer:
@@ -267,7 +267,7 @@ class _Wire:
             counts.in_flight -= 1
             counts.times.add(self._now() - began)
 
-    async def announce(self, instance: Instance) -> Callable[[], None]:
+    async def announce(self, instance: Instance, *options: Any, **more: Any) -> Callable[[], None]:
         meter, id = self._meter, instance.id
         if id not in self._telling:
 
@@ -275,7 +275,7 @@ class _Wire:
                 return _encode(meter.told(instance))
 
             self._telling[id] = await self._wire.serve(address_of(id), tell)
-        undo = await self._wire.announce(instance)
+        undo: Callable[[], None] = await self._wire.announce(instance, *options, **more)
         meter.instances[id] = instance
 
         def leave() -> None:
