@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Literal, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import msgspec
 
 from cauce.clock import Clock
-from cauce.errors import BreakerOpen, NoAnswer, Refused, Unavailable
+from cauce.errors import BreakerOpen, NoAnswer, Overloaded, Refused, Unavailable
+from cauce.guarded import State
 
 __all__ = ["Breaker", "Limits", "State"]
 
 _log = logging.getLogger("cauce")
 
-State = Literal["closed", "open", "half-open"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _FAILURES = (Unavailable, TimeoutError, ConnectionError)
 """What a callee in trouble answers. That it says no, or cannot take what it was asked, is an answer like any other.
 
-That nobody is there to be asked is not among them: it burdens nobody, and who comes back is to be asked at once.
+Two are not among them. That nobody is there to be asked: it burdens nobody, and who comes back is to be asked at once.
+That it was too much: who sheds load is well, and may shed what one function of many is asked.
 """
+
+_NO_FAILURES = (NoAnswer, Overloaded)
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -104,7 +107,7 @@ class Breaker:
         try:
             result = await work(*args, **kwargs)
         except _FAILURES as error:
-            self._ended(round, began, failed=not isinstance(error, NoAnswer))
+            self._ended(round, began, failed=not isinstance(error, _NO_FAILURES))
             raise
         except Exception:
             self._ended(round, began, failed=False)
