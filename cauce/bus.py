@@ -290,13 +290,8 @@ class Bus:
         """
         kind = _declared(query, "query")
         if fallback is not None:
-            work = partial(self._asked, kind, query, after, timeout, cause)
+            work: Callable[[], Awaitable[Any]] = partial(self.ask, query, after=after, timeout=timeout, cause=cause)
             return await or_else(work, fallback, kind.name)
-        return await self._asked(kind, query, after, timeout, cause)
-
-    async def _asked(
-        self, kind: Declared, query: Query[Any], after: Receipt | None, timeout: float, cause: Cause
-    ) -> Any:
         ask = Ask(
             "ask", kind.name, self.clock.id(), "", kind.version, msgspec.Raw(encode(query)), False,
             cause.by, cause.correlation, cause.id, cause.trace, cause.tracestate,

@@ -84,7 +84,7 @@ class Breaker:
 
     def __init__(self, name: str, clock: Clock, limits: Limits | None = None) -> None:
         self.name, self._clock, self._limits = name, clock.monotonic, limits or Limits()
-        self._share, self._least, self._slow = self._limits.share, self._limits.least, self._limits.slow or 1e18
+        self._share, self._least, self._slow = self._limits.share, self._limits.least, self._limits.slow
         self._window = self._limits.window / 2
         self.state: State = "closed"
         self.opened = self.refused = 0
@@ -103,20 +103,20 @@ class Breaker:
         """
         if self.state != "closed":
             self._admit()
-        round, began = self._round, self._clock()
+        round, began = self._round, self._clock() if self._slow else 0.0
         try:
             result = await work(*args, **kwargs)
         except _FAILURES as error:
-            self._ended(round, began, failed=not isinstance(error, _NO_FAILURES))
+            self._ended(round, began, not isinstance(error, _NO_FAILURES))
             raise
         except Exception:
-            self._ended(round, began, failed=False)
+            self._ended(round, began, False)
             raise
         except BaseException:
             # Nobody waited for what it would have said.
             self._given_up(round)
             raise
-        self._ended(round, began, failed=False)
+        self._ended(round, began, False)
         return result
 
     def open(self, why: str = "by hand") -> None:
@@ -142,11 +142,11 @@ class Breaker:
         )
         raise BreakerOpen(f"{self.name} is in trouble and is not asked {when}: nothing ran; wait, or use a fallback")
 
-    def _ended(self, round: int, began: float, *, failed: bool) -> None:
+    def _ended(self, round: int, began: float, failed: bool) -> None:
         if round != self._round:
             return
         now = self._clock()
-        bad = failed or now - began >= self._slow
+        bad = failed or (self._slow is not None and now - began >= self._slow)
         if self.state == "closed":
             if now >= self._until:
                 self._roll(now)

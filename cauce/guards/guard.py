@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable
+from functools import partial
 from math import inf
 
 import msgspec
@@ -44,20 +45,16 @@ class Guards(msgspec.Struct, frozen=True):
 class Guard:
     """The bulkhead and the breaker of one callee; see `cauce.guarded` for what each attribute says."""
 
-    __slots__ = ("_ask", "_breaker", "_bulkhead", "name")
+    __slots__ = ("_breaker", "_bulkhead", "ask", "name")
 
     def __init__(self, name: str, clock: Clock, guards: Guards, ask: Asking) -> None:
         self.name = name
         self._bulkhead = Bulkhead(name, guards.at_once or inf, "raise at_once of its guards")
         self._breaker = Breaker(name, clock, guards.breaker or _NEVER)
-        self._ask = ask
-
-    def ask(self, address: str, ask: Ask, deadline: float) -> Awaitable[Reply]:
-        """Ask it, if it is let through. The bulkhead comes first: what it turns away says nothing of the callee."""
-        return self._bulkhead.call(self._past_bulkhead, address, ask, deadline)
-
-    def _past_bulkhead(self, address: str, ask: Ask, deadline: float) -> Awaitable[Reply]:
-        return self._breaker.call(self._ask, address, ask, deadline)
+        # The bulkhead comes first: what it turns away says nothing of how the callee is.
+        # (mypy misses the arguments that are not given yet.)
+        past_bulkhead: Asking = partial(self._breaker.call, ask)  # type: ignore[call-arg]
+        self.ask: Asking = partial(self._bulkhead.call, past_bulkhead)  # type: ignore[call-arg]
 
     @property
     def state(self) -> State:
