@@ -23,6 +23,8 @@ from cauce.commander import Commander, Decider
 from cauce.errors import CauceError, Gone, NoAnswer, NotOwner, Refused, Unavailable, Unreadable
 from cauce.fold import Folder, messages_of
 from cauce.folding import fold_of, rules_of
+from cauce.guards.bulkhead import Bulkhead
+from cauce.guards.guard import Callees, Guards
 from cauce.history import page, stood
 from cauce.lease import Leases, identity
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
@@ -54,20 +56,27 @@ DEFAULT_BUS = "sqlite:///.cauce/bus.db"
 _log = logging.getLogger("cauce")
 _encode = msgspec.json.Encoder().encode
 _decode_asked = msgspec.json.Decoder(Asked).decode
+_GUARDS = Guards()
+_WISHES_AT_ONCE = 10_000
+_LOOKS_AT_ONCE = 2_000
+"""How much a domain is wished, and how often its things are looked at, at a time in one instance."""
 
 
 @asynccontextmanager
-async def connect(bus: str = DEFAULT_BUS, *, clock: Clock | None = None) -> AsyncIterator[Bus]:
+async def connect(
+    bus: str = DEFAULT_BUS, *, clock: Clock | None = None, guards: Guards = _GUARDS
+) -> AsyncIterator[Bus]:
     """A client that serves nothing: it calls, sends, asks and reads.
 
     Parameters:
         bus: the address, `sqlite:///shop.db` for a relative and `sqlite:////var/shop.db` for an absolute path,
             `postgresql://host/database` or `nats://host:4222`.
+        guards: what stands before each callee, so that one that is blocked is not waited for again and again.
     """
     clock = clock or SystemClock()
     backend = await open_backend(bus, clock)
     try:
-        yield _bus(backend, clock)
+        yield _bus(backend, clock, guards)
     finally:
         await backend.close()
 
@@ -79,6 +88,7 @@ async def running(
     store: str | None = None,
     clock: Clock | None = None,
     drain: float = 10.0,
+    guards: Guards = _GUARDS,
     meter: Meter | None = None,
 ) -> AsyncIterator[Bus]:
     """Run services in this process, and a bus to talk to them. They are drained when the block is left.
@@ -89,6 +99,7 @@ async def running(
         store: where these services keep what is their own, `sqlite:///folder` or `postgresql://host/database`; None: at
             the bus. All instances of a service must be given the same.
         drain: seconds that handlers get to finish at the end.
+        guards: what stands before each callee, so that one that is blocked is not waited for again and again.
         meter: counts what these services do.
 
     The same service may run in any number of processes: its instances share its slots out among themselves.
@@ -105,7 +116,7 @@ async def running(
         stack.push_async_callback(backend.close)
         await warn(backend)
         stores = backend.stores if store is None else await stack.enter_async_context(stores_at(store, clock))
-        face = _bus(backend, clock, meter)
+        face = _bus(backend, clock, guards, meter)
         tasks = _Tasks(face.failed)
         tails = Tails(face)
         each = [_Running(service, parts, stores, face, tasks, tails, drain) for service, parts in bounds]
@@ -146,10 +157,12 @@ async def _stop(services: Sequence[_Running], tasks: _Tasks, drain: float) -> No
         await service.close()
 
 
-def _bus(backend: Backend, clock: Clock, meter: Meter | None = None) -> Bus:
+def _bus(backend: Backend, clock: Clock, guards: Guards, meter: Meter | None = None) -> Bus:
     wire = backend.wire if meter is None else meter.wire(backend.wire)
     bus = Bus(backend.id, backend.facts, backend.commands, backend.records, wire, clock)
     bus.meter = meter
+    bus.guards = callees = Callees(clock, guards, bus.asking)
+    bus.asking = callees.ask
     return bus
 
 
@@ -235,6 +248,7 @@ class _Running:
         self._folders: dict[str, Folder] = {}
         self._schemas: dict[str, Schema] = {}
         self._handlers: dict[str, Handler] = {}
+        self._bulkheads: dict[str, Bulkhead] = {}
         self._consumers: list[tuple[Consumer, Tail]] = []
         self._served: dict[str, Callable[[], None]] = {}
         self._copies: Copies | None = None
@@ -684,7 +698,9 @@ class _Running:
             self._tasks.fail(error)
 
     def _answer(self, domain: Domain) -> Handler:
-        answers = {cls: bound for cls, bound in self._functions("answer").items() if declared(cls).domain is domain}
+        wishes = self._bulkhead(f"{domain.name}: wishes", _WISHES_AT_ONCE, "run more instances")
+        looks = self._bulkhead(f"{domain.name}: looks", _LOOKS_AT_ONCE, "run more instances")
+        answers = {cls: each for cls, each in self._answers().items() if declared(cls).domain is domain}
 
         async def handler(payload: bytes) -> bytes:
             try:
@@ -693,7 +709,15 @@ class _Running:
                 return _encode(Reply("Refused", str(error)))
             self._in_hand += 1
             try:
-                reply = await self._reply(domain, ask, answers)
+                by_hand = not ask.kind
+                if by_hand:
+                    ask = completed(ask, domain, self._schemas[domain.name], self._bus.clock)
+                if ask.kind == "ask":
+                    reply = await self._answered(domain, ask, answers)
+                elif ask.kind in ("call", "undo", "publish"):
+                    reply = await wishes.call(self._granted, domain, ask, by_hand)
+                else:
+                    reply = await looks.call(self._looked_up, domain, ask, by_hand)
             except CauceError as error:
                 reply = Reply(error_name(error), str(error))
             except Exception as error:
@@ -707,10 +731,22 @@ class _Running:
 
         return handler
 
-    async def _reply(self, domain: Domain, ask: Ask, answers: dict[type[Message], Bound]) -> Reply:
-        by_hand = not ask.kind
-        if by_hand:
-            ask = completed(ask, domain, self._schemas[domain.name], self._bus.clock)
+    def _answers(self) -> _Answers:
+        """Its answer functions by query, each behind its own bulkhead."""
+        return {
+            cls: (bound, self._bulkhead(f"{self._service.name}.{bound.name}", bound.part.at_once, "raise its at_once"))
+            for bound in self._of("answer")
+            for cls in bound.messages
+        }
+
+    def _bulkhead(self, name: str, most: int, cure: str) -> Bulkhead:
+        """The bulkhead of this name, made when it is first wanted, and seen from then on."""
+        bulkhead = self._bulkheads.get(name)
+        if bulkhead is None:
+            self._bus.bulkheads[name] = bulkhead = self._bulkheads[name] = Bulkhead(name, most, cure)
+        return bulkhead
+
+    async def _granted(self, domain: Domain, ask: Ask, by_hand: bool) -> Reply:
         if ask.kind == "call":
             commander = self._commanders.get(domain.name)
             if commander is None:
@@ -722,11 +758,10 @@ class _Running:
             return Reply("", "", receipt.version, receipt.position, receipt.changed)
         if ask.kind == "undo":
             return await self._undo(domain, ask)
-        if ask.kind == "publish":
-            await self._publish(self._commanders[domain.name], ask)
-            return Reply()
-        if ask.kind == "ask":
-            return await self._answered(domain, ask, answers)
+        await self._publish(self._commanders[domain.name], ask)
+        return Reply()
+
+    async def _looked_up(self, domain: Domain, ask: Ask, by_hand: bool) -> Reply:
         folder, facts, records = self._folders[domain.name], self._bus.facts, self._bus.records
         if ask.kind in ("history", "states"):
             return await page(folder, facts, records, ask)
@@ -758,11 +793,14 @@ class _Running:
         told = await self._commanders[domain.name].undo(ask, asked, record)
         return Reply(body=msgspec.Raw(_encode(part(told, ask.since))))
 
-    async def _answered(self, domain: Domain, ask: Ask, answers: dict[type[Message], Bound]) -> Reply:
+    async def _answered(self, domain: Domain, ask: Ask, answers: _Answers) -> Reply:
         query = self._schemas[domain.name].decode(domain.name, ask.type, ask.schema, bytes(ask.body))
-        bound = answers.get(type(query))
-        if bound is None:
+        if type(query) not in answers:
             raise NoAnswer(f"service {self._service.name!r} does not answer {ask.type}: add an answer function for it")
+        bound, bulkhead = answers[type(query)]
+        return await bulkhead.call(self._answered_by, bound, query, ask)
+
+    async def _answered_by(self, bound: Bound, query: Message, ask: Ask) -> Reply:
         if ask.after is not None and self._copies is not None:
             await self._copies.passed(ask.after)
         cause = Cause(ask.id, ask.correlation or ask.id, ask.by, ask.trace, ask.tracestate)
@@ -777,6 +815,10 @@ class _Running:
         what = f"the answer of {self._service.name}.{bound.name}"
         check_value(msgspec.to_builtins(answer), what)
         return Reply(body=msgspec.Raw(check_body(_encode(answer), what)))
+
+
+_Answers = dict[type[Message], tuple[Bound, Bulkhead]]
+"""By query, who answers it."""
 
 
 def _check_record(schema: Schema, ask: Ask, state: Record | None) -> None:
