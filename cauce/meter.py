@@ -7,7 +7,7 @@ Without a meter nothing of this runs. Names in it are those of services, functio
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +15,7 @@ import msgspec
 
 from cauce.clock import Clock, SystemClock
 from cauce.errors import NoAnswer, Unavailable
+from cauce.guarded import Bounded, Guarded
 from cauce.store import Store, Unit
 from cauce.wire import Handler, Instance, Wire
 
@@ -91,10 +92,12 @@ class Work(msgspec.Struct, frozen=True):
 
 
 class Told(msgspec.Struct, frozen=True):
-    """What an instance says when it is asked at `address_of` it."""
+    """What an instance says when it is asked at `address_of` it: of its handlers, and of each callee of its process
+    how the breaker stands."""
 
     service: str
     work: list[Work]
+    breakers: dict[str, str] = {}
 
 
 def address_of(instance: str) -> str:
@@ -103,7 +106,10 @@ def address_of(instance: str) -> str:
 
 
 class Meter:
-    """Counts what the services of one process do. `instances` are those that were announced, by id."""
+    """Counts what the services of one process do.
+
+    `instances` are those that were announced, by id; `guards` and `bulkheads` are those of the bus.
+    """
 
     def __init__(self, clock: Clock | None = None) -> None:
         self._now = (clock or SystemClock()).monotonic
@@ -111,6 +117,8 @@ class Meter:
         self.answered: dict[tuple[str, str, str, str], Answered] = {}
         self.asked: dict[str, Asked] = {}
         self.instances: dict[str, Instance] = {}
+        self.guards: Mapping[str, Guarded] = {}
+        self.bulkheads: Mapping[str, Bounded] = {}
 
     # ------------------------------------------------------------------------------------------------- messages
 
@@ -192,14 +200,12 @@ class Meter:
 
     def told(self, instance: Instance) -> Told:
         """What the handlers of a service do in this process."""
-        return Told(
-            instance.service,
-            [
-                Work(handler, each.in_flight, each.handled, each.failed, each.waited, each.retried, each.parked)
-                for (service, handler), each in sorted(self.handled.items())
-                if service == instance.service
-            ],
-        )
+        work = [
+            Work(handler, each.in_flight, each.handled, each.failed, each.waited, each.retried, each.parked)
+            for (service, handler), each in sorted(self.handled.items())
+            if service == instance.service
+        ]
+        return Told(instance.service, work, {callee: guard.state for callee, guard in sorted(self.guards.items())})
 
 
 class _Asking(msgspec.Struct, frozen=True):

@@ -160,9 +160,11 @@ async def _stop(services: Sequence[_Running], tasks: _Tasks, drain: float) -> No
 def _bus(backend: Backend, clock: Clock, guards: Guards, meter: Meter | None = None) -> Bus:
     wire = backend.wire if meter is None else meter.wire(backend.wire)
     bus = Bus(backend.id, backend.facts, backend.commands, backend.records, wire, clock)
-    bus.meter = meter
     bus.guards = callees = Callees(clock, guards, bus.asking)
     bus.asking = callees.ask
+    bus.meter = meter
+    if meter is not None:
+        meter.guards, meter.bulkheads = bus.guards, bus.bulkheads
     return bus
 
 

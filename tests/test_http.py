@@ -237,7 +237,7 @@ def test_the_text_is_what_prometheus_reads_and_holds_every_metric_once(start: Ca
     labels = {key for family in families.values() for sample in family.samples for key in sample.labels}
     assert labels <= {
         "version", "python", "service", "state", "handler", "domain", "kind", "type", "outcome", "callee", "consumer",
-        "log", "le",
+        "log", "le", "bulkhead",
     }  # fmt: skip
     assert len(text.splitlines()) == len(set(text.splitlines()))
 
@@ -322,3 +322,24 @@ def test_the_process_ends_as_it_should_with_http_on(start: Callable[..., Process
     process.until_metric(0, "cauce_consumer_lag_messages", service="worker", consumer="work")
     assert process.end() == 0
     assert "Traceback" not in process.said
+
+
+def test_every_alert_names_metrics_that_there_are() -> None:
+    page = (ROOT / "docs" / "how-to" / "alerts.md").read_text()
+    blocks = re.findall(r"```promql\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == len(re.findall(r"^## ", page, re.MULTILINE)) == 6
+    known = set(NAMES) | {f"{name}_{end}" for name in NAMES for end in ("bucket", "sum", "count")}
+    for block in blocks:
+        named = set(re.findall(r"\bcauce_\w+", block))
+        assert named
+        assert named <= known
+        for label in re.findall(r'(\w+)="', block):
+            assert label == "state"
+
+
+def test_the_page_of_metrics_tells_of_each_and_of_no_other() -> None:
+    page = (ROOT / "docs" / "reference" / "seeing.md").read_text()
+    table = page.partition("## Metrics")[2].partition("\n## ")[0]
+    told = set(re.findall(r"`(cauce_\w+)`", table))
+    told |= {f"cauce_messages_{end}" for end in re.findall(r"`…_(\w+)`", table)}
+    assert told == set(NAMES)

@@ -89,6 +89,17 @@ async def test_an_instance_tells_what_it_counted_as_long_as_it_runs(each_bus: st
             await bus.ask(address_of(instance.id), b"{}", clock.monotonic() + 30)
 
 
+async def test_an_instance_tells_how_the_breakers_of_its_process_stand(bus_url: str) -> None:
+    clock, meter = SystemClock(), Meter()
+    async with running(talker(), bus=bus_url, meter=meter) as bus, look(bus_url, clock) as seen:
+        await bus.ask(Word("hi"))
+        bus.guards["talk"].open()
+        (instance,) = await seen.instances()
+        told = json.loads(await seen.ask(address_of(instance.id), b"{}", clock.monotonic() + 30))
+        assert told["breakers"] == {"talk": "open"}
+        assert meter.guards["talk"].state == "open"
+
+
 async def test_without_a_meter_nothing_stands_around_anything(bus_url: str) -> None:
     async with running(bills(), bus=bus_url) as bus:
         assert bus.meter is None

@@ -19,7 +19,7 @@ from cauce.lag import Progress, Seen, Survey
 from cauce.meter import Told, address_of
 from cauce.wire import Instance
 
-__all__ = ["Sight", "Sights", "age", "lines", "plain", "rate", "sights"]
+__all__ = ["Breaker", "Sight", "Sights", "age", "lines", "notes", "plain", "rate", "row", "sights"]
 
 _PATIENCE = 1.0
 """Seconds that an instance gets to tell what it is at: one that is blocked does not."""
@@ -27,12 +27,26 @@ _PATIENCE = 1.0
 _decode = msgspec.json.Decoder(Told).decode
 
 
+class Breaker(msgspec.Struct, frozen=True):
+    """A breaker that lets not all through, as an instance told."""
+
+    service: str
+    pid: int
+    callee: str
+    state: str
+
+
 class Sight(msgspec.Struct, frozen=True):
-    """One look. `in_flight` is by service and reader, of those all whose instances told it."""
+    """One look.
+
+    `in_flight` is by service and reader, of those all whose instances told it; `breakers` are those that are not
+    closed, of which process and service, by the callee.
+    """
 
     seen: Seen
     instances: list[Instance]
     in_flight: dict[tuple[str, str], int]
+    breakers: list[Breaker]
 
 
 class Sights:
@@ -49,21 +63,14 @@ class Sights:
         telling = asyncio.ensure_future(self._told(instances))
         try:
             seen = await self._survey.look(self._services)
-            return Sight(seen, sorted(instances, key=lambda each: (each.service, each.since, each.id)), await telling)
+            told = [(instance, each) for instance, each in zip(instances, await telling, strict=True)]
         finally:
             telling.cancel()
+        instances.sort(key=lambda each: (each.service, each.since, each.id))
+        return Sight(seen, instances, _in_flight(told), _breakers(told))
 
-    async def _told(self, instances: Iterable[Instance]) -> dict[tuple[str, str], int]:
-        found, silent = dict[tuple[str, str], int](), set[str]()
-        told = await asyncio.gather(*(self._ask(each) for each in instances))
-        for instance, each in zip(instances, told, strict=True):
-            if each is None:
-                silent.add(instance.service)
-                continue
-            for work in each.work:
-                key = each.service, work.handler
-                found[key] = found.get(key, 0) + work.in_flight
-        return {key: number for key, number in found.items() if key[0] not in silent}
+    async def _told(self, instances: Iterable[Instance]) -> list[Told | None]:
+        return await asyncio.gather(*(self._ask(each) for each in instances))
 
     async def _ask(self, instance: Instance) -> Told | None:
         deadline = self.clock.monotonic() + _PATIENCE
@@ -71,6 +78,28 @@ class Sights:
             return _decode(await self._bus.ask(address_of(instance.id), b"{}", deadline))
         except (CauceError, OSError, TimeoutError, msgspec.MsgspecError):
             return None
+
+
+def _in_flight(told: Iterable[tuple[Instance, Told | None]]) -> dict[tuple[str, str], int]:
+    found, silent = dict[tuple[str, str], int](), set[str]()
+    for instance, each in told:
+        if each is None:
+            silent.add(instance.service)
+            continue
+        for work in each.work:
+            key = each.service, work.handler
+            found[key] = found.get(key, 0) + work.in_flight
+    return {key: number for key, number in found.items() if key[0] not in silent}
+
+
+def _breakers(told: Iterable[tuple[Instance, Told | None]]) -> list[Breaker]:
+    return [
+        Breaker(instance.service, instance.pid, callee, state)
+        for instance, each in told
+        if each is not None
+        for callee, state in each.breakers.items()
+        if state != "closed"
+    ]
 
 
 @asynccontextmanager
@@ -109,6 +138,7 @@ def plain(sight: Sight) -> dict[str, Any]:
             }
             for each in sight.instances
         ],
+        "breakers": [msgspec.to_builtins(each) for each in sight.breakers],
         "services": [msgspec.to_builtins(each) for each in sight.seen.services],
         "consumers": [
             {**msgspec.to_builtins(each), "in_flight": sight.in_flight.get((each.service, each.name))}
@@ -129,12 +159,24 @@ def lines(sight: Sight) -> list[str]:
     found = ["  ".join(_cell(cell, widths[n], n >= _RIGHT) for n, cell in enumerate(each)).rstrip() for each in rows]
     if len(rows) == 1:
         found = ["no consumers"]
-    found += [one_line(f"{each.service} {each.name}: {each.note}") for each in sight.seen.readers if each.note]
+    found += notes(sight)
     for kept in sight.seen.services:
         if kept.outbox or kept.timers:
             timers = f"{kept.timers} timers, {kept.due} of them due"
             found.append(one_line(f"{kept.service}: {kept.outbox} messages in the outbox, {timers}"))
     return found
+
+
+def notes(sight: Sight) -> list[str]:
+    """What is to be said of single consumers, and of breakers."""
+    found = [one_line(f"{each.service} {each.name}: {each.note}") for each in sight.seen.readers if each.note]
+    return [
+        *found,
+        *(
+            one_line(f"{each.service} (process {each.pid}): breaker of {each.callee} {each.state}")
+            for each in sight.breakers
+        ),
+    ]
 
 
 def row(each: Progress, sight: Sight) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import click
 
 from cauce.cli.place import as_json, bus, store
 from cauce.cli.services import summary
-from cauce.cli.sight import Sight, Sights, age, lines, plain, row, sights
+from cauce.cli.sight import Sight, Sights, age, lines, notes, plain, row, sights
 from cauce.cli.text import one_line, print_json
 from cauce.errors import Unavailable
 
@@ -115,14 +115,13 @@ def _screen(sight: Sight | None) -> Group:
 
     assert sight is not None
     heads = ", ".join(f"{log} {head}" for log, head in sight.seen.heads.items())
-    notes = [Text(one_line(f"{each.service} {each.name}: {each.note}")) for each in sight.seen.readers if each.note]
     return Group(
         Text(f"{len(sight.instances)} instances   {heads}   q quits", style="bold"),
         Text(),
         _instances(sight),
         Text(),
         _consumers(sight),
-        *notes,
+        *(Text(each, style="yellow") for each in notes(sight)),
     )
 
 

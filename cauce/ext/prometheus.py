@@ -40,6 +40,12 @@ NAMES: dict[str, tuple[str, str]] = {
     "cauce_questions_asked_total": ("counter", "What this process asked of a domain, by how it ended."),
     "cauce_questions_out": ("gauge", "What was asked and has no answer yet."),
     "cauce_question_seconds": ("histogram", "How long it took until it was answered or given up."),
+    "cauce_breaker_state": ("gauge", "1 for the state of the breaker of each callee, as this process asks it."),
+    "cauce_breaker_opened_total": ("counter", "How often the breaker of a callee has opened."),
+    "cauce_breaker_refused_total": ("counter", "Questions that a breaker did not let through."),
+    "cauce_callee_shed_total": ("counter", "Questions to a callee that were too many at once."),
+    "cauce_bulkhead_under_way": ("gauge", "Questions in hand behind a bulkhead of what is answered here."),
+    "cauce_bulkhead_shed_total": ("counter", "Questions that a bulkhead of what is answered here turned away."),
     "cauce_consumer_lag_messages": ("gauge", "Entries that a consumer wants behind its places, of the whole service."),
     "cauce_consumer_lag_seconds": ("gauge", "Age of the oldest that is neither handled nor dead."),
     "cauce_consumer_lag_is_more": ("gauge", "1: there are more than were counted."),
@@ -54,13 +60,21 @@ NAMES: dict[str, tuple[str, str]] = {
 }
 """The metrics by name: their type, and what they are."""
 
+_BREAKER = ("closed", "open", "half-open")
 _STATES = ("starting", "running", "draining", "blocked")
 
 
 def text(meter: Meter, pulse: Pulse, observer: Observer) -> str:
     """All metrics, each with its help and type, also those of which there is nothing yet."""
     samples = dict[str, Samples](
-        [*_process(meter, pulse), *_messages(meter), *_answers(meter), *_questions(meter), *_lags(observer)]
+        [
+            *_process(meter, pulse),
+            *_messages(meter),
+            *_answers(meter),
+            *_questions(meter),
+            *_guards(meter),
+            *_lags(observer),
+        ]
     )
     lines = list[str]()
     for name, (kind, help) in NAMES.items():
@@ -136,6 +150,20 @@ def _questions(meter: Meter) -> Iterator[tuple[str, Samples]]:
     )
     yield "cauce_questions_out", [(labels, each.in_flight) for labels, each in found]
     yield from _histogram("cauce_question_seconds", [(labels, each.times) for labels, each in found])
+
+
+def _guards(meter: Meter) -> Iterator[tuple[str, Samples]]:
+    callees = [({"callee": name}, each) for name, each in sorted(meter.guards.items())]
+    yield (
+        "cauce_breaker_state",
+        [({**labels, "state": state}, int(each.state == state)) for labels, each in callees for state in _BREAKER],
+    )
+    yield "cauce_breaker_opened_total", [(labels, each.opened) for labels, each in callees]
+    yield "cauce_breaker_refused_total", [(labels, each.refused) for labels, each in callees]
+    yield "cauce_callee_shed_total", [(labels, each.shed) for labels, each in callees]
+    here = [({"bulkhead": name}, each) for name, each in sorted(meter.bulkheads.items())]
+    yield "cauce_bulkhead_under_way", [(labels, each.under_way) for labels, each in here]
+    yield "cauce_bulkhead_shed_total", [(labels, each.shed) for labels, each in here]
 
 
 def _histogram(name: str, found: Iterable[tuple[Labels, Times]]) -> Iterator[tuple[str, Samples]]:
