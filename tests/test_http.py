@@ -75,11 +75,11 @@ async def work(event: Done) -> None:
 class Process:
     """`cauce run` in a process of its own, and what it answers over HTTP."""
 
-    def __init__(self, folder: Path, *arguments: str, names: tuple[str, ...] = ("jobs_module",)) -> None:
+    def __init__(self, folder: Path, *arguments: str, bus: str = "sqlite:///bus.db") -> None:
         (folder / "jobs_module.py").write_text(SERVICE)
-        self.folder = folder
+        self.folder, self.bus = folder, bus
         self.process = subprocess.Popen(
-            [sys.executable, "-c", MAIN, "run", *names, "--bus", "sqlite:///bus.db", *arguments],
+            [sys.executable, "-c", MAIN, "run", "jobs_module", "--bus", bus, *arguments],
             cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE,
         )  # fmt: skip
         self.said = ""
@@ -131,13 +131,13 @@ class Process:
         """From another process: a command, or a question."""
         text = (
             "import asyncio, sys, jobs_module as m\nfrom cauce import connect, CauceError\n"
-            "async def main():\n    async with connect('sqlite:///bus.db') as bus:\n"
+            "async def main():\n    async with connect(sys.argv[2]) as bus:\n"
             f"        try: await bus.{'ask(m.Which' if ask else 'call(m.Do'}(sys.argv[1]), timeout=30)\n"
             "        except CauceError: pass\n"
             "asyncio.run(main())"
         )
         subprocess.run(
-            [sys.executable, "-c", text, name], cwd=self.folder, check=True, timeout=60,
+            [sys.executable, "-c", text, name, self.bus], cwd=self.folder, check=True, timeout=60,
             env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{self.folder}"},
         )  # fmt: skip
 
@@ -221,6 +221,20 @@ def test_metrics_count_what_was_handled_failed_and_parked_asked_and_answered(sta
     process.until_metric(1, "cauce_consumer_dead", service="worker", consumer="work")
     assert process.metric("cauce_consumer_lag_messages", service="worker", consumer="work") == 0
     assert process.metric("cauce_log_head", log="facts") is not None
+
+
+def test_on_each_backend_it_is_ready_and_tells_lags(start: Callable[..., Process], each_bus: str) -> None:
+    process = start("--http", "0", bus=each_bus)
+    process.until("/readyz", lambda code, _: code == 200)
+    process.call("a")
+    process.until_metric(1, "cauce_messages_handled_total", service="worker", handler="work")
+    process.until_metric(0, "cauce_consumer_lag_messages", service="worker", consumer="work")
+    process.until_metric(0, "cauce_consumer_lag_messages", service="jobs", consumer="decide jobs")
+    head = process.metric("cauce_log_head", log="facts")
+    assert head is not None
+    assert head > 0
+    assert process.end() == 0
+    assert "Traceback" not in process.said
 
 
 def test_the_text_is_what_prometheus_reads_and_holds_every_metric_once(start: Callable[..., Process]) -> None:
