@@ -57,7 +57,9 @@ async def falls_back(bus: Bus, ctx: Context) -> None:
     assert_type(await ctx.fetch(User, "42", fallback=Holder), User | Holder)
     assert_type(await ctx.fetch(User, "42", fallback=nobody), User | None)
     assert_type(ctx.left, float | None)
-    print(await bus.ask(WhoHas("example.org")))  # what takes anything takes an answer
+    shown: object = await bus.ask(WhoHas("example.org"))
+    assert_type(str(await ctx.ask(WhoHas("example.org"))), str)
+    assert shown
 
 
 async def known() -> list[str]:
