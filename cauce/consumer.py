@@ -213,6 +213,11 @@ class Consumer:
                 del self._waiting[stream]
         self._moved.set()
 
+    @property
+    def held(self) -> int:
+        """How many messages are in hand, or wait in memory for their turn."""
+        return sum(len(lane.queue) for lane in self._lanes.values()) + len(self._in_hand)
+
     # ---------------------------------------------------------------------------------------------- what comes in
 
     def offer(self, entry: Entry, slot: Slot) -> None:
