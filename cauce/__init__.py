@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from cauce.sql import Store
     from cauce.undone import Fact, Undone
     from cauce.upcaster import upcast
+    from cauce.wire import Instance
 else:
     # A command line that only prints its help must not pay for asyncio and all messages: names are loaded when used.
     import importlib
@@ -79,6 +80,7 @@ else:
         "sql": ("Store",),
         "undone": ("Fact", "Undone"),
         "upcaster": ("upcast",),
+        "wire": ("Instance",),
     }
     _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -112,6 +114,7 @@ __all__ = [
     "Held",
     "IdReused",
     "Inconsistent",
+    "Instance",
     "NoAnswer",
     "NotOwner",
     "NotPermitted",

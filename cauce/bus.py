@@ -22,7 +22,7 @@ from cauce.receipt import Receipt
 from cauce.schema import Schema, encode, key_of
 from cauce.sql import Store
 from cauce.undone import Asked, Fact, ToldUndo, Undone, undo_of
-from cauce.wire import Wire
+from cauce.wire import Instance, Wire, healthy_first, located
 
 __all__ = [
     "NOTHING",
@@ -239,10 +239,13 @@ class Bus:
     ) -> Answer:
         """The answer of the service that owns the query's domain, within so many seconds.
 
+        It comes from one instance that is well: one in this process if there is one, else by turns and by how much is
+        under way. A query changes nothing, so it may be asked of two: when who was asked went away, or is silent.
+
         Parameters:
             after: answered when all views and replicas of that service have passed this receipt.
 
-        Raises `NoAnswer` if nobody serves it, the time is over, or who was asked went away.
+        Raises `NoAnswer` if nobody serves it, the time is over, or who was asked went away and there is no other.
         """
         kind = _declared(query, "query")
         ask = Ask(
@@ -251,7 +254,7 @@ class Bus:
             after=None if after is None else After(after.position, after.domain, after.key, after.version),
         )  # fmt: skip
         try:
-            reply = await self._ask(kind.domain.name, ask, timeout)
+            reply = await self._ask(kind.domain.name, ask, timeout, safe=True)
         except TimeoutError:
             raise NoAnswer(
                 f"{kind.domain.name} did not answer {kind.name} within {timeout:g} s: look whether it is blocked"
@@ -426,6 +429,16 @@ class Bus:
             records.found(_decode_stood(before)), records.found(_decode_stood(after)),
         )  # fmt: skip
 
+    async def locate(self, name: str = "") -> list[Instance]:
+        """Who runs: the instances of a service, or of whoever answers in a domain, by its name; all if none is given.
+
+        Those that are well come first, and of these the one with the least to do. To ask them no address of theirs is
+        needed, only the bus. When the registry cannot be read these are who ran when that was last possible, `stale`.
+
+        Raises `Unavailable` if it cannot be read and never could.
+        """
+        return healthy_first(located(await self.wire.instances(), name), self.clock.now())
+
     async def settled(self, timeout: float = TIMEOUT) -> None:
         """Wait until every consumer of this process has passed the heads as they are now, and records are written.
 
@@ -489,14 +502,14 @@ class Bus:
     async def _look(self, domain: str, ask: Ask, timeout: float) -> Reply:
         """What an owner folds. Raises `NoAnswer`."""
         try:
-            return await self._ask(domain, ask, timeout)
+            return await self._ask(domain, ask, timeout, safe=True)
         except TimeoutError:
             raise NoAnswer(f"{domain} did not answer within {timeout:g} s: look whether it is blocked") from None
         except ConnectionError as error:
             raise NoAnswer(f"{domain} did not answer: {error}; ask again") from None
 
-    async def _ask(self, address: str, ask: Ask, timeout: float) -> Reply:
-        payload = await self.wire.ask(address, _encode(ask), self.clock.monotonic() + timeout)
+    async def _ask(self, address: str, ask: Ask, timeout: float, *, safe: bool = False) -> Reply:
+        payload = await self.wire.ask(address, _encode(ask), self.clock.monotonic() + timeout, safe=safe)
         reply = _decode_reply(payload)
         if reply.error == OutcomeUnknown.__name__:
             # To the asker it is as if the owner had gone away: it knows no more.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ from cauce.takes import Takes, enter
 from cauce.threads import Threads
 from cauce.undo import part
 from cauce.undone import Asked
-from cauce.wire import Instance, State
+from cauce.wire import Instance, Load, State
 
 if TYPE_CHECKING:
     from cauce.consumer import Consumer, Tail
@@ -325,8 +326,20 @@ class _Running:
         domains = tuple(domain.name for domain in self._service.owns)
         slots = tuple(address for address in self._served if "/" in address)
         self._served[""] = await self._bus.wire.announce(
-            Instance(self._service.name, self._owner, domains + slots, os.getpid(), state, self._since)
-        )
+            Instance(
+                self._service.name, self._owner, domains + slots, os.getpid(), state, self._since,
+                version=self._service.version, host=socket.gethostname(), answers=self._names("answer"),
+                decides=self._names("decide"),
+            ),
+            self._load,
+        )  # fmt: skip
+
+    def _names(self, kind: str) -> tuple[str, ...]:
+        """The messages that it has functions of a kind for."""
+        return tuple(sorted({declared(cls).name for cls in self._functions(kind)}))
+
+    def _load(self) -> Load:
+        return Load(self._in_hand, sum(consumer.held for consumer, _ in self._consumers))
 
     async def consume(self) -> None:
         """React, and decide what was sent."""

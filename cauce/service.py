@@ -12,7 +12,7 @@ import msgspec
 
 from cauce.accept import check_domain
 from cauce.audit import SHORTEST
-from cauce.bus import Context, reply_type
+from cauce.bus import Context, check_line, reply_type
 from cauce.errors import Refused
 from cauce.messages import (
     Command,
@@ -75,6 +75,7 @@ class Service:
             is run on is given for each: `{"sqlite": "…", "postgresql": "…"}`.
         audit: seconds for which commands of its domains are kept once they are decided, with those that were rejected
             or changed nothing; at least an hour, 30 days if not said, None: for ever. Facts are kept for ever.
+        version: of the service's code, as the registry is to show it, such as "1.4.2"; nothing hangs on it.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Service:
         owns: Domain | Iterable[Domain] = (),
         schema: Tables | Iterable[Tables] = (),
         audit: float | None = AUDIT,
+        version: str = "",
     ) -> None:
         if audit is not None and not SHORTEST <= audit < 1e11:
             raise Refused(f"{name}: audit={audit}: say a number of seconds, {SHORTEST:g} or more, or None for ever")
@@ -92,6 +94,7 @@ class Service:
         self.owns = (owns,) if isinstance(owns, Domain) else tuple(owns)
         self.schema: tuple[Tables, ...] = (schema,) if isinstance(schema, (str, Mapping)) else tuple(schema)
         self.audit = audit
+        self.version = check_line(version, "version")
         self.parts: list[Part] = []
         self.views: dict[str, Tables | None] = {}
 

@@ -192,6 +192,7 @@ PROMISES: tuple[Promise, ...] = (
         [
             "test_wire_promises::test_a_deadline_travels_and_cancels_what_it_was_for",
             "test_wire_promises::test_one_that_stands_still_is_a_timeout_and_when_it_goes_on_begins_nothing_that_is_over",
+            "test_wire_promises::test_of_three_of_which_one_stands_still_all_questions_that_change_nothing_are_answered",
             "test_calls::test_an_answer_that_never_comes_is_no_answer_when_the_time_is_over",
             "test_calls::test_nobody_who_serves_is_no_answer_at_once_and_nothing_is_stored",
             "test_instances::test_a_stopped_instance_loses_its_slots_and_cannot_write_when_it_wakes_up",
