@@ -31,6 +31,8 @@ if TYPE_CHECKING:
         Unreachable,
         Unreadable,
     )
+    from cauce.guards.breaker import Limits
+    from cauce.guards.guard import Guards
     from cauce.messages import Command, Copy, Domain, Event, Notice, Query, Record, field, replace
     from cauce.past import Change
     from cauce.receipt import Receipt
@@ -71,6 +73,8 @@ else:
             "Unreachable",
             "Unreadable",
         ),
+        "guards.breaker": ("Limits",),
+        "guards.guard": ("Guards",),
         "messages": ("Command", "Copy", "Domain", "Event", "Notice", "Query", "Record", "field", "replace"),
         "past": ("Change",),
         "receipt": ("Receipt",),
@@ -111,10 +115,12 @@ __all__ = [
     "Fact",
     "Fenced",
     "Gone",
+    "Guards",
     "Held",
     "IdReused",
     "Inconsistent",
     "Instance",
+    "Limits",
     "NoAnswer",
     "NotOwner",
     "NotPermitted",

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
-from typing import Any, Generic, Protocol, TypeVar, cast
+from functools import partial
+from math import inf
+from typing import Any, Generic, Protocol, TypeVar, cast, overload
 
 import msgspec
 
@@ -14,9 +16,23 @@ from cauce import errors
 from cauce.accept import check_key, slot_of
 from cauce.clock import Clock
 from cauce.codec import Entry, Meta, derive_id, micros, moment, sealed
-from cauce.errors import CauceError, Conflict, Gone, NoAnswer, NotOwner, OutcomeUnknown, Refused, Unreadable
+from cauce.deadline import share, until
+from cauce.errors import (
+    CauceError,
+    Conflict,
+    Gone,
+    NoAnswer,
+    NotOwner,
+    OutcomeUnknown,
+    Refused,
+    Unavailable,
+    Unreadable,
+)
+from cauce.fallback import or_else
+from cauce.guarded import Bounded, Guarded
 from cauce.log import Filter, Log
 from cauce.messages import Command, Copy, Declared, Event, Message, Query, Record, declared
+from cauce.meter import Meter
 from cauce.past import Change, Changes, Standing, Stood, check_count, moment_or_version
 from cauce.receipt import Receipt
 from cauce.schema import Schema, encode, key_of
@@ -28,6 +44,7 @@ __all__ = [
     "NOTHING",
     "After",
     "Ask",
+    "Asking",
     "Bus",
     "Cause",
     "Context",
@@ -38,6 +55,7 @@ __all__ = [
     "check_line",
     "correlation",
     "error_name",
+    "handling",
     "keep",
     "other_record",
     "own",
@@ -47,14 +65,21 @@ __all__ = [
 R = TypeVar("R", bound=Record)
 C = TypeVar("C", bound=Copy)
 Answer = TypeVar("Answer")
+F = TypeVar("F")
 
 TIMEOUT = 30.0
 """Seconds a `call`, `ask` or `fetch` waits when nothing else is said."""
 
 _LINE = 256
 
+_SAFE = frozenset({"ask", "fetch", "state", "history", "states"})
+"""Questions that change nothing: they may be asked of two."""
+
 correlation: ContextVar[str] = ContextVar("cauce.correlation", default="")
 """The id with which it all began, of what is being handled here: for whoever writes a log."""
+
+handling: ContextVar[Context | None] = ContextVar("cauce.handling", default=None)
+"""What the handler at work here was told beside its message: for whoever writes a log."""
 
 
 class After(msgspec.Struct, frozen=True):
@@ -119,6 +144,9 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     schema: int = 0
 
 
+Asking = Callable[[str, Ask, float], Awaitable[Reply]]
+"""Puts a question at an address, with a deadline, as the wire does; raises as the wire, and what the reply says."""
+
 _encode = msgspec.json.Encoder().encode
 _decode_reply = msgspec.json.Decoder(Reply).decode
 _decode_changes = msgspec.json.Decoder(Changes).decode
@@ -164,7 +192,9 @@ class Copies(Protocol):
 class Bus:
     """Three logs and a wire.
 
-    Made by `running` and `connect`. All times are in seconds. `failed` is done when a service has stopped by itself.
+    Made by `running` and `connect`. All times are in seconds. `failed` is done when a service has stopped by itself;
+    `guards` tells what stands before each callee, `bulkheads` what before each function that answers here. Every
+    question goes through `asking`, before which guards are put. `meter` counts what is done here, if there is one.
     """
 
     def __init__(self, id: str, facts: Log, commands: Log, records: Log, wire: Wire, clock: Clock) -> None:
@@ -177,6 +207,10 @@ class Bus:
             clock,
         )
         self.copies: dict[str, Copies] = {}
+        self.meter: Meter | None = None
+        self.asking: Asking = self._over_the_wire
+        self.guards: Mapping[str, Guarded] = {}
+        self.bulkheads: dict[str, Bounded] = {}
         self._settled: list[Callable[[], Awaitable[None]]] = []
         self._settled_behind: list[Callable[[], Awaitable[None]]] = []
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -234,9 +268,25 @@ class Bus:
         )
         return asked
 
+    @overload
     async def ask(
-        self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT, cause: Cause = NOTHING
-    ) -> Answer:
+        self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT,
+        cause: Cause = NOTHING, fallback: None = None,
+    ) -> Answer: ...  # fmt: skip
+    @overload
+    async def ask(
+        self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT,
+        cause: Cause = NOTHING, fallback: Callable[[], Awaitable[F]],
+    ) -> Answer | F: ...  # fmt: skip
+    @overload
+    async def ask(
+        self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT,
+        cause: Cause = NOTHING, fallback: Callable[[], F],
+    ) -> Answer | F: ...  # fmt: skip
+    async def ask(
+        self, query: Query[Any], *, after: Receipt | None = None, timeout: float = TIMEOUT, cause: Cause = NOTHING,
+        fallback: Callable[[], Any] | None = None,
+    ) -> Any:  # fmt: skip
         """The answer of the service that owns the query's domain, within so many seconds.
 
         It comes from one instance that is well: one in this process if there is one, else by turns and by how much is
@@ -244,31 +294,59 @@ class Bus:
 
         Parameters:
             after: answered when all views and replicas of that service have passed this receipt.
+            fallback: gives what is returned instead of raising `Unavailable`: a function without parameters, async, or
+                plain, and then it must not block.
 
-        Raises `NoAnswer` if nobody serves it, the time is over, or who was asked went away and there is no other.
+        Raises `NoAnswer` if nobody serves it, the time is over, or who was asked went away and there is no other;
+        `BreakerOpen` and `Overloaded` at once, where it is not asked at all.
         """
         kind = _declared(query, "query")
+        if fallback is not None:
+            work: Callable[[], Awaitable[Any]] = partial(self.ask, query, after=after, timeout=timeout, cause=cause)
+            return await or_else(work, fallback, kind.name)
         ask = Ask(
             "ask", kind.name, self.clock.id(), "", kind.version, msgspec.Raw(encode(query)), False,
             cause.by, cause.correlation, cause.id, cause.trace, cause.tracestate,
             after=None if after is None else After(after.position, after.domain, after.key, after.version),
         )  # fmt: skip
         try:
-            reply = await self._ask(kind.domain.name, ask, timeout, safe=True)
-        except TimeoutError:
+            reply = await self._ask(kind.domain.name, ask, timeout)
+        except TimeoutError as error:
             raise NoAnswer(
-                f"{kind.domain.name} did not answer {kind.name} within {timeout:g} s: look whether it is blocked"
+                f"{kind.domain.name} did not answer {kind.name} {error}: look whether it is blocked"
             ) from None
         except ConnectionError as error:
             raise NoAnswer(f"{kind.domain.name} did not answer {kind.name}: {error}; ask again") from None
         try:
-            answer: Answer = msgspec.json.decode(reply.body, type=reply_type(type(query)))
+            return msgspec.json.decode(reply.body, type=reply_type(type(query)))
         except msgspec.MsgspecError as error:
             raise Unreadable(f"the answer to {kind.name} of {kind.domain.name} is not what it says: {error}") from None
-        return answer
 
-    async def fetch(self, record: type[R], key: str, *, timeout: float = TIMEOUT, cause: Cause = NOTHING) -> R:
-        """How a thing stands now, by its owner: at least as new as anything seen before. Raises `Gone`, `NoAnswer`."""
+    @overload
+    async def fetch(
+        self, record: type[R], key: str, *, timeout: float = TIMEOUT, cause: Cause = NOTHING, fallback: None = None
+    ) -> R: ...
+    @overload
+    async def fetch(
+        self, record: type[R], key: str, *, timeout: float = TIMEOUT, cause: Cause = NOTHING,
+        fallback: Callable[[], Awaitable[F]],
+    ) -> R | F: ...  # fmt: skip
+    @overload
+    async def fetch(
+        self, record: type[R], key: str, *, timeout: float = TIMEOUT, cause: Cause = NOTHING, fallback: Callable[[], F]
+    ) -> R | F: ...
+    async def fetch(
+        self, record: type[Any], key: str, *, timeout: float = TIMEOUT, cause: Cause = NOTHING,
+        fallback: Callable[[], Any] | None = None,
+    ) -> Any:  # fmt: skip
+        """How a thing stands now, by its owner: at least as new as anything seen before.
+
+        A `fallback` is as that of `ask`, and may be older. Raises `Gone`, `NoAnswer`, `BreakerOpen`, `Overloaded`.
+        """
+        if fallback is not None:
+            return await or_else(
+                partial(self.fetch, record, key, timeout=timeout, cause=cause), fallback, f"{record.__name__} {key}"
+            )
         found = await self._state("fetch", record, key, timeout, cause, None)
         if found is None:
             raise Gone(f"{declared(record).domain.name}/{key} does not stand: it was deleted, or never was")
@@ -461,8 +539,8 @@ class Bus:
         what = f"{ask.type} for {domain}/{ask.key}"
         try:
             return await self._ask(f"{domain}/{slot_of(ask.key)}", ask, timeout)
-        except TimeoutError:
-            raise OutcomeUnknown(ask.id, f"{what} had no verdict within {timeout:g} s") from None
+        except TimeoutError as error:
+            raise OutcomeUnknown(ask.id, f"{what} had no verdict {error}") from None
         except ConnectionError as error:
             raise OutcomeUnknown(ask.id, f"{what} had no verdict: {error}") from None
 
@@ -471,7 +549,7 @@ class Bus:
         try:
             await self._ask(f"{domain}/{slot_of(ask.key)}", ask, TIMEOUT)
         except (TimeoutError, ConnectionError) as error:
-            raise NoAnswer(f"{domain} did not record {ask.type} of {ask.key}: {error!r}") from None
+            raise NoAnswer(f"{domain} did not record {ask.type} of {ask.key}: {error}") from None
 
     async def _all_settled(self) -> None:
         await asyncio.gather(*(each() for each in self._settled))
@@ -502,14 +580,23 @@ class Bus:
     async def _look(self, domain: str, ask: Ask, timeout: float) -> Reply:
         """What an owner folds. Raises `NoAnswer`."""
         try:
-            return await self._ask(domain, ask, timeout, safe=True)
-        except TimeoutError:
-            raise NoAnswer(f"{domain} did not answer within {timeout:g} s: look whether it is blocked") from None
+            return await self._ask(domain, ask, timeout)
+        except TimeoutError as error:
+            raise NoAnswer(f"{domain} did not answer {error}: look whether it is blocked") from None
         except ConnectionError as error:
             raise NoAnswer(f"{domain} did not answer: {error}; ask again") from None
 
-    async def _ask(self, address: str, ask: Ask, timeout: float, *, safe: bool = False) -> Reply:
-        payload = await self.wire.ask(address, _encode(ask), self.clock.monotonic() + timeout, safe=safe)
+    async def _ask(self, address: str, ask: Ask, timeout: float) -> Reply:
+        seconds = share(timeout)
+        if not seconds and timeout > 0:
+            raise NoAnswer(f"{address} is not asked {ask.type}: no time is left of the question because of which it is")
+        try:
+            return await self.asking(address, ask, self.clock.monotonic() + seconds)
+        except TimeoutError:
+            raise TimeoutError(f"within {seconds:.3g} s") from None
+
+    async def _over_the_wire(self, address: str, ask: Ask, deadline: float) -> Reply:
+        payload = await self.wire.ask(address, _encode(ask), deadline, safe=ask.kind in _SAFE)
         reply = _decode_reply(payload)
         if reply.error == OutcomeUnknown.__name__:
             # To the asker it is as if the owner had gone away: it knows no more.
@@ -527,6 +614,7 @@ class Context:
     ) -> None:
         self.bus, self.service, self.cause = bus, service, cause
         self._handler, self._entry, self._store = handler, entry, store
+        self._until = until.get()
         self._said: dict[tuple[str, str, str], int] = {}
 
     @property
@@ -542,9 +630,27 @@ class Context:
         return self._store
 
     @property
+    def left(self) -> float | None:
+        """Seconds for which somebody still waits for what this handler does; None: nobody does.
+
+        What it asks of others is given no more than that, and a little less, so that there is time to fall back.
+        """
+        return None if self._until == inf else max(0.0, self._until - self.bus.failed.get_loop().time())
+
+    @property
     def correlation(self) -> str:
         """The id of the message with which it all began."""
         return self.cause.correlation
+
+    @property
+    def handler(self) -> str:
+        """The name of this handler."""
+        return self._handler
+
+    @property
+    def stream(self) -> str:
+        """The thing that the message is about, as domain/key; empty for a question."""
+        return "" if self._entry is None else self._entry.stream
 
     @property
     def key(self) -> str:
@@ -569,13 +675,52 @@ class Context:
         """As `Bus.send`; made again for the same message, it is the same command."""
         return await self.bus.send(command, id=self.id_of(command), expires=expires, cause=self.cause)
 
-    async def ask(self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT) -> Answer:
+    @overload
+    async def ask(
+        self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT, fallback: None = None
+    ) -> Answer: ...
+    @overload
+    async def ask(
+        self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT,
+        fallback: Callable[[], Awaitable[F]],
+    ) -> Answer | F: ...  # fmt: skip
+    @overload
+    async def ask(
+        self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT, fallback: Callable[[], F]
+    ) -> Answer | F: ...
+    async def ask(
+        self, query: Query[Any], *, after: Receipt | None = None, timeout: float = TIMEOUT, fallback: Any = None
+    ) -> Any:
         """As `Bus.ask`."""
-        return await self.bus.ask(query, after=after, timeout=timeout, cause=self.cause)
+        return await self.bus.ask(query, after=after, timeout=timeout, cause=self.cause, fallback=fallback)
 
-    async def fetch(self, record: type[R], key: str, *, timeout: float = TIMEOUT) -> R:
-        """As `Bus.fetch`."""
-        return await self.bus.fetch(record, key, timeout=timeout, cause=self.cause)
+    @overload
+    async def fetch(self, record: type[R], key: str, *, timeout: float = TIMEOUT, fallback: None = None) -> R: ...
+    @overload
+    async def fetch(self, record: type[R], key: str, *, timeout: float = TIMEOUT, fallback: type[C]) -> R | C: ...
+    @overload
+    async def fetch(
+        self, record: type[R], key: str, *, timeout: float = TIMEOUT, fallback: Callable[[], Awaitable[F]]
+    ) -> R | F: ...
+    @overload
+    async def fetch(
+        self, record: type[R], key: str, *, timeout: float = TIMEOUT, fallback: Callable[[], F]
+    ) -> R | F: ...
+    async def fetch(self, record: type[Any], key: str, *, timeout: float = TIMEOUT, fallback: Any = None) -> Any:
+        """As `Bus.fetch`; the `fallback` may be a copy that the service keeps.
+
+        Where the copy does not hold the thing, which may only be late, what the owner did not say is raised.
+        """
+        if not (isinstance(fallback, type) and issubclass(fallback, Copy)):
+            return await self.bus.fetch(record, key, timeout=timeout, cause=self.cause, fallback=fallback)
+        copies = self._copies()
+        try:
+            return await self.bus.fetch(record, key, timeout=timeout, cause=self.cause)
+        except Unavailable:
+            found = await copies.get(fallback, key)
+            if found is None:
+                raise
+            return found
 
     def view(self, name: str) -> Reading:
         """A view of the own service: `fetch` reads it, `wait` waits until it has passed a receipt."""

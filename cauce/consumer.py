@@ -181,7 +181,7 @@ class Consumer:
     @property
     def held(self) -> int:
         """How many messages are in hand, or wait in memory for their turn."""
-        return sum(len(lane.queue) for lane in self._lanes.values()) + len(self._in_hand)
+        return sum(len(lane.queue) for lane in self._lanes.values()) + self._aside.in_hand
 
     # ---------------------------------------------------------------------------------------------- what comes in
 

@@ -1,14 +1,33 @@
-"""Deadlines by the thousand: one timer for all that wait, instead of one for each."""
+"""Deadlines: those that travel from question to question, and one timer for all that wait instead of one for each."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from contextvars import ContextVar
+from math import inf
 from typing import TypeVar
 
-__all__ = ["Deadlines"]
+__all__ = ["Deadlines", "share", "until"]
 
 T = TypeVar("T")
+
+until: ContextVar[float] = ContextVar("cauce.until", default=inf)
+"""When nobody waits any more for what is done here, on the loop's clock: what it asks of others is over before."""
+
+_TENTH = 0.1
+_MOST_KEPT = 0.1
+"""Of what is left a question leaves a tenth to who asks it, at most so many seconds: to hear of the time-out, to fall
+back, and to answer."""
+
+
+def share(seconds: float) -> float:
+    """How long a question may take that is asked here and now, of the seconds that it is given; 0: not at all."""
+    end = until.get()
+    if end == inf:
+        return seconds
+    left = end - asyncio.get_running_loop().time()
+    return max(0.0, min(seconds, left - min(_MOST_KEPT, left * _TENTH)))
 
 
 class Deadlines:
@@ -24,14 +43,18 @@ class Deadlines:
         self._over: set[object] = set()
 
     async def within(self, seconds: float, work: Awaitable[T]) -> T:
-        """The result of the work; after so many seconds it is cancelled and `TimeoutError` raised."""
+        """The result of the work; after so many seconds it is cancelled and `TimeoutError` raised.
+
+        What the work asks of others meanwhile is given no more time than is left of it.
+        """
         task = asyncio.current_task()
         assert task is not None
         me = object()
-        until = self._loop.time() + seconds
-        self._waiting[me] = until, task
-        if self._timer is None or until < self._timer.when():
-            self._arm(until)
+        end = self._loop.time() + seconds
+        self._waiting[me] = end, task
+        if self._timer is None or end < self._timer.when():
+            self._arm(end)
+        before = until.set(min(end, until.get()))
         try:
             return await work
         except asyncio.CancelledError:
@@ -39,6 +62,7 @@ class Deadlines:
                 raise TimeoutError from None
             raise
         finally:
+            until.reset(before)
             del self._waiting[me]
             self._over.discard(me)
 
@@ -50,10 +74,10 @@ class Deadlines:
     def _ring(self) -> None:
         now = self._loop.time()
         self._timer = None
-        for me, (until, task) in self._waiting.items():
-            if until <= now and me not in self._over:
+        for me, (end, task) in self._waiting.items():
+            if end <= now and me not in self._over:
                 self._over.add(me)
                 task.cancel()
-        left = [until for me, (until, _) in self._waiting.items() if me not in self._over]
+        left = [end for me, (end, _) in self._waiting.items() if me not in self._over]
         if left:
             self._arm(min(left))

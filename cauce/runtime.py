@@ -16,7 +16,7 @@ from cauce.accept import SLOTS, check_body, check_value, slot_of
 from cauce.audit import Audit
 from cauce.backends import Backend, open_backend, stores_at
 from cauce.backends.health import warn
-from cauce.bus import Ask, Bus, Cause, Context, Reply, correlation, error_name, keep, other_record, own, owned
+from cauce.bus import Ask, Bus, Cause, Context, Reply, correlation, error_name, handling, keep, other_record, own, owned
 from cauce.carried import LastOfEach, Superseded, carried
 from cauce.clock import Clock, SystemClock, uuid7
 from cauce.codec import Entry, Meta, derive_id, seal
@@ -24,9 +24,12 @@ from cauce.commander import Commander, Decider
 from cauce.errors import CauceError, Gone, NoAnswer, NotOwner, Refused, Unavailable, Unreadable
 from cauce.fold import Folder, messages_of
 from cauce.folding import fold_of, rules_of
+from cauce.guards.bulkhead import Bulkhead
+from cauce.guards.guard import Callees, Guards
 from cauce.history import page, stood
 from cauce.lease import Leases, identity
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
+from cauce.meter import Meter
 from cauce.outbox import Outbox, packed
 from cauce.question import completed, read
 from cauce.schema import Schema, encode
@@ -38,9 +41,11 @@ from cauce.takes import Takes, enter
 from cauce.threads import Threads
 from cauce.undo import part
 from cauce.undone import Asked
-from cauce.wire import Instance, Load, State
+from cauce.wanted import reads_of
+from cauce.wire import Handler, Instance, Load, State
 
 if TYPE_CHECKING:
+    from cauce.aside import Handle
     from cauce.consumer import Consumer, Tail
     from cauce.copies import Copies
     from cauce.shares import Shares
@@ -52,20 +57,27 @@ DEFAULT_BUS = "sqlite:///.cauce/bus.db"
 _log = logging.getLogger("cauce")
 _encode = msgspec.json.Encoder().encode
 _decode_asked = msgspec.json.Decoder(Asked).decode
+_GUARDS = Guards()
+_WISHES_AT_ONCE = 10_000
+_LOOKS_AT_ONCE = 2_000
+"""How much a domain is wished, and how often its things are looked at, at a time in one instance."""
 
 
 @asynccontextmanager
-async def connect(bus: str = DEFAULT_BUS, *, clock: Clock | None = None) -> AsyncIterator[Bus]:
+async def connect(
+    bus: str = DEFAULT_BUS, *, clock: Clock | None = None, guards: Guards = _GUARDS
+) -> AsyncIterator[Bus]:
     """A client that serves nothing: it calls, sends, asks and reads.
 
     Parameters:
         bus: the address, `sqlite:///shop.db` for a relative and `sqlite:////var/shop.db` for an absolute path,
             `postgresql://host/database` or `nats://host:4222`.
+        guards: what stands before each callee, so that one that is blocked is not waited for again and again.
     """
     clock = clock or SystemClock()
     backend = await open_backend(bus, clock)
     try:
-        yield _bus(backend, clock)
+        yield _bus(backend, clock, guards)
     finally:
         await backend.close()
 
@@ -77,6 +89,8 @@ async def running(
     store: str | None = None,
     clock: Clock | None = None,
     drain: float = 10.0,
+    guards: Guards = _GUARDS,
+    meter: Meter | None = None,
 ) -> AsyncIterator[Bus]:
     """Run services in this process, and a bus to talk to them. They are drained when the block is left.
 
@@ -86,6 +100,8 @@ async def running(
         store: where these services keep what is their own, `sqlite:///folder` or `postgresql://host/database`; None: at
             the bus. All instances of a service must be given the same.
         drain: seconds that handlers get to finish at the end.
+        guards: what stands before each callee, so that one that is blocked is not waited for again and again.
+        meter: counts what these services do.
 
     The same service may run in any number of processes: its instances share its slots out among themselves.
 
@@ -101,7 +117,7 @@ async def running(
         stack.push_async_callback(backend.close)
         await warn(backend)
         stores = backend.stores if store is None else await stack.enter_async_context(stores_at(store, clock))
-        face = _bus(backend, clock)
+        face = _bus(backend, clock, guards, meter)
         tasks = _Tasks(face.failed)
         tails = Tails(face)
         each = [_Running(service, parts, stores, face, tasks, tails, drain) for service, parts in bounds]
@@ -142,8 +158,15 @@ async def _stop(services: Sequence[_Running], tasks: _Tasks, drain: float) -> No
         await service.close()
 
 
-def _bus(backend: Backend, clock: Clock) -> Bus:
-    return Bus(backend.id, backend.facts, backend.commands, backend.records, backend.wire, clock)
+def _bus(backend: Backend, clock: Clock, guards: Guards, meter: Meter | None = None) -> Bus:
+    wire = backend.wire if meter is None else meter.wire(backend.wire)
+    bus = Bus(backend.id, backend.facts, backend.commands, backend.records, wire, clock)
+    bus.guards = callees = Callees(clock, guards, bus.asking)
+    bus.asking = callees.ask
+    bus.meter = meter
+    if meter is not None:
+        meter.guards, meter.bulkheads = bus.guards, bus.bulkheads
+    return bus
 
 
 def _check(services: Sequence[Service]) -> None:
@@ -227,7 +250,8 @@ class _Running:
         self._commanders: dict[str, Commander] = {}
         self._folders: dict[str, Folder] = {}
         self._schemas: dict[str, Schema] = {}
-        self._handlers: dict[str, Callable[[bytes], Coroutine[Any, Any, bytes]]] = {}
+        self._handlers: dict[str, Handler] = {}
+        self._bulkheads: dict[str, Bulkhead] = {}
         self._consumers: list[tuple[Consumer, Tail]] = []
         self._served: dict[str, Callable[[], None]] = {}
         self._copies: Copies | None = None
@@ -260,7 +284,8 @@ class _Running:
         bus, name = self._bus, self._service.name
         migrations = [spoken(each, self._stores.dialect, f"service {name}") for each in self._service.schema]
         keeps = bool(migrations or self._copies is not None)
-        self._store = store = await self._stores.open(name, migrations, keeps=keeps)
+        store = await self._stores.open(name, migrations, keeps=keeps)
+        self._store = store = store if bus.meter is None else bus.meter.store(name, store)
         await keep(bus.facts, name, store.id, store.place, store.is_fresh, bus.clock)
         self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose)
         shares.touched = self._touched
@@ -284,7 +309,7 @@ class _Running:
         bus.settles(self._settled_behind, behind=True)
 
     async def own(self) -> None:
-        await enter(self._bus.facts, self._service.name, _takes(self._parts), self._bus.clock)
+        await enter(self._bus.facts, self._service.name, _takes(self._parts), self._bus.clock, reads_of(self._parts))
         for domain in self._service.owns:
             await own(self._bus.facts, domain.name, self._service.name, self._bus.clock)
 
@@ -316,7 +341,10 @@ class _Running:
     async def serve(self) -> None:
         """Answer from now on."""
         for domain in self._service.owns:
-            self._handlers[domain.name] = handler = self._answer(domain)
+            handler = self._answer(domain)
+            if self._bus.meter is not None:
+                handler = self._bus.meter.answers(self._service.name, domain.name, domain.messages, handler)
+            self._handlers[domain.name] = handler
             self._served[domain.name] = await self._bus.wire.serve(domain.name, handler)
         await self._serve_slots(self._slots)
         await self._announce("running")
@@ -552,7 +580,7 @@ class _Running:
         assert self._shares is not None
         shares = self._shares
         return Consumer(
-            _deciding(domain), {domain: frozenset()}, handle, self._bus.commands, self._store, self._bus.clock,
+            _deciding(domain), {domain: frozenset()}, self._metered(_deciding(domain), handle), self._bus.commands, self._store, self._bus.clock,
             attempts=ATTEMPTS, may_begin=lambda: shares.is_fresh, caution=caution,
         )  # fmt: skip
 
@@ -584,14 +612,19 @@ class _Running:
             correlation.set(began)
             cause = Cause(entry.id, began, "", meta.trace, meta.tracestate)
             context = Context(bus, service, name, entry, cause, Sql(store.fetch))
+            handling.set(context)
             result = await _run(bound, (message,), context, self._threads)
             if result is not None or context.store.queued:
                 self._say(bound, context, unit, slot_of(key), result)
 
         return Consumer(
-            bound.name, _wants(bound), handle, log, store, bus.clock, bodies=not bound.notice,
+            bound.name, _wants(bound), self._metered(bound.name, handle), log, store, bus.clock, bodies=not bound.notice,
             attempts=bound.part.attempts, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
         )  # fmt: skip
+
+    def _metered(self, name: str, handle: Handle) -> Handle:
+        meter = self._bus.meter
+        return handle if meter is None else meter.handle(self._service.name, name, handle)
 
     # ------------------------------------------------------------------------------------------------- what it says
 
@@ -666,6 +699,7 @@ class _Running:
             id = derive_id(uuid7(due * 4096 // 1000, 0), self._service.name, name)
             correlation.set(id)
             context = Context(self._bus, self._service.name, name, None, Cause(id, id), Sql(store.fetch))
+            handling.set(context)
             unit = Unit(share)
             try:
                 self._say(bound, context, unit, 0, await _run(bound, (), context, self._threads))
@@ -684,8 +718,10 @@ class _Running:
         if not consumer.cancelled() and (error := consumer.exception()) is not None:
             self._tasks.fail(error)
 
-    def _answer(self, domain: Domain) -> Callable[[bytes], Coroutine[Any, Any, bytes]]:
-        answers = {cls: bound for cls, bound in self._functions("answer").items() if declared(cls).domain is domain}
+    def _answer(self, domain: Domain) -> Handler:
+        wishes = self._bulkhead(f"{domain.name}: wishes", _WISHES_AT_ONCE, "run more instances")
+        looks = self._bulkhead(f"{domain.name}: looks", _LOOKS_AT_ONCE, "run more instances")
+        answers = {cls: each for cls, each in self._answers().items() if declared(cls).domain is domain}
 
         async def handler(payload: bytes) -> bytes:
             try:
@@ -694,7 +730,15 @@ class _Running:
                 return _encode(Reply("Refused", str(error)))
             self._in_hand += 1
             try:
-                reply = await self._reply(domain, ask, answers)
+                by_hand = not ask.kind
+                if by_hand:
+                    ask = completed(ask, domain, self._schemas[domain.name], self._bus.clock)
+                if ask.kind == "ask":
+                    reply = await self._answered(domain, ask, answers)
+                elif ask.kind in ("call", "undo", "publish"):
+                    reply = await wishes.call(self._granted, domain, ask, by_hand)
+                else:
+                    reply = await looks.call(self._looked_up, domain, ask, by_hand)
             except CauceError as error:
                 reply = Reply(error_name(error), str(error))
             except Exception as error:
@@ -708,10 +752,22 @@ class _Running:
 
         return handler
 
-    async def _reply(self, domain: Domain, ask: Ask, answers: dict[type[Message], Bound]) -> Reply:
-        by_hand = not ask.kind
-        if by_hand:
-            ask = completed(ask, domain, self._schemas[domain.name], self._bus.clock)
+    def _answers(self) -> _Answers:
+        """Its answer functions by query, each behind its own bulkhead."""
+        return {
+            cls: (bound, self._bulkhead(f"{self._service.name}.{bound.name}", bound.part.at_once, "raise its at_once"))
+            for bound in self._of("answer")
+            for cls in bound.messages
+        }
+
+    def _bulkhead(self, name: str, most: int, cure: str) -> Bulkhead:
+        """The bulkhead of this name, made when it is first wanted, and seen from then on."""
+        bulkhead = self._bulkheads.get(name)
+        if bulkhead is None:
+            self._bus.bulkheads[name] = bulkhead = self._bulkheads[name] = Bulkhead(name, most, cure)
+        return bulkhead
+
+    async def _granted(self, domain: Domain, ask: Ask, by_hand: bool) -> Reply:
         if ask.kind == "call":
             commander = self._commanders.get(domain.name)
             if commander is None:
@@ -723,11 +779,10 @@ class _Running:
             return Reply("", "", receipt.version, receipt.position, receipt.changed)
         if ask.kind == "undo":
             return await self._undo(domain, ask)
-        if ask.kind == "publish":
-            await self._publish(self._commanders[domain.name], ask)
-            return Reply()
-        if ask.kind == "ask":
-            return await self._answered(domain, ask, answers)
+        await self._publish(self._commanders[domain.name], ask)
+        return Reply()
+
+    async def _looked_up(self, domain: Domain, ask: Ask, by_hand: bool) -> Reply:
         folder, facts, records = self._folders[domain.name], self._bus.facts, self._bus.records
         if ask.kind in ("history", "states"):
             return await page(folder, facts, records, ask)
@@ -759,23 +814,32 @@ class _Running:
         told = await self._commanders[domain.name].undo(ask, asked, record)
         return Reply(body=msgspec.Raw(_encode(part(told, ask.since))))
 
-    async def _answered(self, domain: Domain, ask: Ask, answers: dict[type[Message], Bound]) -> Reply:
+    async def _answered(self, domain: Domain, ask: Ask, answers: _Answers) -> Reply:
         query = self._schemas[domain.name].decode(domain.name, ask.type, ask.schema, bytes(ask.body))
-        bound = answers.get(type(query))
-        if bound is None:
+        if type(query) not in answers:
             raise NoAnswer(f"service {self._service.name!r} does not answer {ask.type}: add an answer function for it")
+        bound, bulkhead = answers[type(query)]
+        return await bulkhead.call(self._answered_by, bound, query, ask)
+
+    async def _answered_by(self, bound: Bound, query: Message, ask: Ask) -> Reply:
         if ask.after is not None and self._copies is not None:
             await self._copies.passed(ask.after)
         cause = Cause(ask.id, ask.correlation or ask.id, ask.by, ask.trace, ask.tracestate)
         before = correlation.set(cause.correlation)
+        context = Context(self._bus, self._service.name, bound.name, None, cause)
+        before_it = handling.set(context)
         try:
-            context = Context(self._bus, self._service.name, bound.name, None, cause)
             answer = await _run(bound, (query,), context, self._threads)
         finally:
             correlation.reset(before)
+            handling.reset(before_it)
         what = f"the answer of {self._service.name}.{bound.name}"
         check_value(msgspec.to_builtins(answer), what)
         return Reply(body=msgspec.Raw(check_body(_encode(answer), what)))
+
+
+_Answers = dict[type[Message], tuple[Bound, Bulkhead]]
+"""By query, who answers it."""
 
 
 def _check_record(schema: Schema, ask: Ask, state: Record | None) -> None:

@@ -46,9 +46,13 @@ ATTEMPTS = 12
 """How often a message is tried when nothing else is said: with the delays between, for about ten minutes."""
 
 
+AT_ONCE = 2_000
+"""Questions that one answer function has in hand at a time: twice what 1,000 callers ask at once."""
+
+
 class Part(msgspec.Struct, frozen=True):
     """One function of a service, as the decorator found it; of a replica, its class. `view`: for which it works;
-    `most`: how many may bear what it finds."""
+    `most`: how many may bear what it finds; `at_once`: how many questions it has in hand at a time."""
 
     kind: Kind
     function: Callable[..., Any]
@@ -58,6 +62,7 @@ class Part(msgspec.Struct, frozen=True):
     seconds: float = 0.0
     view: str = ""
     most: int | Callable[[Any], int] = 1
+    at_once: int = AT_ONCE
 
     @property
     def name(self) -> str:
@@ -135,9 +140,21 @@ class Service:
             return lambda each: self._add("unique", each, most=most)
         return self._add("unique", function, most=most)
 
-    def answer(self, function: F) -> F:
-        """Answers a query of an own domain."""
-        return self._add("answer", function)
+    @typing.overload
+    def answer(self, function: F) -> F: ...
+    @typing.overload
+    def answer(self, function: None = None, *, at_once: int = AT_ONCE) -> Callable[[F], F]: ...
+    def answer(self, function: F | None = None, *, at_once: int = AT_ONCE) -> Any:
+        """Answers a query of an own domain.
+
+        Parameters:
+            at_once: questions that it has in hand at a time in one instance; who asks beyond is told `Overloaded`.
+        """
+        if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
+            raise Refused(f"{self.name}: at_once={at_once!r}: say a number of questions, 1 or more")
+        if function is None:
+            return lambda each: self._add("answer", each, at_once=at_once)
+        return self._add("answer", function, at_once=at_once)
 
     @typing.overload
     def on(self, function: F) -> F: ...
@@ -202,6 +219,7 @@ class Service:
         seconds: float = 0.0,
         view: str = "",
         most: int | Callable[[Any], int] = 1,
+        at_once: int = AT_ONCE,
     ) -> F:
         if not (inspect.isfunction(function) or inspect.ismethod(function)):
             raise Refused(
@@ -209,7 +227,7 @@ class Service:
             )
         frame = sys._getframe(2)
         names = {} if frame.f_locals is frame.f_globals else dict(frame.f_locals)
-        self.parts.append(Part(kind, function, names, start, attempts, seconds, view, most))
+        self.parts.append(Part(kind, function, names, start, attempts, seconds, view, most, at_once))
         return function
 
 

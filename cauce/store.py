@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -25,6 +25,8 @@ __all__ = [
     "BadStatement",
     "Inventory",
     "Letter",
+    "Outline",
+    "Pending",
     "Place",
     "Share",
     "Standing",
@@ -33,6 +35,7 @@ __all__ = [
     "Unit",
     "Waiting",
     "check_places",
+    "pending_of",
     "write_places",
 ]
 
@@ -128,6 +131,35 @@ class Inventory(msgspec.Struct, frozen=True):
     waiting: list[tuple[str, Waiting]]
     outbox: int
     timers: int
+
+
+class Pending(msgspec.Struct, frozen=True):
+    """What waits of one consumer, in numbers.
+
+    `retrying` are tried again by themselves, with what waits behind such a one; `dead` wait for a person, and `behind`
+    for those. `position` and `stream` are of the first that is tried again, 0 if there is none.
+    """
+
+    consumer: str
+    retrying: int = 0
+    dead: int = 0
+    behind: int = 0
+    position: int = 0
+    stream: str = ""
+
+
+class Outline(msgspec.Struct, frozen=True):
+    """What a store says of how far its service is.
+
+    All places, what waits by consumer, how much is said and not in its log yet, how many timers there are, and how
+    many of them are due.
+    """
+
+    places: list[Place]
+    pending: list[Pending]
+    outbox: int
+    timers: int
+    due: int
 
 
 class Letter(msgspec.Struct, frozen=True):
@@ -254,6 +286,20 @@ class Stores(Protocol):
         """Where the views and replicas of a service lie."""
         ...
 
+    async def services(self) -> list[str]:
+        """Whose stores are here."""
+        ...
+
+    async def outline(self, service: str, now: int) -> Outline:
+        """How far a service is, read beside its instances without getting in their way, and while there are none.
+
+        Parameters:
+            now: microseconds since 1970: what is due by then.
+
+        Raises `Refused` for a service without a store.
+        """
+        ...
+
     async def letters(self, service: str = "") -> list[Letter]:
         """The dead letters of one service, or of one after the other, oldest first.
 
@@ -274,6 +320,23 @@ class Stores(Protocol):
         Raises `Refused` if there is none.
         """
         ...
+
+
+def pending_of(rows: Iterable[tuple[str, int, str, bool]]) -> list[Pending]:
+    """What waits of each consumer, from consumer, position, stream and whether it is dead, in order per consumer."""
+    found, blocked = dict[str, list[Any]](), set[tuple[str, str]]()
+    for consumer, position, stream, dead in rows:
+        counts = found.setdefault(consumer, [0, 0, 0, 0, ""])
+        if dead:
+            blocked.add((consumer, stream))
+            counts[1] += 1
+        elif (consumer, stream) in blocked:
+            counts[2] += 1
+        else:
+            counts[0] += 1
+            if not counts[3]:
+                counts[3:] = position, stream
+    return [Pending(consumer, *counts) for consumer, counts in sorted(found.items())]
 
 
 async def write_places(

@@ -23,7 +23,9 @@ FLOORS = (
         "clock",
         "identity",
         "deadline",
+        "guarded",
         "messages",
+        "fallback",
         "upcaster",
         "restored",
         "schema",
@@ -53,6 +55,9 @@ FLOORS = (
         "receipt",
         "undone",
         "takes",
+        "backlog",
+        "lag",
+        "meter",
         "bus",
         "question",
         "shares",
@@ -78,7 +83,17 @@ FLOORS = (
         "registry",
         "guards.*",
     ),  # the patterns
-    ("service", "folding", "copying", "runtime", "corpus", "reader", "replay", "finding"),  # what a team writes against
+    (
+        "service",
+        "folding",
+        "copying",
+        "wanted",
+        "runtime",
+        "corpus",
+        "reader",
+        "replay",
+        "finding",
+    ),  # what a team writes against
     ("ext.*", "testing.*", "console.*", "demo.*", "cli.*"),  # faces
 )
 

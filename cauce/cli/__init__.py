@@ -23,6 +23,8 @@ __all__ = ["main"]
 COMMANDS = {
     "run": ("run:run", "Run services until SIGTERM or Ctrl-C."),
     "services": ("services:services", "Who runs on a bus, what they answer, and how they are."),
+    "consumers": ("consumers:consumers", "How far each consumer is behind, what waits, and how fast it goes."),
+    "top": ("top:top", "Who runs and how far all consumers are, live."),
     "demo": ("demo:demo", "See it at work: a user registers on a form, and a mail arrives."),
     "tail": ("tail:tail", "The last entries of a log, and with --follow the next ones."),
     "show": ("show:show", "All entries of one stream, with bodies."),

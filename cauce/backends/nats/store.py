@@ -28,7 +28,7 @@ from cauce.backends.nats.units import Units
 from cauce.errors import Refused, Unavailable
 from cauce.store import BadStatement, Inventory, Place, Share, Standing, Unit, Waiting, check_places, write_places
 
-__all__ = ["NatsStore", "bucket_of", "unpacked"]
+__all__ = ["NatsStore", "bucket_of", "place_of", "unpacked"]
 
 _log = logging.getLogger("cauce")
 
@@ -248,11 +248,7 @@ class NatsStore:
 
     async def inventory(self) -> Inventory:
         """All that hangs on logs, whoever it is for."""
-        places = []
-        for each in await self._bucket.read("place.>"):
-            place = msgspec.json.decode(each.payload, type=Stands)
-            _, consumer, domain, slot = each.tokens
-            places.append(Place(text(consumer), domain, int(slot), place.log, place.position))
+        places = [place_of(each) for each in await self._bucket.read("place.>")]
         waiting = [(text(each.tokens[1]), unpacked(each)) for each in await self._bucket.read("waiting.>")]
         said, timers = len(await self._bucket.read("outbox.>")), len(await self._bucket.read("timer.*"))
         return Inventory(
@@ -282,6 +278,12 @@ class NatsStore:
 def bucket_of(link: Link, service: str) -> Bucket:
     """The bucket that is the store of a service."""
     return Bucket(link, f"store_{service}", "store", service)
+
+
+def place_of(message: Message) -> Place:
+    """A place, as it was stored."""
+    stands, (_, consumer, domain, slot) = msgspec.json.decode(message.payload, type=Stands), message.tokens
+    return Place(text(consumer), domain, int(slot), stands.log, stands.position)
 
 
 def unpacked(message: Message) -> Waiting:

@@ -12,13 +12,13 @@ import msgspec
 from cauce.backends.nats.bucket import Bucket, Message, Put, Stale, Unsure, buckets
 from cauce.backends.nats.link import Link
 from cauce.backends.nats.names import text, token
-from cauce.backends.nats.store import NatsStore, bucket_of, unpacked
+from cauce.backends.nats.store import NatsStore, bucket_of, place_of, unpacked
 from cauce.backends.nats.units import packed
 from cauce.backends.sqlite.stores import SQLiteStores
 from cauce.clock import Clock
 from cauce.errors import Refused, Unavailable
 from cauce.shelf import Shelf
-from cauce.store import Letter, Store, Waiting
+from cauce.store import Letter, Outline, Store, Waiting, pending_of
 
 __all__ = ["NatsStores"]
 
@@ -50,6 +50,26 @@ class NatsStores:
 
     def shelf(self, service: str) -> Shelf:
         return self._files.shelf(service)
+
+    async def services(self) -> list[str]:
+        return sorted({*await self._services(), *await self._files.services()})
+
+    async def outline(self, service: str, now: int) -> Outline:
+        if not await self._is_bucket(service):
+            return await self._files.outline(service, now)
+        bucket = bucket_of(self._link, service)
+        # Places first: what is set aside after them is counted twice for a moment, none is missed.
+        places = sorted(
+            map(place_of, await bucket.read("place.>")), key=lambda each: (each.consumer, each.domain, each.slot)
+        )
+        waiting = [(text(each.tokens[1]), unpacked(each)) for each in await bucket.read("waiting.>")]
+        latest = {(consumer, each.position): each for consumer, each in waiting}
+        rows = ((consumer, position, latest[consumer, position]) for consumer, position in sorted(latest))
+        due = [int(each.payload) for each in await bucket.read("timer.*")]
+        return Outline(
+            places, pending_of((consumer, position, each.stream, each.dead) for consumer, position, each in rows),
+            len(await bucket.read("outbox.>")), len(due), sum(each <= now for each in due),
+        )  # fmt: skip
 
     async def letters(self, service: str = "") -> list[Letter]:
         names = await self._services()

@@ -12,7 +12,7 @@ from cauce.backends.postgres.shelf import PostgresShelf
 from cauce.backends.postgres.store import PostgresStore
 from cauce.clock import Clock
 from cauce.errors import Refused
-from cauce.store import Letter
+from cauce.store import Letter, Outline, Place, pending_of
 
 __all__ = ["PostgresStores"]
 
@@ -23,6 +23,14 @@ _DEAD = """select consumer, position, stream, attempts, error, trace, raw, (
     select count(*) from {home}.cauce_waiting b
         where b.consumer = a.consumer and b.stream = a.stream and b.position > a.position) as behind
     from {home}.cauce_waiting a where dead order by position"""
+# One statement sees one moment: what is set aside moves its place with it.
+_OUTLINE = """select
+    coalesce((select array_agg((consumer, domain, slot, log, position) order by consumer, domain, slot)
+        from {home}.cauce_places), '{}') as places,
+    coalesce((select array_agg((consumer, position, stream, dead) order by consumer, position)
+        from {home}.cauce_waiting), '{}') as waiting,
+    (select count(*) from {home}.cauce_outbox), (select count(*) from {home}.cauce_timers),
+    (select count(*) from {home}.cauce_timers where due <= $1)"""
 
 
 class PostgresStores:
@@ -40,6 +48,18 @@ class PostgresStores:
 
     def shelf(self, service: str) -> PostgresShelf:
         return PostgresShelf(self._link, home_of(self._link.schema, service))
+
+    async def services(self) -> list[str]:
+        return await self._services("")
+
+    async def outline(self, service: str, now: int) -> Outline:
+        (name,) = await self._services(service)
+        ((places, waiting, *numbers),) = await self._link.fetch(filled(_OUTLINE, home_of(self._link.schema, name)), now)
+        return Outline(
+            [Place(*row) for row in places],
+            pending_of(tuple(row) for row in waiting),
+            *numbers,
+        )
 
     async def letters(self, service: str = "") -> list[Letter]:
         return [letter for name in await self._services(service) for letter in await self._dead(name)]

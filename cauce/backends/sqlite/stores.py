@@ -16,13 +16,17 @@ from cauce.backends.sqlite.file import connect, translate
 from cauce.backends.sqlite.store import SQLiteStore
 from cauce.clock import Clock
 from cauce.errors import Refused
-from cauce.store import Letter
+from cauce.store import Letter, Outline, Place, pending_of
+from cauce.threads import in_thread
 
 __all__ = ["SQLiteStores"]
 
 _DEAD = """select consumer, position, stream, attempts, error, trace, raw, (
     select count(*) from cauce_waiting b where b.consumer = a.consumer and b.stream = a.stream and b.position > a.position)
     from cauce_waiting a where dead order by position"""
+_PLACES = "select consumer, domain, slot, log, position from cauce_places order by 1, 2, 3"
+_NUMBERS = """select (select count(*) from cauce_outbox), (select count(*) from cauce_timers),
+    (select count(*) from cauce_timers where due <= ?)"""
 _RETRY = "update cauce_waiting set dead = 0, attempts = 0, due = 0 where consumer = ? and position = ? and dead"
 _DISCARD = "delete from cauce_waiting where consumer = ? and position = ? and dead"
 
@@ -43,6 +47,13 @@ class SQLiteStores:
 
     def shelf(self, service: str) -> SQLiteShelf:
         return SQLiteShelf(self._folder / service / "views")
+
+    async def services(self) -> list[str]:
+        return [path.parent.name for path in self._paths("")]
+
+    async def outline(self, service: str, now: int) -> Outline:
+        (path,) = self._paths(service)
+        return await in_thread(_outline, path, now)
 
     async def letters(self, service: str = "") -> list[Letter]:
         found = []
@@ -92,6 +103,18 @@ class SQLiteStores:
             names = ", ".join(path.parent.name for path in found) or "none"
             raise Refused(f"service {service!r} has no store here: there are {names}")
         return mine
+
+
+def _outline(path: Path, now: int) -> Outline:
+    with _opened(path, apsw.SQLITE_OPEN_READONLY) as connection:
+        # All of one moment: what is set aside moves its place with it.
+        connection.execute("begin")
+        places: list[Any] = connection.execute(_PLACES).fetchall()
+        rows: Any = connection.execute("select consumer, position, stream, dead from cauce_waiting order by 1, 2")
+        pending = pending_of((consumer, position, stream, bool(dead)) for consumer, position, stream, dead in rows)
+        numbers: Any = connection.execute(_NUMBERS, (now,)).fetchone()
+        connection.execute("rollback")
+    return Outline([Place(*row) for row in places], pending, *numbers)
 
 
 @contextmanager
