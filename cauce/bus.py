@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import msgspec
 
 from cauce import errors
 from cauce.accept import check_key, slot_of
+from cauce.agenda import Agenda
 from cauce.clock import Clock
 from cauce.codec import Entry, Meta, derive_id, micros, moment, sealed
 from cauce.errors import CauceError, Conflict, Gone, NoAnswer, NotOwner, OutcomeUnknown, Refused, Unreadable
@@ -510,9 +511,19 @@ class Context:
     """What a handler is told beside its message, and the bus from there: all that it says is because of the message."""
 
     def __init__(
-        self, bus: Bus, service: str, handler: str, entry: Entry | None, cause: Cause, store: Store | None = None
+        self,
+        bus: Bus,
+        service: str,
+        handler: str,
+        entry: Entry | None,
+        cause: Cause,
+        store: Store | None = None,
+        *,
+        agenda: Agenda | None = None,
+        due: datetime | None = None,
     ) -> None:
         self.bus, self.service, self.cause = bus, service, cause
+        self._agenda, self._due = agenda, due
         self._handler, self._entry, self._store = handler, entry, store
         self._said: dict[tuple[str, str, str], int] = {}
 
@@ -527,6 +538,20 @@ class Context:
         if self._store is None:
             raise Refused(f"{self.service}.{self._handler} may not touch the store: reactions and intervals may")
         return self._store
+
+    @property
+    def agenda(self) -> Agenda:
+        """What is said for later, with the message or not at all."""
+        if self._agenda is None:
+            raise Refused(f"{self.service}.{self._handler} may not set timers: reactions and intervals may")
+        return self._agenda
+
+    @property
+    def due(self) -> datetime:
+        """For which time an interval runs: the same when that run is made again. By its zone, or in UTC."""
+        if self._due is None:
+            raise Refused(f"{self.service}.{self._handler} is due at no time: intervals are")
+        return self._due
 
     @property
     def correlation(self) -> str:
@@ -555,6 +580,30 @@ class Context:
     async def send(self, command: Command, *, expires: datetime | None = None) -> str:
         """As `Bus.send`; made again for the same message, it is the same command."""
         return await self.bus.send(command, id=self.id_of(command), expires=expires, cause=self.cause)
+
+    def after(self, delay: float | timedelta, message: Command | Event, *, name: str = "") -> str:
+        """Send a command, or record an event of an own domain, so much later; set with the unit, or not at all.
+
+        It survives restarts and take-overs, and comes once in effect, because of the message that is handled now.
+
+        Parameters:
+            delay: seconds, or a timedelta, from now on, by the wall clock when it fires.
+            name: what cancels it, and of which there is one in the service: set again, it is moved. Else its own id.
+
+        Returns what cancels it.
+        """
+        return self.agenda.after(delay, message, check_line(name, "name"), self.id_of(message))
+
+    def at(self, time: datetime, message: Command | Event, *, name: str = "") -> str:
+        """As `after`, at a moment, told with its time zone; one that is past is due at once."""
+        return self.agenda.at(time, message, check_line(name, "name"), self.id_of(message))
+
+    async def cancel(self, timer: str) -> bool:
+        """Let a timer of this service never fire, from the moment on when the unit is committed.
+
+        False if none waits by this name or id: it has fired, or was cancelled, or never was; then nothing is done.
+        """
+        return await self.agenda.cancel(timer)
 
     async def ask(self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT) -> Answer:
         """As `Bus.ask`."""

@@ -7,11 +7,13 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from cauce.accept import SLOTS, check_body, check_value, slot_of
+from cauce.agenda import Agenda
 from cauce.audit import Audit
 from cauce.backends import Backend, open_backend, stores_at
 from cauce.backends.health import warn
@@ -27,13 +29,15 @@ from cauce.history import page, stood
 from cauce.lease import Leases, identity
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
 from cauce.question import completed, read
+from cauce.schedule import LATE, behind
 from cauce.schema import Schema, encode
 from cauce.service import ATTEMPTS, Bound, Service, bind
 from cauce.sql import Store as Sql
 from cauce.sql import spoken
-from cauce.store import Share, Store, Stores, Unit
+from cauce.store import Share, Store, Stores, Timer, Unit
 from cauce.takes import Takes, enter
 from cauce.threads import Threads
+from cauce.timers import Timers, until
 from cauce.undo import part
 from cauce.undone import Asked
 from cauce.wire import Instance, State
@@ -248,6 +252,7 @@ class _Running:
         self._stands: list[int] = []
         self._looked, self._looked_for, self._look_anew = 0, set[int](), True
         self._leading: list[asyncio.Task[None]] = []
+        self._timers: Timers | None = None
 
     # ------------------------------------------------------------------------------------------------------ starting
 
@@ -272,6 +277,7 @@ class _Running:
         await keep(bus.facts, name, store.id, store.place, store.is_fresh, bus.clock)
         self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose)
         shares.touched = self._touched
+        self._timers = Timers(name, store, bus.clock, lambda: list(shares.held.values()), self._said.set)
         caution = asyncio.Lock()
         self._consumers = [
             (consumer, tail)
@@ -346,6 +352,8 @@ class _Running:
         await self._hold(list(self._shares.held.values()))
         self._tasks.start("store", self._store.run())
         self._tasks.start("outbox", self._relay())
+        assert self._timers is not None
+        self._tasks.start("timers", self._timers.run())
         if self._service.audit is not None and self._commanders:
             audit = Audit(
                 self._bus.commands, self._store, self._bus.clock, self._service.audit,
@@ -390,6 +398,8 @@ class _Running:
                 self._leading = [
                     asyncio.get_running_loop().create_task(self._interval(bound, share)) for bound in self._of("every")
                 ]
+        assert self._timers is not None
+        self._timers.look()
 
     async def _lose(self, shares: Sequence[Share]) -> None:
         """Finish what is in hand, for another instance to go on."""
@@ -421,7 +431,9 @@ class _Running:
 
     async def _touched(self) -> None:
         """Another process has changed the store: perhaps somebody decided about a dead letter."""
+        assert self._timers is not None
         self._said.set()
+        self._timers.look()
         for consumer, _ in self._consumers:
             await consumer.reload()
 
@@ -575,7 +587,8 @@ class _Running:
                 message = schema.decode(entry.domain, entry.type, meta.schema, entry.body or b"")
             cause = Cause(entry.id, meta.correlation or entry.id, "", meta.trace, meta.tracestate)
             correlation.set(cause.correlation)
-            context = Context(bus, service, bound.name, entry, cause, Sql(store.fetch))
+            agenda = Agenda(bus.clock, store.due)
+            context = Context(bus, service, bound.name, entry, cause, Sql(store.fetch), agenda=agenda)
             self._say(bound, context, unit, slot_of(entry.key), await _run(bound, (message,), context, self._threads))
 
         return Consumer(
@@ -588,38 +601,43 @@ class _Running:
     def _say(self, bound: Bound, context: Context, unit: Unit, slot: int, result: Any) -> None:
         """Let what a handler did and returned be stored as one: statements, commands to send, own events to record."""
         unit.statements += context.store.queued
-        if result is None:
+        unit.cancelled += context.agenda.cancelled
+        later = context.agenda.later
+        if result is None and not later:
             return
         where = f"{self._service.name}.{bound.name}"
         said = messages_of(result, where, "commands, own events, or None")
-        for message in said:
+        for message in (*said, *(message for _, message, _ in later.values())):
             # All are looked at before any is said.
             if isinstance(message, Event) and declared(message).domain.name not in self._commanders:
                 raise NotOwner(
-                    f"{where} returned {type(message).__name__}, which only the owner of {declared(message).domain.name!r} records; send it a command"
+                    f"{where} said {type(message).__name__}, which only the owner of {declared(message).domain.name!r} records; send it a command"
                 )
             if not isinstance(message, (Command, Event)):
                 raise Refused(f"{where} returned {message!r}: return commands, own events, or None")
         now, cause = self._bus.clock.now(), context.cause
         for message in said:
-            kind = declared(message)
-            meta = Meta(now, kind.version, cause.correlation, cause.id, cause.by, cause.trace, cause.tracestate)
-            entry = seal(message, context.id_of(message), meta)
-            unit.said.append(
-                (
-                    bound.name,
-                    slot,
-                    _pack(_Said(kind.kind, entry.stream, entry.type, entry.id, entry.raw, entry.body or b"")),
-                )
-            )
+            unit.said.append((bound.name, slot, _sealed(message, context.id_of(message), cause, now)))
+        assert unit.share is not None
+        for timer, (due, message, id) in later.items():
+            unit.later.append(Timer(timer, unit.share.name, bound.name, due, _sealed(message, id, cause, due)))
+        unit.committed = partial(self._stored, bool(said), [timer.due for timer in unit.later])
+
+    def _stored(self, said: bool, later: Sequence[int]) -> None:
+        """A unit was committed that said something, or for later."""
+        assert self._timers is not None
         if said:
-            unit.committed = self._said.set
+            self._said.set()
+        for due in later:
+            self._timers.note(due)
 
     async def _settled(self) -> None:
         """Wait until its consumers have passed the heads as they are now, and what they said is in its log."""
         await asyncio.gather(
             *(consumer.settled() for consumer, tail in self._consumers if tail is not self._tails.records)
         )
+        assert self._timers is not None
+        await self._timers.fire()
         await self._relayed()
         # What was decided or recorded meanwhile has its record, too.
         await asyncio.gather(*(commander.settled() for commander in self._commanders.values()))
@@ -794,27 +812,36 @@ class _Running:
     async def _interval(self, bound: Bound, share: Share) -> None:
         """Run a function every so often, for ever; when it is due is kept in the store."""
         assert self._store is not None
-        clock, store, name, step = self._bus.clock, self._store, bound.name, round(bound.part.seconds * 1_000_000)
+        assert bound.part.schedule is not None
+        clock, store, schedule, missed = self._bus.clock, self._store, bound.part.schedule, bound.part.missed
+        name = schedule.name_of(bound.name)
         due = await store.timer(name)
-        if not due:
-            due = clock.now() + step
-            unit = Unit(share)
-            unit.timer = name, due
-            await store.commit(unit)
         while True:
-            await clock.sleep(max(0.0, (due - clock.now()) / 1_000_000))
+            if not due or (missed == "skip" and clock.now() - due > LATE * 1_000_000):
+                due = schedule.following(clock.now())
+                unit = Unit(share)
+                unit.timer = name, due
+                await store.commit(unit)
+            due = await until(due, schedule, clock)
+            if missed == "skip" and clock.now() - due > LATE * 1_000_000:
+                # The clock was set forward, or this machine slept.
+                continue
             id = derive_id(uuid7(due * 4096 // 1000, 0), self._service.name, name)
             correlation.set(id)
-            context = Context(self._bus, self._service.name, name, None, Cause(id, id), Sql(store.fetch))
+            context = Context(
+                self._bus, self._service.name, bound.name, None, Cause(id, id), Sql(store.fetch),
+                agenda=Agenda(clock, store.due), due=schedule.shown(due),
+            )  # fmt: skip
             unit = Unit(share)
             try:
                 self._say(bound, context, unit, 0, await _run(bound, (), context, self._threads))
-                # What was missed is made up for once.
-                unit.timer = name, due + step if due + step > clock.now() else clock.now() + step
+                unit.timer = name, behind(due, clock.now(), schedule, missed)
                 await store.commit(unit)
             except Exception as error:
-                _log.exception("%s.%s failed and is run again: %s", self._service.name, name, error)
-                await clock.sleep(min(bound.part.seconds, 10.0))
+                _log.exception("%s.%s failed and is run again: %s", self._service.name, bound.name, error)
+                # One that is due more often would not have to wait for long either.
+                pause = (schedule.following(due) - due) / 1_000_000
+                await clock.sleep(min(pause, 10.0))
                 continue
             if unit.committed is not None:
                 unit.committed()
@@ -938,6 +965,14 @@ class _PutOff(msgspec.Struct):
     due: float = 0.0
     pause: float = 0.0
     failures: int = 0
+
+
+def _sealed(message: Command | Event, id: str, cause: Cause, time: int) -> bytes:
+    """What is said, as it lies in the outbox, or waits for the time when it is."""
+    kind = declared(message)
+    meta = Meta(time, kind.version, cause.correlation, cause.id, cause.by, cause.trace, cause.tracestate)
+    entry = seal(message, id, meta)
+    return _pack(_Said(kind.kind, entry.stream, entry.type, entry.id, entry.raw, entry.body or b""))
 
 
 _pack = msgspec.msgpack.Encoder().encode

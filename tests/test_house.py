@@ -30,6 +30,8 @@ FLOORS = (
         "compatible",
         "sample",
         "codec",
+        "duration",
+        "schedule",
     ),  # what travels, and its names; no I/O
     (
         "log",
@@ -53,6 +55,8 @@ FLOORS = (
         "receipt",
         "undone",
         "takes",
+        "agenda",
+        "timers",
         "bus",
         "question",
         "shares",
