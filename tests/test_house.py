@@ -60,7 +60,9 @@ FLOORS = (
         "bus",
         "question",
         "shares",
+        "aside",
         "consumer",
+        "outbox",
         "reset",
     ),  # delivery
     (

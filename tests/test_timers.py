@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 
 from cauce import Bus, Context, Query, Refused, Service, connect, days, hours, minutes, running
+from cauce.cli import main
 from cauce.clock import SystemClock
 from cauce.codec import Entry, micros
 from cauce.log import Filter
@@ -236,6 +240,48 @@ async def test_an_interval_may_set_timers_and_whoever_has_the_lead_lets_them_go(
     assert [timer.id for timer in await timers(each_bus, "clocked")] == ["tick"]
 
 
+async def cli(*arguments: str) -> Result:
+    return await asyncio.to_thread(lambda: CliRunner().invoke(main, ["timers", *arguments], catch_exceptions=False))
+
+
+async def test_timers_are_listed_and_cancelled_from_outside_while_their_service_runs(each_bus: str) -> None:
+    service, clock = reminding(name="of *.> é/$"), Set()
+
+    @service.every(3600)
+    async def tick() -> None:
+        pass
+
+    at = ("--bus", each_bus)
+    async with running(owner, bus=each_bus):
+        pass
+    assert (await cli("list", *at)).stdout == "No timers.\n"
+    async with running(owner, service, bus=each_bus, clock=clock) as bus:
+        await bus.call(Add("a"))
+        clock.by = 60.0
+        await bus.call(Add("b"))
+        await bus.settled()
+        (fact,) = (await bus.facts.read(Filter("counters/a"))).entries
+        interval, a, b = [json.loads(line) for line in (await cli("list", *at, "--json")).stdout.splitlines()]
+        assert (interval["id"], interval["interval"], interval["service"]) == ("tick", True, "reminding")
+        assert {name: a[name] for name in ("service", "id", "handler", "interval", "stream", "type", "data")} == {
+            "service": "reminding", "id": "of *.> é/$ a", "handler": "remind", "interval": False,
+            "stream": "counters/remind a", "type": "Add", "data": {"name": "remind a"},
+        }  # fmt: skip
+        assert (a["causation"], a["correlation"]) == (fact.id, fact.correlation)
+        assert a["due"] < b["due"]
+        lines = (await cli("list", "reminding", "--limit", "1", *at)).stdout.splitlines()
+        assert [line.split(": ")[0] for line in lines] == ["reminding tick", "reminding of *.> é/$ a"]
+        assert f"Add of counters/remind a at {a['due'][:19]}+00:00, by remind because of {fact.id}" in lines[1]
+        done = await cli("cancel", "reminding", a["id"], *at)
+        assert (done.exit_code, done.stdout) == (0, "reminding of *.> é/$ a is cancelled\n")
+        clock.by = 1000.0
+        assert [await count(bus, f"remind {name}") for name in "ab"] == [0, 1]
+        for id in (a["id"], b["id"], "tick"):
+            gone = await cli("cancel", "reminding", id, *at, "--json")
+            assert gone.exit_code == 1
+            assert "it has fired, or was cancelled, or never was" in gone.output
+
+
 # ------------------------------------------------------------------------------------------------- in virtual time
 
 
@@ -244,18 +290,21 @@ def test_a_timer_is_let_go_at_its_time_and_by_another_instance_when_its_own_is_g
 ) -> None:
     async def main() -> None:
         async with running(owner, bus=bus_url, clock=clock) as bus:
-            async with running(reminding(), bus=bus_url, clock=clock) as first:
+            async with running(reminding(delay=60), bus=bus_url, clock=clock) as first:
                 began = clock.now()
                 for name in "abcdefgh":
                     await bus.call(Add(name))
                 await first.settled()
             assert len(await timers(bus_url)) == 8
-            async with running(reminding(), bus=bus_url, clock=clock), running(reminding(), bus=bus_url, clock=clock):
-                await clock.sleep(905)
+            async with (
+                running(reminding(delay=60), bus=bus_url, clock=clock),
+                running(reminding(delay=60), bus=bus_url, clock=clock),
+            ):
+                await clock.sleep(65)
                 await bus.settled()
                 for name in "abcdefgh":
                     (fact,) = (await bus.facts.read(Filter(f"counters/remind {name}"))).entries
-                    assert 900 <= (fact.meta.time - began) / 1_000_000 < 903
+                    assert 60 <= (fact.meta.time - began) / 1_000_000 < 63
 
     virtual(main)
 
@@ -617,6 +666,18 @@ def test_the_next_run_is_always_later_and_none_lies_between_unless_it_is_made_up
     assert often.standing(due + 10 * often.step, due) == due + often.step
 
 
-def drive(clock: VirtualClock, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+def drive(clock: VirtualClock, test: Callable[[], Coroutine[Any, Any, None]]) -> None:
     with asyncio.Runner(loop_factory=lambda: VirtualLoop(clock)) as runner:
-        runner.run(main())
+        runner.run(test())
+
+
+def test_the_page_on_reminders_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parent.parent / "docs" / "how-to" / "remind.md"
+    names: dict[str, Any] = {"__name__": "how_to"}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, str(page), "exec", dont_inherit=True), names)  # noqa: S102 - it is ours, and what is tested
+    names["main"]()
+    assert capsys.readouterr().out.splitlines() == ["7 1", "8 0"]
