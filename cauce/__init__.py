@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cauce.bus import Bus, Context
     from cauce.clock import Clock, SystemClock
+    from cauce.duration import days, hours, minutes
     from cauce.errors import (
         BreakerOpen,
         Busy,
@@ -50,6 +51,7 @@ else:
     _HOMES = {
         "bus": ("Bus", "Context"),
         "clock": ("Clock", "SystemClock"),
+        "duration": ("days", "hours", "minutes"),
         "errors": (
             "BreakerOpen",
             "Busy",
@@ -142,7 +144,10 @@ __all__ = [
     "Unreachable",
     "Unreadable",
     "connect",
+    "days",
     "field",
+    "hours",
+    "minutes",
     "replace",
     "running",
     "upcast",

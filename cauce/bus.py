@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from math import inf
 from typing import Any, Generic, Protocol, TypeVar, cast, overload
@@ -14,6 +14,7 @@ import msgspec
 
 from cauce import errors
 from cauce.accept import check_key, slot_of
+from cauce.agenda import Agenda
 from cauce.clock import Clock
 from cauce.codec import Entry, Meta, derive_id, micros, moment, sealed
 from cauce.deadline import share, until
@@ -610,9 +611,19 @@ class Context:
     """What a handler is told beside its message, and the bus from there: all that it says is because of the message."""
 
     def __init__(
-        self, bus: Bus, service: str, handler: str, entry: Entry | None, cause: Cause, store: Store | None = None
+        self,
+        bus: Bus,
+        service: str,
+        handler: str,
+        entry: Entry | None,
+        cause: Cause,
+        store: Store | None = None,
+        *,
+        agenda: Agenda | None = None,
+        due: datetime | None = None,
     ) -> None:
         self.bus, self.service, self.cause = bus, service, cause
+        self._agenda, self._due = agenda, due
         self._handler, self._entry, self._store = handler, entry, store
         self._until = until.get()
         self._said: dict[tuple[str, str, str], int] = {}
@@ -636,6 +647,20 @@ class Context:
         What it asks of others is given no more than that, and a little less, so that there is time to fall back.
         """
         return None if self._until == inf else max(0.0, self._until - self.bus.failed.get_loop().time())
+
+    @property
+    def agenda(self) -> Agenda:
+        """What is said for later, with the message or not at all."""
+        if self._agenda is None:
+            raise Refused(f"{self.service}.{self._handler} may not set timers: reactions and intervals may")
+        return self._agenda
+
+    @property
+    def due(self) -> datetime:
+        """For which time an interval runs: the same when that run is made again. By its zone, or in UTC."""
+        if self._due is None:
+            raise Refused(f"{self.service}.{self._handler} is due at no time: intervals are")
+        return self._due
 
     @property
     def correlation(self) -> str:
@@ -674,6 +699,30 @@ class Context:
     async def send(self, command: Command, *, expires: datetime | None = None) -> str:
         """As `Bus.send`; made again for the same message, it is the same command."""
         return await self.bus.send(command, id=self.id_of(command), expires=expires, cause=self.cause)
+
+    def after(self, delay: float | timedelta, message: Command | Event, *, name: str = "") -> str:
+        """Send a command, or record an event of an own domain, so much later; set with the unit, or not at all.
+
+        It survives restarts and take-overs, and comes once in effect, because of the message that is handled now.
+
+        Parameters:
+            delay: seconds, or a timedelta, from now on, by the wall clock when it fires.
+            name: what cancels it, and of which there is one in the service: set again, it is moved. Else its own id.
+
+        Returns what cancels it.
+        """
+        return self.agenda.after(delay, message, check_line(name, "name"), self.id_of(message))
+
+    def at(self, time: datetime, message: Command | Event, *, name: str = "") -> str:
+        """As `after`, at a moment, told with its time zone; one that is past is due at once."""
+        return self.agenda.at(time, message, check_line(name, "name"), self.id_of(message))
+
+    async def cancel(self, timer: str) -> bool:
+        """Let a timer of this service never fire, from the moment on when the unit is committed.
+
+        False if none waits by this name or id: it has fired, or was cancelled, or never was; then nothing is done.
+        """
+        return await self.agenda.cancel(timer)
 
     @overload
     async def ask(

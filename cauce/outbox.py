@@ -21,7 +21,7 @@ from cauce.errors import CauceError, Unavailable
 if TYPE_CHECKING:
     from cauce.store import Store
 
-__all__ = ["Outbox", "packed"]
+__all__ = ["Outbox", "packed", "unpacked"]
 
 _log = logging.getLogger("cauce")
 
@@ -63,6 +63,12 @@ _unpack = msgspec.msgpack.Decoder(_Said).decode
 def packed(kind: str, entry: Entry) -> bytes:
     """What a handler said, as it is stored."""
     return _pack(_Said(kind, entry.stream, entry.type, entry.id, entry.raw, entry.body or b""))
+
+
+def unpacked(said: bytes) -> Entry:
+    """The message that a handler said, as it goes to its log."""
+    each = _unpack(said)
+    return Entry(0, each.stream, 0, each.type, each.id, each.raw, None, each.body, 0)
 
 
 class Outbox:

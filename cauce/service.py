@@ -6,6 +6,7 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -29,6 +30,7 @@ from cauce.messages import (
     copied,
     declared,
 )
+from cauce.schedule import Missed, Schedule, schedule_of
 from cauce.sql import Store, Tables
 
 __all__ = ["Bound", "Part", "Service", "bind", "bound_parts"]
@@ -59,7 +61,8 @@ class Part(msgspec.Struct, frozen=True):
     names: dict[str, Any]
     start: Start = "first"
     attempts: int = ATTEMPTS
-    seconds: float = 0.0
+    schedule: Schedule | None = None
+    missed: Missed = "once"
     view: str = ""
     most: int | Callable[[Any], int] = 1
     at_once: int = AT_ONCE
@@ -175,17 +178,26 @@ class Service:
         if attempts < 0:
             raise Refused(f"{self.name}: attempts={attempts}: say how often, or 0 for without end")
         if function is None:
-            return lambda each: self._add("on", each, start, attempts)
-        return self._add("on", function, start, attempts)
+            return lambda each: self._add("on", each, start=start, attempts=attempts)
+        return self._add("on", function, start=start, attempts=attempts)
 
-    def every(self, seconds: float) -> Callable[[F], F]:
-        """Runs a function once in so many seconds, in one instance of the service; it takes a context, or nothing.
+    def every(self, when: float | timedelta | str, *, zone: str = "", missed: Missed = "once") -> Callable[[F], F]:
+        """Runs a function every so often, in one instance of the service; it takes a context, or nothing.
 
-        What it returns is sent or recorded like what a reaction returns. A run that was missed is made up for once.
+        What it returns is sent or recorded like what a reaction returns. A run that was not committed, because its
+        process died or it failed, is run again: `ctx.due` tells which one it is.
+
+        Parameters:
+            when: seconds or a timedelta from one run to the next, or a cron text such as `"0 3 * * *"`, which needs
+                `pip install 'cauce[cron]'`.
+            zone: whose times a cron text tells, such as `"Europe/Madrid"`; UTC if not said.
+            missed: of runs that were missed, because nobody ran, `once` makes up for one, `all` for each, and `skip`
+                for none that could not begin within a minute of its time.
         """
-        if not 0 < seconds < 1e9:
-            raise Refused(f"{self.name}: every({seconds}): say a number of seconds above 0")
-        return lambda function: self._add("every", function, seconds=seconds)
+        schedule = schedule_of(when, zone, f"{self.name}: every({when!r})")
+        if missed not in typing.get_args(Missed):
+            raise Refused(f"{self.name}: missed={missed!r}: say once, all or skip")
+        return lambda function: self._add("every", function, schedule=schedule, missed=missed)
 
     def view(self, name: str, *, schema: Tables | None = None) -> Callable[[F], F]:
         """Builds a view: `function(event, db)` queues statements on the `Store` that it gets. Several may build one.
@@ -210,24 +222,14 @@ class Service:
         self.parts.append(Part("replica", copy, {}))
         return copy
 
-    def _add(
-        self,
-        kind: Kind,
-        function: F,
-        start: Start = "first",
-        attempts: int = ATTEMPTS,
-        seconds: float = 0.0,
-        view: str = "",
-        most: int | Callable[[Any], int] = 1,
-        at_once: int = AT_ONCE,
-    ) -> F:
+    def _add(self, kind: Kind, function: F, **settings: Any) -> F:
         if not (inspect.isfunction(function) or inspect.ismethod(function)):
             raise Refused(
                 f"{self.name}: {function!r} is no function: write it with def or async def, and decorate that"
             )
         frame = sys._getframe(2)
         names = {} if frame.f_locals is frame.f_globals else dict(frame.f_locals)
-        self.parts.append(Part(kind, function, names, start, attempts, seconds, view, most, at_once))
+        self.parts.append(Part(kind, function, names, **settings))
         return function
 
 

@@ -32,9 +32,11 @@ __all__ = [
     "Standing",
     "Store",
     "Stores",
+    "Timer",
     "Unit",
     "Waiting",
     "check_places",
+    "no_timer",
     "pending_of",
     "write_places",
 ]
@@ -93,10 +95,35 @@ class Standing(msgspec.Struct, frozen=True):
     touched: bool
 
 
+class Timer(msgspec.Struct, frozen=True):
+    """A message that waits for its time, or with nothing `said` the next run of an interval.
+
+    One of each `id`: a later one takes the place of an earlier one. `share` names what its handler worked on when it
+    was set: whoever holds that lets it go. `due` is in microseconds since 1970, by the wall clock.
+    """
+
+    id: str
+    share: str
+    handler: str
+    due: int
+    said: bytes = b""
+
+
 class Unit:
     """What one message changes, gathered while it is handled."""
 
-    __slots__ = ("committed", "parked", "place", "said", "share", "statements", "timer", "unparked")
+    __slots__ = (
+        "cancelled",
+        "committed",
+        "later",
+        "parked",
+        "place",
+        "said",
+        "share",
+        "statements",
+        "timer",
+        "unparked",
+    )
 
     def __init__(self, share: Share | None) -> None:
         self.share = share
@@ -106,12 +133,21 @@ class Unit:
         self.unparked: tuple[str, int] | None = None
         self.place: tuple[str, str, int, str, int] | None = None
         self.timer: tuple[str, int] | None = None
+        self.later: list[Timer] = []
+        self.cancelled: list[str] = []
         self.committed: Callable[[], None] | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing but a place to write."""
-        return not (self.statements or self.said or self.parked or self.unparked or self.timer)
+        return not (
+            self.statements or self.said or self.parked or self.unparked or self.timer or self.later or self.cancelled
+        )
+
+    @property
+    def size(self) -> int:
+        """About how many bytes wait with it."""
+        return 200 + sum(len(said) for _, _, said in self.said) + sum(len(each.said) + 100 for each in self.later)
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -125,7 +161,10 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class Inventory(msgspec.Struct, frozen=True):
-    """What is kept beside tables: all places, what waits for each consumer, how much is said and not in its log yet."""
+    """What is kept beside tables: all places, what waits for each consumer, how much is said and not in its log yet.
+
+    `timers` counts the messages that wait for their time, and the intervals.
+    """
 
     places: list[Place]
     waiting: list[tuple[str, Waiting]]
@@ -249,6 +288,22 @@ class Store(Protocol):
         """When something is due, in microseconds since 1970; 0 if that was never said."""
         ...
 
+    async def due(self, id: str) -> int:
+        """When the message of a timer is due, in microseconds since 1970; 0 if no such timer waits."""
+        ...
+
+    async def fire(self, shares: Sequence[Share], now: int, limit: int) -> tuple[int, int]:
+        """Let go what is due by now, the oldest of each share first: it is said in the same transaction.
+
+        Nothing of a share that has another holder by now. Gives how many were let go, and when to look again: no timer
+        of these shares is due before; 0 if none waits.
+
+        Parameters:
+            now: microseconds since 1970.
+            limit: at most so many.
+        """
+        ...
+
     async def inventory(self) -> Inventory:
         """All that hangs on logs, whoever it is for."""
         ...
@@ -321,6 +376,17 @@ class Stores(Protocol):
         """
         ...
 
+    async def timers(self, service: str = "", limit: int = 1_000) -> list[tuple[str, Timer]]:
+        """What waits for its time, by service: its intervals, then up to so many messages of each, the next one first.
+
+        Raises `Refused` for a service without a store.
+        """
+        ...
+
+    async def cancel(self, service: str, id: str) -> None:
+        """Let a timer never fire. Raises `Refused` if there is none: it fired, or was cancelled, or never was."""
+        ...
+
 
 def pending_of(rows: Iterable[tuple[str, int, str, bool]]) -> list[Pending]:
     """What waits of each consumer, from consumer, position, stream and whether it is dead, in order per consumer."""
@@ -359,6 +425,11 @@ async def write_places(
             _log.warning("places wait: %s", error)
             await clock.sleep(_RETRY)
             moved.set()
+
+
+def no_timer(service: str, id: str) -> Refused:
+    """What is told where a timer is to be cancelled that does not wait."""
+    return Refused(f"{service} has no timer {id}: it has fired, or was cancelled, or never was; see cauce timers list")
 
 
 def check_places(

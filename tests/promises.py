@@ -151,6 +151,9 @@ PROMISES: tuple[Promise, ...] = (
             "test_history::test_services_that_are_killed_at_random_lose_nothing_and_do_nothing_twice",
             "test_store_faults::test_a_server_that_crashes_under_load_and_comes_back_lost_nothing_and_doubled_nothing",
             "test_calls::test_what_was_sent_is_decided_once_though_it_is_read_again_after_a_crash",
+            "test_timers::test_a_message_for_later_is_sent_once_when_its_time_has_come_because_of_what_set_it",
+            "test_timers::test_of_processes_that_are_killed_at_any_moment_each_timer_comes_once",
+            "test_store_promises::test_of_two_who_let_go_at_once_each_timer_is_let_go_by_one",
         ],
         {
             "nats": "Tables of a service lie in files of its machine or in PostgreSQL, since a bucket has none.",

@@ -32,6 +32,8 @@ FLOORS = (
         "compatible",
         "sample",
         "codec",
+        "duration",
+        "schedule",
     ),  # what travels, and its names; no I/O
     (
         "log",
@@ -58,6 +60,8 @@ FLOORS = (
         "backlog",
         "lag",
         "meter",
+        "agenda",
+        "timers",
         "bus",
         "question",
         "shares",

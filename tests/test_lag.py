@@ -284,7 +284,7 @@ async def test_a_handler_that_is_gone_is_said_to_be(each_bus: str) -> None:
 async def test_what_is_said_and_not_in_its_log_and_the_timers_are_counted(each_bus: str) -> None:
     service = Service("ticks")
 
-    @service.every(seconds=3600)
+    @service.every(3600)
     async def tick() -> None: ...
 
     async with running(service, bus=each_bus):

@@ -13,12 +13,13 @@ from cauce.backends.nats.bucket import Bucket, Message, Put, Stale, Unsure, buck
 from cauce.backends.nats.link import Link
 from cauce.backends.nats.names import text, token
 from cauce.backends.nats.store import NatsStore, bucket_of, place_of, unpacked
+from cauce.backends.nats.timers import cancelled, timers_in
 from cauce.backends.nats.units import packed
 from cauce.backends.sqlite.stores import SQLiteStores
 from cauce.clock import Clock
 from cauce.errors import Refused, Unavailable
 from cauce.shelf import Shelf
-from cauce.store import Letter, Outline, Store, Waiting, pending_of
+from cauce.store import Letter, Outline, Store, Timer, Waiting, no_timer, pending_of
 
 __all__ = ["NatsStores"]
 
@@ -122,6 +123,36 @@ class NatsStores:
             if await _written(bucket, put, stands):
                 return
         raise Unavailable(f"dead letter {position} of {service} changes all the time: try again")
+
+    async def timers(self, service: str = "", limit: int = 1_000) -> list[tuple[str, Timer]]:
+        names, found = await self._services(), list[tuple[str, Timer]]()
+        for each in names if not service else [service] if service in names else []:
+            bucket = bucket_of(self._link, each)
+            due = {text(one.tokens[1]): int(one.payload) for one in await bucket.read("timer.*")}
+            found += [
+                (each, Timer(name, "lead", name, due[name])) for name in sorted(due, key=lambda one: (due[one], one))
+            ]
+            found += [(each, timer) for timer in (await timers_in(bucket))[:limit]]
+        if not service or service not in names:
+            try:
+                found += await self._files.timers(service, limit)
+            except Refused:
+                raise self._unknown(service, names) from None
+        return found
+
+    async def cancel(self, service: str, id: str) -> None:
+        if not await self._is_bucket(service):
+            return await self._files.cancel(service, id)
+        bucket = bucket_of(self._link, service)
+        for _ in range(_TRIES):
+            stands = await bucket.one(cancelled(id).name)
+            if stands is None:
+                raise no_timer(service, id)
+            put = cancelled(id)
+            put.expected = stands.sequence
+            if await _written(bucket, put, stands):
+                return None
+        raise Unavailable(f"timer {id} of {service} changes all the time: try again")
 
     async def _is_bucket(self, service: str) -> bool:
         names = await self._services()
