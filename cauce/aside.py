@@ -19,6 +19,7 @@ from cauce.clock import Clock
 from cauce.codec import Entry, to_cloudevent
 from cauce.errors import Damaged, Unavailable
 from cauce.log import Filter, Log
+from cauce.retry import Retries, longest, retry_for, usual
 from cauce.store import BadStatement, Share, Store, Unit, Waiting
 
 __all__ = ["DIED", "Aside", "Handle", "handled"]
@@ -26,9 +27,6 @@ __all__ = ["DIED", "Aside", "Handle", "handled"]
 _log = logging.getLogger("cauce")
 
 _RETRIES_AT_ONCE = 4
-_FIRST_DELAY = 0.1
-_LONGEST_DELAY = 60.0
-_DOUBLINGS = 10
 _MOMENT = 0.05
 _CAUTION = 10.0
 """Seconds for which a message that may have killed the process keeps others of its kind from beginning."""
@@ -59,7 +57,7 @@ class Aside:
     """The messages of one consumer that wait, by thing, and the tasks that try them again.
 
     Parameters:
-        attempts: how often a message is tried before it is a dead letter; 0: without end.
+        retry: when a message is tried again, and how often before it is a dead letter.
         may_begin: whether the instance is sure enough of its slots to begin something new.
         caution: held while what may have killed the process is tried.
         share: by which a slot is held.
@@ -75,7 +73,7 @@ class Aside:
         log: Log,
         store: Store,
         clock: Clock,
-        attempts: int,
+        retry: Retries,
         may_begin: Callable[[], bool],
         caution: asyncio.Lock,
         share: Callable[[int], Share | None],
@@ -84,7 +82,8 @@ class Aside:
         stops: Callable[[BaseException], None],
     ) -> None:
         self._name, self._handle, self._log, self._store, self._clock = name, handle, log, store, clock
-        self._attempts, self._may_begin, self._caution = attempts, may_begin, caution
+        self._retry, self._may_begin, self._caution = retry, may_begin, caution
+        self._usual, self._longest = usual(retry), longest(retry)
         self._share, self._leaving, self._moved, self._stops = share, leaving, moved, stops
         self._waiting: dict[str, deque[Waiting]] = {}
         self._many: Counter[int] = Counter()
@@ -176,11 +175,11 @@ class Aside:
 
     def failed(self, waiting: Waiting, error: Exception, entry: Entry | None, tries: int = 0) -> None:
         """Delay it, or give it up. What is not the message's fault is delayed only."""
-        doublings = min(_DOUBLINGS, max(waiting.attempts - 1, tries))
-        delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2**doublings) * (0.5 + self._clock.random())
+        retry = retry_for(self._retry, error)
+        delay = retry.delay(max(waiting.attempts, tries), self._clock.random())
         waiting.due = self._clock.now() + round(delay * 1_000_000)
         waiting.error = f"{type(error).__name__}: {error}"
-        if self._attempts and waiting.attempts >= self._attempts and not isinstance(error, Unavailable):
+        if retry.attempts and waiting.attempts >= retry.attempts and not isinstance(error, Unavailable):
             self._bury(waiting, "".join(traceback.format_exception(error)), entry)
             return
         _log.warning(
@@ -200,9 +199,9 @@ class Aside:
     def _begin_retries(self, first: Waiting) -> None:
         if not first.dead and first.stream not in self._retries:
             self._newer.add(first.stream)
-            self._retries[first.stream] = asyncio.get_running_loop().create_task(self._retry(first.stream))
+            self._retries[first.stream] = asyncio.get_running_loop().create_task(self._try_again(first.stream))
 
-    async def _retry(self, stream: str) -> None:
+    async def _try_again(self, stream: str) -> None:
         queue = self._waiting[stream]
         slot, tries = queue[0].slot, 0
         try:
@@ -210,7 +209,7 @@ class Aside:
                 waiting = queue[0]
                 # The wall clock may have been set back since.
                 left = (waiting.due - self._clock.now()) / 1_000_000
-                await self._clock.sleep(min(max(0.0, left), 2 * _LONGEST_DELAY))
+                await self._clock.sleep(min(max(0.0, left), 2 * self._longest))
                 if waiting.due < 0:
                     done = await self._carefully(waiting, tries)
                 else:
@@ -246,7 +245,7 @@ class Aside:
         """Try once more, counted before it is begun: if that kills the process, the next start knows."""
         share = self._share(waiting.slot)
         died = waiting.due < 0
-        if self._attempts and died and waiting.attempts >= self._attempts:
+        if self._usual.attempts and died and waiting.attempts >= self._usual.attempts:
             waiting.error = DIED
             self._bury(waiting, "", await self._entry(waiting))
             await self._park(share, waiting)

@@ -20,6 +20,7 @@ from cauce.clock import Clock
 from cauce.codec import Entry
 from cauce.errors import Unavailable
 from cauce.log import Log, filter_of
+from cauce.retry import USUAL, Retries
 from cauce.store import BadStatement, Share, Store, Unit, Waiting
 
 __all__ = ["Consumer", "Tail"]
@@ -75,7 +76,7 @@ class Consumer:
         wants: the types it handles, by domain; none means all.
         now: whether it begins, in slots it has no place in, with what comes from now on, not with the first.
         bodies: whether it needs more than envelopes.
-        attempts: how often a message is tried before it is a dead letter; 0: without end.
+        retry: when a message is tried again, and how often before it is a dead letter.
         may_begin: whether the instance is sure enough of its slots to begin something new.
         caution: shared by all consumers of a service: held while what may have killed the process is tried.
     """
@@ -91,7 +92,7 @@ class Consumer:
         *,
         now: bool = False,
         bodies: bool = True,
-        attempts: int = 0,
+        retry: Retries = USUAL,
         may_begin: Callable[[], bool] = lambda: True,
         caution: asyncio.Lock | None = None,
     ) -> None:
@@ -106,7 +107,7 @@ class Consumer:
         self._leaving: set[int] = set()
         self._moved = asyncio.Event()
         self._aside = Aside(
-            name, handle, log, store, clock, attempts, may_begin, caution or asyncio.Lock(), self._share, self._leaving,
+            name, handle, log, store, clock, retry, may_begin, caution or asyncio.Lock(), self._share, self._leaving,
             self._moved, self._stops,
         )  # fmt: skip
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -122,7 +123,7 @@ class Consumer:
         """Work on these slots from now on. Raises `Damaged` for places that are not of this log."""
         self._tail = tail
         self._looked = max(self._looked, tail.looked)
-        self._leaving -= shares.keys()
+        self._leaving.difference_update(shares)
         places = await self._store.places(self.name, self._log.id, await self._log.head())
         lanes = []
         for domain in self.wants:
@@ -146,7 +147,7 @@ class Consumer:
             within: seconds that handlers get; what takes longer is cancelled, and handled again.
         """
         gone = set(slots)
-        self._leaving |= gone
+        self._leaving.update(gone)
         self._moved.set()
         lanes = [lane for lane in self._lanes.values() if lane.slot[1] in gone]
         for lane in lanes:

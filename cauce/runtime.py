@@ -29,7 +29,7 @@ from cauce.messages import Command, Domain, Event, Message, Notice, Record, decl
 from cauce.outbox import Outbox, packed
 from cauce.question import completed, read
 from cauce.schema import Schema, encode
-from cauce.service import ATTEMPTS, Bound, Service, bind
+from cauce.service import Bound, Service, bind
 from cauce.sql import Store as Sql
 from cauce.sql import spoken
 from cauce.store import Share, Store, Stores, Unit
@@ -540,7 +540,7 @@ class _Running:
         shares = self._shares
         return Consumer(
             _deciding(domain), {domain: frozenset()}, handle, self._bus.commands, self._store, self._bus.clock,
-            attempts=ATTEMPTS, may_begin=lambda: shares.is_fresh, caution=caution,
+            may_begin=lambda: shares.is_fresh, caution=caution,
         )  # fmt: skip
 
     def _reaction(self, bound: Bound, caution: asyncio.Lock) -> Consumer:
@@ -571,7 +571,7 @@ class _Running:
 
         return Consumer(
             bound.name, _wants(bound), handle, log, store, bus.clock, bodies=not bound.notice,
-            attempts=bound.part.attempts, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
+            retry=bound.part.retry, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------- what it says

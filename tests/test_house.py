@@ -26,6 +26,7 @@ FLOORS = (
         "messages",
         "upcaster",
         "restored",
+        "retry",
         "schema",
         "compatible",
         "sample",
