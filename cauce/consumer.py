@@ -8,6 +8,7 @@ has failed too often is a dead letter: a person decides.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from cauce.accept import slot_of
-from cauce.aside import DIED, Aside, Handle, handled
+from cauce.aside import DIED, Aside, Handle, entry_of, handled
 from cauce.clock import Clock
 from cauce.codec import Entry
 from cauce.errors import Unavailable
@@ -107,7 +108,7 @@ class Consumer:
         self._leaving: set[int] = set()
         self._moved = asyncio.Event()
         self._aside = Aside(
-            name, handle, log, store, clock, retry, may_begin, caution or asyncio.Lock(), self._share, self._leaving,
+            name, handle, functools.partial(entry_of, log, name), store, clock, retry, may_begin, caution or asyncio.Lock(), self._share, self._leaving,
             self._moved, self._stops,
         )  # fmt: skip
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -25,10 +25,11 @@ from cauce.fold import Folder, messages_of
 from cauce.folding import fold_of, rules_of
 from cauce.history import page, stood
 from cauce.lease import Leases, identity
+from cauce.letter import Mended
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
 from cauce.outbox import Outbox, packed
 from cauce.question import completed, read
-from cauce.schema import Schema, encode
+from cauce.schema import Schema, encode, is_about
 from cauce.service import Bound, Service, bind
 from cauce.sql import Store as Sql
 from cauce.sql import spoken
@@ -263,7 +264,9 @@ class _Running:
         await keep(bus.facts, name, store.id, store.place, store.is_fresh, bus.clock)
         self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose)
         shares.touched = self._touched
-        self._outbox = Outbox(name, store, bus, lambda: self._slots, self._record)
+        self._outbox = Outbox(
+            name, store, bus, lambda: self._slots, self._record, lambda: shares.is_fresh, self._tasks.fail
+        )
         caution = asyncio.Lock()
         self._consumers = [
             (consumer, tail)
@@ -377,8 +380,8 @@ class _Running:
         if by_slot:
             for consumer, tail in self._consumers:
                 await consumer.hold(tail, by_slot)
-            if self._outbox is not None:
-                self._outbox.look()
+            assert self._outbox is not None
+            await self._outbox.hold({share.slot: share for share in shares if share.slot is not None})
         for share in shares:
             if share.slot is None:
                 self._leading = [
@@ -390,6 +393,8 @@ class _Running:
         slots = _slots_of(shares)
         # Handlers may take long, and meanwhile wishes are still decided here.
         await asyncio.gather(*(consumer.drop(slots, self._drain) for consumer, _ in self._consumers))
+        if self._outbox is not None:
+            await self._outbox.drop(slots, self._drain)
         for domain in self._handlers:
             for slot in slots:
                 self._leave(f"{domain}/{slot}")
@@ -416,7 +421,7 @@ class _Running:
     async def _touched(self) -> None:
         """Another process has changed the store: perhaps somebody decided about a dead letter."""
         assert self._outbox is not None
-        self._outbox.look()
+        await self._outbox.reload()
         for consumer, _ in self._consumers:
             await consumer.reload()
 
@@ -452,6 +457,7 @@ class _Running:
                 await self._outbox.relayed(patient=False)
         except (CauceError, TimeoutError) as error:
             _log.warning("what %s said waits in its outbox for the next start: %r", self._service.name, error)
+        await self._outbox.drop(range(SLOTS), seconds)
         if many := self._outbox.put_off:
             _log.warning("what %s said of %d things waits in its outbox for the next start", self._service.name, many)
 
@@ -564,6 +570,8 @@ class _Running:
                     return
             else:
                 message = schema.decode(entry.domain, entry.type, meta.schema, entry.body or b"")
+            if isinstance(entry, Mended) and isinstance(message, Message):
+                _check_key(message, entry.key)
             cause = Cause(entry.id, meta.correlation or entry.id, "", meta.trace, meta.tracestate)
             correlation.set(cause.correlation)
             context = Context(bus, service, bound.name, entry, cause, Sql(store.fetch))
@@ -627,6 +635,7 @@ class _Running:
     async def _publish(self, commander: Commander, ask: Ask) -> None:
         event = self._schemas[commander.domain].decode(commander.domain, ask.type, ask.schema, bytes(ask.body))
         assert isinstance(event, Event)
+        _check_key(event, ask.key)
         cause = Cause(ask.causation, ask.correlation, ask.by, ask.trace, ask.tracestate)
         kind = declared(event)
         older = (ask.type, ask.schema) != (kind.name, kind.version)
@@ -757,6 +766,14 @@ class _Running:
         what = f"the answer of {self._service.name}.{bound.name}"
         check_value(msgspec.to_builtins(answer), what)
         return Reply(body=msgspec.Raw(check_body(_encode(answer), what)))
+
+
+def _check_key(message: Message, key: str) -> None:
+    """Raises `Refused` for what was mended to be about another thing: that one's order would be broken."""
+    if not is_about(message, key):
+        raise Refused(
+            f"{declared(message).name} is about another thing than {key!r}: leave the key as it was, or discard it"
+        )
 
 
 def _check_record(schema: Schema, ask: Ask, state: Record | None) -> None:

@@ -31,6 +31,7 @@ FLOORS = (
         "compatible",
         "sample",
         "codec",
+        "letter",
     ),  # what travels, and its names; no I/O
     (
         "log",

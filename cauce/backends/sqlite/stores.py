@@ -16,14 +16,15 @@ from cauce.backends.sqlite.file import connect, translate
 from cauce.backends.sqlite.store import SQLiteStore
 from cauce.clock import Clock
 from cauce.errors import Refused
-from cauce.store import Letter
+from cauce.store import Letter, no_letter
 
 __all__ = ["SQLiteStores"]
 
-_DEAD = """select consumer, position, stream, attempts, error, trace, raw, (
+_DEAD = """select consumer, position, stream, attempts, error, trace, raw, due, (
     select count(*) from cauce_waiting b where b.consumer = a.consumer and b.stream = a.stream and b.position > a.position)
     from cauce_waiting a where dead order by position"""
 _RETRY = "update cauce_waiting set dead = 0, attempts = 0, due = 0 where consumer = ? and position = ? and dead"
+_EDIT = "update cauce_waiting set raw = ?3 where consumer = ?1 and position = ?2 and dead and raw in (?4, ?3)"
 _DISCARD = "delete from cauce_waiting where consumer = ? and position = ? and dead"
 
 
@@ -60,26 +61,30 @@ class SQLiteStores:
                         trace,
                         msgspec.Raw(raw or b"null"),
                         behind,
+                        died,
                     )
-                    for consumer, position, stream, tries, error, trace, raw, behind in rows
+                    for consumer, position, stream, tries, error, trace, raw, died, behind in rows
                 ]
         return found
 
     async def retry(self, service: str, consumer: str, position: int) -> None:
         self._decide(service, consumer, position, _RETRY)
 
+    async def edit(self, service: str, consumer: str, position: int, before: bytes, after: bytes) -> None:
+        self._decide(service, consumer, position, _EDIT, after, before)
+
     async def discard(self, service: str, consumer: str, position: int) -> None:
         self._decide(service, consumer, position, _DISCARD)
 
-    def _decide(self, service: str, consumer: str, position: int, statement: str) -> None:
+    def _decide(self, service: str, consumer: str, position: int, statement: str, *more: bytes) -> None:
         (path,) = self._paths(service)
         with _opened(path, apsw.SQLITE_OPEN_READWRITE) as connection:
             connection.execute("begin immediate")
-            connection.execute(statement, (consumer, position))
+            connection.execute(statement, (consumer, position, *more))
             changed = connection.changes()
             connection.execute("commit")
         if not changed:
-            raise Refused(f"{service} has no dead letter {position} of {consumer}: see cauce dead list")
+            raise no_letter(service, consumer, position)
 
     def _paths(self, service: str) -> list[Path]:
         if self._folder.exists() and not os.access(self._folder, os.R_OK | os.X_OK):
