@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import subprocess
+import sys
+from base64 import b64decode
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -22,6 +27,7 @@ from cauce import (
     Domain,
     Event,
     NoAnswer,
+    Notice,
     OutcomeUnknown,
     Overloaded,
     Query,
@@ -31,14 +37,20 @@ from cauce import (
     Service,
     StorageFull,
     Unreachable,
+    letters,
     outbox,
     running,
 )
+from cauce.accept import slot_of
+from cauce.backends.nats.store import NatsStore
+from cauce.backends.postgres.store import PostgresStore
+from cauce.backends.sqlite.store import SQLiteStore
+from cauce.codec import Meta, sealed
 from cauce.log import Filter, entries_of
 from cauce.retry import retry_for
-from cauce.store import SAID, Letter
+from cauce.store import SAID, Letter, Unit
 from cauce.testing import VirtualClock
-from tests.kept import hurry, stores_of, waiting
+from tests.kept import hurry, rows, store_of, stores_of, waiting
 
 Run = Callable[[Callable[[], Any]], None]
 
@@ -395,3 +407,273 @@ async def test_what_was_discarded_of_what_was_said_while_nothing_ran_does_not_co
     async with running(owner, sayers(broken), bus=each_bus) as bus:
         await bus.settled(timeout=60)
         assert await bus.record(Result, "a") is None
+
+
+# ------------------------------------------------------------------------------------------------- what is mended
+
+
+async def test_a_mended_body_is_given_to_the_handler_and_log_and_original_stay_as_they_were(
+    each_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurry(monkeypatch)
+    monkeypatch.setattr("cauce.shares.BEAT", 0.1)
+    handled = list[tuple[str, int]]()
+
+    async def handle(event: Begun) -> None:
+        if event.n == 1:
+            raise ValueError("poison")
+        handled.append((event.name, event.n))
+
+    async with running(owner, reacting(handle, NEVER), bus=each_bus) as bus:
+        for _ in range(2):
+            await bus.call(Begin("a"))
+        await bus.settled(timeout=60)
+        (letter,) = await letters_of(each_bus)
+        async with stores_of(each_bus) as stores:
+            edited = await letters.edit(stores, letter, b'{"name": "a", "n": 70}', "ana", bus.clock)
+            with pytest.raises(Refused, match="or it has changed meanwhile"):
+                await letters.edit(stores, letter, b'{"name": "a", "n": 71}', "joe", bus.clock)
+            (kept,) = await letters.found(stores, letters.Choice("reacting"))
+            assert kept == edited
+            message = json.loads(bytes(kept.message))
+            assert (message["data"], message["mended"]["data"]) == ({"name": "a", "n": 1}, {"name": "a", "n": 70})
+            assert (await letters.retry(stores, [kept])).letters == [kept]
+            assert (await letters.retry(stores, [kept])).gone == [kept]
+        await until(lambda: handled == [("a", 70), ("a", 2)], bus)
+        await bus.settled(timeout=60)
+        facts = [each async for each in entries_of(bus.facts, Filter("jobs/a"))]
+        assert [json.loads(each.body or b"")["n"] for each in facts] == [1, 2]
+    assert await waiting(each_bus, "reacting", "handle") == []
+
+
+async def test_what_was_said_is_recorded_as_it_was_mended(each_bus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+    monkeypatch.setattr(outbox, "_RETRY", Retry(attempts=2, first=0.1))
+    broken = {"a"}
+    async with running(owner, sayers(broken), bus=each_bus) as bus:
+        await bus.call(Begin("a"))
+        await bus.settled(timeout=60)
+        (letter,) = await letters_of(each_bus, "sayers")
+        async with stores_of(each_bus) as stores:
+            letter = await letters.edit(stores, letter, b'{"name": "a", "n": 7}', "ana", bus.clock)
+            await letters.retry(stores, [letter])
+    broken.clear()
+    async with running(owner, sayers(broken), bus=each_bus) as bus:
+        await bus.settled(timeout=60)
+        assert await bus.record(Result, "a") == Result("a", 7)
+
+
+async def test_a_message_that_cannot_be_decoded_is_a_dead_letter_with_its_raw_bytes_that_can_be_mended(
+    each_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurry(monkeypatch)
+    monkeypatch.setattr("cauce.shares.BEAT", 0.1)
+    handled = list[tuple[str, int]]()
+
+    async def handle(event: Begun) -> None:
+        handled.append((event.name, event.n))
+
+    async with running(reacting(handle, Retry(attempts=2)), bus=each_bus) as bus:
+        for key, body in (("text", b"no json"), ("bytes", b"\xff\xfe\x00"), ("shape", b'{"name": 7}')):
+            entry = sealed(f"jobs/{key}", "Begun", bus.clock.id(), Meta(bus.clock.now()), body)
+            await bus.facts.append(entry.stream, [entry])
+        await bus.settled(timeout=60)
+        async with stores_of(each_bus) as stores:
+            found = {each.stream: each for each in await letters.found(stores, letters.Choice("reacting"))}
+            kept = {stream: json.loads(bytes(each.message)) for stream, each in found.items()}
+            assert b64decode(kept["jobs/text"]["data_base64"]) == b"no json"
+            assert b64decode(kept["jobs/bytes"]["data_base64"]) == b"\xff\xfe\x00"
+            assert kept["jobs/shape"]["data"] == {"name": 7}
+            assert all(each.error.startswith("Unreadable: Begun of jobs") for each in found.values())
+            edited = await letters.edit(stores, found["jobs/bytes"], b'{"name": "bytes", "n": 3}', "ana", bus.clock)
+            assert json.loads(bytes(edited.message))["data_base64"] == kept["jobs/bytes"]["data_base64"]
+            await letters.retry(stores, [edited])
+            await letters.discard(stores, [found["jobs/text"], found["jobs/shape"]])
+        await until(lambda: handled == [("bytes", 3)], bus)
+        await bus.settled(timeout=60)
+    assert await waiting(each_bus, "reacting", "handle") == []
+
+
+async def test_a_reaction_that_is_told_no_body_has_nothing_to_mend(
+    each_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurry(monkeypatch)
+
+    async def handle(notice: Notice[Begun]) -> None:
+        raise ValueError("poison")
+
+    async with running(owner, reacting(handle, NEVER), bus=each_bus) as bus:
+        await bus.call(Begin("a"))
+        await bus.settled(timeout=60)
+        (letter,) = await letters_of(each_bus)
+        assert json.loads(bytes(letter.message))["type"] == "Begun"
+        async with stores_of(each_bus) as stores:
+            with pytest.raises(Refused, match="nothing to mend"):
+                await letters.edit(stores, letter, b'{"name": "a", "n": 70}', "ana", bus.clock)
+
+
+# ------------------------------------------------------------------------------------------------- two who decide
+
+WORKER = """
+import asyncio, sys, time
+sys.path.insert(0, {tests!r})
+from test_failure import Begun, Retry, Service, running
+service = Service("reacting")
+
+@service.on(retry=Retry(attempts=1))
+async def handle(event: Begun) -> None:
+    await asyncio.sleep(0.002)
+    print("handled", time.monotonic_ns(), event.name, event.n, flush=True)
+
+async def main():
+    async with running(service, bus=sys.argv[1]):
+        print("runs", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+
+asyncio.run(main())
+"""
+
+
+def test_a_bulk_retry_by_two_terminals_at_once_drains_each_thing_once_and_in_order_over_two_instances(
+    each_bus: str, program: Callable[..., subprocess.Popen[str]]
+) -> None:
+    async def fill() -> None:
+        async def handle(event: Begun) -> None:
+            raise ValueError("broken")
+
+        async with running(owner, reacting(handle, NEVER), bus=each_bus) as bus:
+            for _ in range(4):
+                await asyncio.gather(*(bus.call(Begin(f"job{n}")) for n in range(20)))
+            await bus.settled(timeout=60)
+        assert len(await letters_of(each_bus)) == 20
+
+    asyncio.run(fill())
+    workers = [program(WORKER.format(tests=str(Path(__file__).parent)), each_bus) for _ in range(2)]
+    for worker in workers:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "runs\n"
+    command = [str(Path(sys.executable).with_name("cauce")), "dead", "retry", "reacting", "--yes", "--bus", each_bus]
+    terminals = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [terminal.communicate(timeout=60) for terminal in terminals]
+    done = [int(found[1]) for out, _ in told if (found := re.search(r"(\d+) dead letters? tried again", out))]
+    assert sum(done) == 20, told
+    asyncio.run(drained(each_bus))
+    handled = list[list[str]]()
+    for worker in workers:
+        out, _ = worker.communicate("\n", timeout=60)
+        handled += [line.split()[1:] for line in out.splitlines() if line.startswith("handled")]
+    assert sorted(each[1:] for each in handled) == sorted([f"job{n}", str(m)] for n in range(20) for m in range(1, 5))
+    # A slot may go from one to the other meanwhile.
+    handled.sort(key=lambda each: int(each[0]))
+    for n in range(20):
+        assert [each for _, name, each in handled if name == f"job{n}"] == ["1", "2", "3", "4"]
+
+
+async def drained(url: str) -> None:
+    async with asyncio.timeout(60):
+        while await waiting(url, "reacting", "handle"):  # noqa: ASYNC110 - others drain it
+            await asyncio.sleep(0.05)
+
+
+# ------------------------------------------------------------------------------------- the store, and what it knows
+
+
+async def test_while_the_store_takes_no_dead_letter_its_lane_waits_and_says_so_and_then_goes_on(
+    each_bus: str, backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hurry(monkeypatch)
+    store: Any = {"sqlite": SQLiteStore, "postgresql": PostgresStore, "nats": NatsStore}[backend]
+    full, commit, handled = [True], store.commit, list[str]()
+
+    async def refusing(self: Any, unit: Unit) -> None:
+        if full and unit.parked is not None:
+            raise StorageFull("the disk took no more: make room, then try again")
+        await commit(self, unit)
+
+    async def handle(event: Begun) -> None:
+        if event.name == "bad":
+            raise ValueError("poison")
+        handled.append(event.name)
+
+    monkeypatch.setattr(store, "commit", refusing)
+    same, other = (
+        next(f"job{n}" for n in range(99) if (slot_of(f"job{n}") == slot_of("bad")) is here) for here in (True, False)
+    )
+    async with running(owner, reacting(handle, NEVER), bus=each_bus) as bus:
+        for name in ("bad", same, other, "bad"):
+            await bus.call(Begin(name))
+        await until(
+            lambda: other in handled and "its store takes nothing now, so it waits: the disk" in caplog.text, bus
+        )
+        assert handled == [other], "what stands behind it in its lane waits"
+        assert await letters_of(each_bus) == []
+        full.clear()
+        await bus.settled(timeout=60)
+        assert handled == [other, same]
+        (letter,) = await letters_of(each_bus)
+        assert (letter.stream, letter.error, letter.behind) == ("jobs/bad", "ValueError: poison", 1)
+
+
+async def test_a_store_whose_file_may_not_grow_loses_no_message_and_goes_on_when_there_is_room(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hurry(monkeypatch)
+    opened = list[Any]()
+    make = SQLiteStore.open
+
+    async def noted(*how: Any) -> SQLiteStore:
+        opened.append(await make(*how))
+        return cast("SQLiteStore", opened[-1])
+
+    def may_grow(pages: int) -> None:
+        # In the thread of its writer, whose connection it is.
+        opened[-1]._journal.connection.execute(f"pragma max_page_count = {pages}").fetchall()
+
+    monkeypatch.setattr(SQLiteStore, "open", noted)
+
+    async def handle(event: Begun) -> None:
+        raise ValueError("poison " * 1000)
+
+    async with running(owner, reacting(handle, NEVER), bus=bus_url) as bus:
+        await opened[-1]._writer.submit(may_grow, 1)
+        for n in range(40):
+            await bus.call(Begin(f"job{n}"))
+        await until(lambda: "StorageFull" in caplog.text or "its store takes nothing now" in caplog.text, bus)
+        before = len(await letters_of(bus_url))
+        assert before < 40
+        await opened[-1]._writer.submit(may_grow, 1_000_000)
+        await bus.settled(timeout=60)
+        assert len(await letters_of(bus_url)) == 40
+
+
+@pytest.mark.parametrize("backend", ["sqlite", "postgresql"])
+async def test_a_place_that_was_put_back_by_hand_has_each_message_handled_again_with_its_key_and_says_nothing_twice(
+    each_bus: str,
+) -> None:
+    """The place is the inbox: who puts it back delivers twice. What is stored by the key, or said, stands once."""
+    keys = Counter[str]()
+
+    schema = "create table effects (key text primary key, n integer)"
+    service = Service("reacting", schema=schema)
+
+    @service.on
+    async def handle(event: Begun, ctx: Context) -> Begin | None:
+        keys[ctx.idempotency_key] += 1
+        ctx.store.execute("insert into effects values (?, ?) on conflict do nothing", (ctx.idempotency_key, event.n))
+        return Begin(f"{event.name}'") if "'" not in event.name else None
+
+    async with running(owner, service, bus=each_bus) as bus:
+        for n in range(10):
+            await bus.call(Begin(f"job{n}"))
+        await bus.settled(timeout=60)
+    async with store_of(each_bus, "reacting", [schema]) as store:
+        facts_log = (await store.inventory()).places[0].log
+        for each in (await store.inventory()).places:
+            store.move(None, each.consumer, each.domain, each.slot, facts_log, 0)
+        await store.flush()
+    async with running(owner, service, bus=each_bus) as bus:
+        await bus.settled(timeout=60)
+        facts = [each async for each in entries_of(bus.facts, Filter(domains=frozenset({"jobs"})))]
+        assert len(facts) == 20, "each was said once"
+    assert sorted(keys.values()) == [2] * 20
+    assert await rows(each_bus, "reacting", schema, "select count(*) from effects") == [(20,)]

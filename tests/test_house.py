@@ -61,6 +61,7 @@ FLOORS = (
         "aside",
         "consumer",
         "outbox",
+        "letters",
         "reset",
     ),  # delivery
     (
