@@ -59,8 +59,12 @@ async def entry_of(log: Log, consumer: str, waiting: Waiting) -> Entry:
             f"position {waiting.position} ({waiting.stream}), which waits for {consumer}, is not in the log any more: run cauce "
             "verify, and if an older log was put back, cauce reset"
         )
+    entry = page.entries[0]
+    if type(entry) is not Entry or mending_of(waiting.raw) is None:
+        # What is given in the place of another is not what was mended.
+        return entry
     # Damage must be found before a new digest hides it.
-    return mended(page.entries[0].checked(), waiting.raw) if mending_of(waiting.raw) else page.entries[0]
+    return mended(entry.checked(), waiting.raw)
 
 
 class Aside:

@@ -108,8 +108,8 @@ class Consumer:
         self._leaving: set[int] = set()
         self._moved = asyncio.Event()
         self._aside = Aside(
-            name, handle, functools.partial(entry_of, log, name), store, clock, retry, may_begin, caution or asyncio.Lock(), self._share, self._leaving,
-            self._moved, self._stops,
+            name, handle, functools.partial(entry_of, log, name), store, clock, retry, may_begin,
+            caution or asyncio.Lock(), self._share, self._leaving, self._moved, self._stops,
         )  # fmt: skip
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 

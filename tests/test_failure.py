@@ -53,6 +53,7 @@ from cauce.testing import VirtualClock
 from tests.kept import hurry, rows, store_of, stores_of, waiting
 
 Run = Callable[[Callable[[], Any]], None]
+Program = Callable[..., subprocess.Popen[str]]
 
 jobs = Domain("jobs", key="name")
 prices = Domain("prices")
@@ -86,6 +87,8 @@ class Done(Event, domain=results):
 class PriceOf(Query[int], domain=prices):
     name: str
 
+
+STORES: dict[str, Any] = {"sqlite": SQLiteStore, "postgresql": PostgresStore, "nats": NatsStore}
 
 owner = Service("jobs", owns=jobs)
 
@@ -391,6 +394,86 @@ async def test_an_event_that_its_log_refuses_for_good_is_a_dead_letter_with_the_
     assert await waiting(each_bus, "sayers", SAID) == []
 
 
+async def test_what_was_set_aside_and_not_struck_out_before_a_crash_is_relayed_by_nobody_else(
+    each_bus: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the two writings the process dies: the same number stands in the outbox and among what waits."""
+    hurry(monkeypatch)
+    monkeypatch.setattr(outbox, "_RETRY", Retry(attempts=2, first=0.1))
+    store = STORES[backend]
+    relayed, lost = store.relayed, list[Any]()
+
+    async def dies(self: Any, numbers: Any) -> None:
+        lost.append(numbers)
+
+    broken = {"a"}
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "relayed", dies)
+        async with running(owner, sayers(broken), bus=each_bus) as bus:
+            await bus.call(Begin("a"))
+            await until(lambda: bool(lost), bus)
+            await bus.call(Begin("a"))
+            await until(lambda: len(lost) > 1, bus)
+    assert store.relayed is relayed
+    assert [(each.dead, each.stream) for each in await waiting(each_bus, "sayers", SAID)] == [
+        (True, "results/a"), (False, "results/a"),
+    ]  # fmt: skip
+    async with running(owner, sayers(broken), bus=each_bus) as bus:
+        await bus.settled(timeout=60)
+        assert len(await waiting(each_bus, "sayers", SAID)) == 2
+        async with store_of(each_bus, "sayers") as kept:
+            assert await kept.outbox(0, 9) == []
+        (letter,) = await letters_of(each_bus, "sayers")
+        broken.clear()
+    async with stores_of(each_bus) as stores:
+        await stores.retry("sayers", SAID, letter.position)
+    async with running(owner, sayers(broken), bus=each_bus) as bus:
+        await bus.settled(timeout=60)
+        assert await bus.record(Result, "a") == Result("a", 2)
+
+
+OTHER = """
+import asyncio, sys
+sys.path.insert(0, {tests!r})
+from test_failure import running, sayers
+
+async def main():
+    async with running(sayers(set()), bus=sys.argv[1]):
+        print("runs", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+
+asyncio.run(main())
+"""
+
+
+async def test_what_was_said_and_is_dead_goes_with_its_slot_to_another_instance(
+    each_bus: str, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurry(monkeypatch)
+    monkeypatch.setattr(outbox, "_RETRY", Retry(attempts=2, first=0.1))
+    monkeypatch.setattr("cauce.shares.BEAT", 0.1)
+    names = [f"job{n}" for n in range(16)]
+    broken = set(names)
+    async with running(owner, sayers(broken), bus=each_bus) as bus:
+        await asyncio.gather(*(bus.call(Begin(name)) for name in names))
+        await bus.settled(timeout=60)
+        found = await letters_of(each_bus, "sayers")
+        assert len(found) == 16
+        other = program(OTHER.format(tests=str(Path(__file__).parent)), each_bus)
+        async with store_of(each_bus, "sayers") as store, asyncio.timeout(60):
+            # Until each has half of the slots.
+            while len(holders := (await store.tick("nobody", ())).holders) < 17 or len(set(holders.values())) < 2:
+                await bus.clock.sleep(0.05)
+        broken.clear()
+        async with stores_of(each_bus) as stores:
+            assert len((await letters.retry(stores, found)).letters) == 16
+        async with asyncio.timeout(60):
+            while [await bus.record(Result, name) for name in names] != [Result(name, 1) for name in names]:
+                await bus.clock.sleep(0.05)
+        assert other.poll() is None
+    assert await waiting(each_bus, "sayers", SAID) == []
+
+
 async def test_what_was_discarded_of_what_was_said_while_nothing_ran_does_not_come_back(
     each_bus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -535,7 +618,7 @@ asyncio.run(main())
 
 
 def test_a_bulk_retry_by_two_terminals_at_once_drains_each_thing_once_and_in_order_over_two_instances(
-    each_bus: str, program: Callable[..., subprocess.Popen[str]]
+    each_bus: str, program: Program
 ) -> None:
     async def fill() -> None:
         async def handle(event: Begun) -> None:
@@ -582,7 +665,7 @@ async def test_while_the_store_takes_no_dead_letter_its_lane_waits_and_says_so_a
     each_bus: str, backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     hurry(monkeypatch)
-    store: Any = {"sqlite": SQLiteStore, "postgresql": PostgresStore, "nats": NatsStore}[backend]
+    store = STORES[backend]
     full, commit, handled = [True], store.commit, list[str]()
 
     async def refusing(self: Any, unit: Unit) -> None:
