@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from cauce.past import Change
     from cauce.receipt import Receipt
     from cauce.restored import Restored
+    from cauce.retry import ALWAYS, NEVER, Retry
     from cauce.runtime import connect, running
     from cauce.service import Service
     from cauce.sql import Store
@@ -81,6 +82,7 @@ else:
         "past": ("Change",),
         "receipt": ("Receipt",),
         "restored": ("Restored",),
+        "retry": ("ALWAYS", "NEVER", "Retry"),
         "runtime": ("connect", "running"),
         "service": ("Service",),
         "sql": ("Store",),
@@ -101,6 +103,8 @@ else:
 
 
 __all__ = [
+    "ALWAYS",
+    "NEVER",
     "BreakerOpen",
     "Bus",
     "Busy",
@@ -135,6 +139,7 @@ __all__ = [
     "Refused",
     "Rejected",
     "Restored",
+    "Retry",
     "Service",
     "StorageFull",
     "Store",

@@ -30,13 +30,14 @@ from cauce.guards.bulkhead import Bulkhead
 from cauce.guards.guard import Callees, Guards
 from cauce.history import page, stood
 from cauce.lease import Leases, identity
+from cauce.letter import Mended
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
 from cauce.meter import Meter
 from cauce.outbox import Outbox, packed
 from cauce.question import completed, read
 from cauce.schedule import LATE, behind
-from cauce.schema import Schema, encode
-from cauce.service import ATTEMPTS, Bound, Service, bind
+from cauce.schema import Schema, encode, is_about
+from cauce.service import Bound, Service, bind
 from cauce.sql import Store as Sql
 from cauce.sql import spoken
 from cauce.store import Share, Store, Stores, Timer, Unit
@@ -294,7 +295,9 @@ class _Running:
         await keep(bus.facts, name, store.id, store.place, store.is_fresh, bus.clock)
         self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose)
         shares.touched = self._touched
-        self._outbox = outbox = Outbox(name, store, bus, lambda: self._slots, self._record)
+        self._outbox = outbox = Outbox(
+            name, store, bus, lambda: self._slots, self._record, lambda: shares.is_fresh, self._tasks.fail
+        )
         self._timers = Timers(name, store, bus.clock, lambda: list(shares.held.values()), outbox.look)
         caution = asyncio.Lock()
         self._consumers = [
@@ -426,8 +429,8 @@ class _Running:
         if by_slot:
             for consumer, tail in self._consumers:
                 await consumer.hold(tail, by_slot)
-            if self._outbox is not None:
-                self._outbox.look()
+            assert self._outbox is not None
+            await self._outbox.hold({share.slot: share for share in shares if share.slot is not None})
         for share in shares:
             if share.slot is None:
                 self._leading = [
@@ -441,6 +444,8 @@ class _Running:
         slots = _slots_of(shares)
         # Handlers may take long, and meanwhile wishes are still decided here.
         await asyncio.gather(*(consumer.drop(slots, self._drain) for consumer, _ in self._consumers))
+        if self._outbox is not None:
+            await self._outbox.drop(slots, self._drain)
         for domain in self._handlers:
             for slot in slots:
                 self._leave(f"{domain}/{slot}")
@@ -468,7 +473,7 @@ class _Running:
         """Another process has changed the store: perhaps somebody decided about a dead letter."""
         assert self._outbox is not None
         assert self._timers is not None
-        self._outbox.look()
+        await self._outbox.reload()
         self._timers.look()
         for consumer, _ in self._consumers:
             await consumer.reload()
@@ -505,6 +510,7 @@ class _Running:
                 await self._outbox.relayed(patient=False)
         except (CauceError, TimeoutError) as error:
             _log.warning("what %s said waits in its outbox for the next start: %r", self._service.name, error)
+        await self._outbox.drop(range(SLOTS), seconds)
         if many := self._outbox.put_off:
             _log.warning("what %s said of %d things waits in its outbox for the next start", self._service.name, many)
 
@@ -593,7 +599,7 @@ class _Running:
         shares = self._shares
         return Consumer(
             _deciding(domain), {domain: frozenset()}, self._metered(_deciding(domain), handle), self._bus.commands, self._store, self._bus.clock,
-            attempts=ATTEMPTS, may_begin=lambda: shares.is_fresh, caution=caution,
+            may_begin=lambda: shares.is_fresh, caution=caution,
         )  # fmt: skip
 
     def _reaction(self, bound: Bound, caution: asyncio.Lock) -> Consumer:
@@ -620,6 +626,8 @@ class _Running:
                     return
             else:
                 message = schema.decode(domain, entry.type, meta.schema, entry.body or b"")
+            if isinstance(entry, Mended) and isinstance(message, Message):
+                _check_key(message, key)
             began = meta.correlation or entry.id
             correlation.set(began)
             cause = Cause(entry.id, began, "", meta.trace, meta.tracestate)
@@ -630,7 +638,7 @@ class _Running:
 
         return Consumer(
             bound.name, _wants(bound), self._metered(bound.name, handle), log, store, bus.clock, bodies=not bound.notice,
-            attempts=bound.part.attempts, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
+            retry=bound.part.retry, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
         )  # fmt: skip
 
     def _metered(self, name: str, handle: Handle) -> Handle:
@@ -704,6 +712,7 @@ class _Running:
     async def _publish(self, commander: Commander, ask: Ask) -> None:
         event = self._schemas[commander.domain].decode(commander.domain, ask.type, ask.schema, bytes(ask.body))
         assert isinstance(event, Event)
+        _check_key(event, ask.key)
         cause = Cause(ask.causation, ask.correlation, ask.by, ask.trace, ask.tracestate)
         kind = declared(event)
         older = (ask.type, ask.schema) != (kind.name, kind.version)
@@ -881,6 +890,14 @@ def _sealed(message: Command | Event, id: str, cause: Cause, time: int) -> bytes
     kind = declared(message)
     meta = Meta(time, kind.version, cause.correlation, cause.id, cause.by, cause.trace, cause.tracestate)
     return packed(kind.kind, seal(message, id, meta))
+
+
+def _check_key(message: Message, key: str) -> None:
+    """Raises `Refused` for what was mended to be about another thing: that one's order would be broken."""
+    if not is_about(message, key):
+        raise Refused(
+            f"{declared(message).name} is about another thing than {key!r}: leave the key as it was, or discard it"
+        )
 
 
 def _check_record(schema: Schema, ask: Ask, state: Record | None) -> None:

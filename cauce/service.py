@@ -30,6 +30,7 @@ from cauce.messages import (
     copied,
     declared,
 )
+from cauce.retry import USUAL, Retries, check_retries
 from cauce.schedule import Missed, Schedule, schedule_of
 from cauce.sql import Store, Tables
 
@@ -44,9 +45,6 @@ AUDIT = 30 * 86_400.0
 
 _RULE_BYTES = 63
 
-ATTEMPTS = 12
-"""How often a message is tried when nothing else is said: with the delays between, for about ten minutes."""
-
 
 AT_ONCE = 2_000
 """Questions that one answer function has in hand at a time: twice what 1,000 callers ask at once."""
@@ -60,7 +58,7 @@ class Part(msgspec.Struct, frozen=True):
     function: Callable[..., Any]
     names: dict[str, Any]
     start: Start = "first"
-    attempts: int = ATTEMPTS
+    retry: Retries = USUAL
     schedule: Schedule | None = None
     missed: Missed = "once"
     view: str = ""
@@ -162,8 +160,8 @@ class Service:
     @typing.overload
     def on(self, function: F) -> F: ...
     @typing.overload
-    def on(self, function: None = None, *, start: Start = "first", attempts: int = ATTEMPTS) -> Callable[[F], F]: ...
-    def on(self, function: F | None = None, *, start: Start = "first", attempts: int = ATTEMPTS) -> Any:
+    def on(self, function: None = None, *, start: Start = "first", retry: Retries = USUAL) -> Callable[[F], F]: ...
+    def on(self, function: F | None = None, *, start: Start = "first", retry: Retries = USUAL) -> Any:
         """Reacts, told by the type of the parameter: to events (`UserRegistered`), to their thin form
         (`Notice[UserRegistered]`), or to each change of a record (`User`; with `User | None` also to its deletion).
 
@@ -173,13 +171,13 @@ class Service:
         Parameters:
             start: where a reaction that never ran before begins: at the `first` event ever recorded, or with what
                 comes from `now` on.
-            attempts: how often a message is tried, with growing delay, before it is a dead letter; 0: without end.
+            retry: when a message is tried again, and how often before it is a dead letter: a `Retry`, or one for each
+                class of errors, as `{TimeoutError: Retry(attempts=50), ValueError: NEVER}`.
         """
-        if attempts < 0:
-            raise Refused(f"{self.name}: attempts={attempts}: say how often, or 0 for without end")
+        check_retries(retry, self.name)
         if function is None:
-            return lambda each: self._add("on", each, start=start, attempts=attempts)
-        return self._add("on", function, start=start, attempts=attempts)
+            return lambda each: self._add("on", each, start=start, retry=retry)
+        return self._add("on", function, start=start, retry=retry)
 
     def every(self, when: float | timedelta | str, *, zone: str = "", missed: Missed = "once") -> Callable[[F], F]:
         """Runs a function every so often, in one instance of the service; it takes a context, or nothing.

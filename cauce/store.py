@@ -22,6 +22,7 @@ from cauce.errors import Damaged, Refused, Unavailable
 from cauce.shelf import Shelf
 
 __all__ = [
+    "SAID",
     "BadStatement",
     "Inventory",
     "Letter",
@@ -36,6 +37,7 @@ __all__ = [
     "Unit",
     "Waiting",
     "check_places",
+    "no_letter",
     "no_timer",
     "pending_of",
     "write_places",
@@ -48,6 +50,9 @@ _PAUSE = 0.02
 
 _RETRY = 1.0
 
+SAID = "the outbox"
+"""The consumer of what handlers said, as which it waits when its log refuses it. No handler has a space in its name."""
+
 
 class BadStatement(Refused):
     """SQL of a handler that cannot be carried out; nothing of its message was stored."""
@@ -56,8 +61,8 @@ class BadStatement(Refused):
 class Waiting(msgspec.Struct):
     """A message set aside.
 
-    Where it stands, how often it failed, when it is due (microseconds since 1970), whether a person must decide, why,
-    the traceback, and for a dead one the whole entry as it came.
+    Where it stands, how often it failed, when it is due, or died (microseconds since 1970), whether a person must
+    decide, why, the traceback, and for a dead one the whole entry as it came (`cauce.letter`).
     """
 
     position: int
@@ -204,7 +209,8 @@ class Outline(msgspec.Struct, frozen=True):
 class Letter(msgspec.Struct, frozen=True):
     """One dead letter: whose it is, where the message stands, how often it was tried, why it failed, and how it came.
 
-    `behind` counts the later messages of the same thing that wait for the decision.
+    `behind` counts the later messages of the same thing that wait for the decision, `died` is when it was given up, in
+    microseconds since 1970; 0 if that is not known.
     """
 
     service: str
@@ -216,6 +222,7 @@ class Letter(msgspec.Struct, frozen=True):
     trace: str
     message: msgspec.Raw
     behind: int
+    died: int = 0
 
 
 class Store(Protocol):
@@ -369,6 +376,13 @@ class Stores(Protocol):
         """
         ...
 
+    async def edit(self, service: str, consumer: str, position: int, before: bytes, after: bytes) -> None:
+        """Keep a dead letter's message otherwise (`cauce.letter`). Raises `Refused` if it is not as it was before.
+
+        It is given to the handler when it is tried again.
+        """
+        ...
+
     async def discard(self, service: str, consumer: str, position: int) -> None:
         """Give a dead letter up: the consumer goes on behind it. The message stays in its log.
 
@@ -425,6 +439,13 @@ async def write_places(
             _log.warning("places wait: %s", error)
             await clock.sleep(_RETRY)
             moved.set()
+
+
+def no_letter(service: str, consumer: str, position: int) -> Refused:
+    """What is told who would decide about a dead letter that is not there, or not as it was seen."""
+    return Refused(
+        f"{service} has no dead letter {position} of {consumer}, or it has changed meanwhile: see cauce dead list"
+    )
 
 
 def no_timer(service: str, id: str) -> Refused:

@@ -183,11 +183,18 @@ PROMISES: tuple[Promise, ...] = (
             "test_instances::test_a_dead_letter_waits_through_a_restart_with_those_behind_it",
             "test_instances::test_a_message_that_kills_the_process_is_parked_and_no_other",
             "test_store_promises::test_dead_letters_of_all_services_are_listed_and_decided",
+            "test_store_promises::test_a_dead_letter_is_edited_if_it_is_as_it_was_seen_and_nothing_else_of_it_changes",
+            "test_store_promises::test_of_many_who_decide_about_a_dead_letter_at_once_one_does",
+            "test_failure::test_one_poison_among_a_hundred_delays_only_its_own_thing",
+            "test_failure::test_five_hundred_that_fail_together_do_not_come_back_together",
+            "test_failure::test_while_a_callee_is_down_for_ten_minutes_nothing_is_parked_and_then_all_is_handled_in_order",
+            "test_failure::test_what_is_not_the_messages_fault_waits_with_growing_delay_and_never_parks",
+            "test_failure::test_an_event_that_its_log_refuses_for_good_is_a_dead_letter_with_the_later_ones_behind_it",
+            "test_failure::test_a_mended_body_is_given_to_the_handler_and_log_and_original_stay_as_they_were",
+            "test_failure::test_a_message_that_cannot_be_decoded_is_a_dead_letter_with_its_raw_bytes_that_can_be_mended",
+            "test_failure::test_a_bulk_retry_by_two_terminals_at_once_drains_each_thing_once_and_in_order_over_two_instances",
+            "test_failure::test_while_the_store_takes_no_dead_letter_its_lane_waits_and_says_so_and_then_goes_on",
         ],
-        {
-            "": "An event in the outbox that fails for good does not become a dead letter yet: it is tried once a minute "
-            "until the code is mended, and a line `CRITICAL` says so."
-        },
     ),
     Promise(
         "A blocked service hurts nobody else",

@@ -26,6 +26,7 @@ from cauce import (
     Record,
     Refused,
     Rejected,
+    Retry,
     Service,
     connect,
     running,
@@ -312,7 +313,7 @@ def test_a_reaction_waits_ten_minutes_for_a_callee_that_is_blocked_and_nothing_i
             await well.wait()
             return "well"
 
-        @reacting.on(attempts=2)
+        @reacting.on(retry=Retry(attempts=2))
         async def react(event: Made, ctx: Context) -> None:
             try:
                 await ctx.ask(Back(), timeout=1.0)

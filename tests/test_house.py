@@ -28,10 +28,12 @@ FLOORS = (
         "fallback",
         "upcaster",
         "restored",
+        "retry",
         "schema",
         "compatible",
         "sample",
         "codec",
+        "letter",
         "duration",
         "schedule",
     ),  # what travels, and its names; no I/O
@@ -68,6 +70,7 @@ FLOORS = (
         "aside",
         "consumer",
         "outbox",
+        "letters",
         "reset",
     ),  # delivery
     (

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from cauce import Command, Copy, Domain, Event, Record, Service, Store, connect, running
+from cauce import Command, Copy, Domain, Event, Record, Retry, Service, Store, connect, running
 from cauce.backends import look
 from cauce.clock import SystemClock
 from cauce.codec import Meta, seal
@@ -63,7 +63,7 @@ def owner() -> Service:
 def bills(work: Callable[[Read], Awaitable[None]] | None = None, attempts: int = 12) -> Service:
     service = Service("bills")
 
-    @service.on(attempts=attempts)
+    @service.on(retry=Retry(attempts=attempts))
     async def bill(event: Read) -> None:
         if work is not None:
             await work(event)

@@ -518,6 +518,7 @@ async def test_dead_letters_of_all_services_are_listed_and_decided(opened: Opene
     assert (letter.consumer, letter.stream, letter.attempts, letter.error, letter.trace, bytes(letter.message)) == (
         "react", "things/x", 7, "why", "trace", b'{"n": 1}',
     )  # fmt: skip
+    assert letter.died == 8
     await stores.retry("a_b", "react", 3)
     await stores.discard("a_b", "react", 5)
     store = await opened(service="a_b")
@@ -529,6 +530,47 @@ async def test_dead_letters_of_all_services_are_listed_and_decided(opened: Opene
             await decide("a_b", "react", 3)
     with pytest.raises(Refused, match="'nobody' has no store here: .*there are a-b, a__b, a_b"):
         await stores.letters("nobody")
+
+
+async def test_a_dead_letter_is_edited_if_it_is_as_it_was_seen_and_nothing_else_of_it_changes(
+    opened: Opened, fresh: Fresh
+) -> None:
+    stores, store = await fresh(), await opened()
+    for position, dead in ((3, True), (4, False)):
+        mine = unit(None)
+        mine.parked = "react", Waiting(position, "things/x", 1, 7, 8, dead, "why", "trace", b'{"n": 1}')
+        await store.commit(mine)
+    await stores.edit("s", "react", 3, b'{"n": 1}', b'{"n": 2}')
+    with pytest.raises(Refused, match="no dead letter 3 of react, or it has changed meanwhile"):
+        await stores.edit("s", "react", 3, b'{"n": 1}', b'{"n": 3}')
+    with pytest.raises(Refused, match="no dead letter 4 of react"):
+        await stores.edit("s", "react", 4, b'{"n": 1}', b'{"n": 3}')
+    (letter,) = await stores.letters("s")
+    assert (bytes(letter.message), letter.attempts, letter.died, letter.behind) == (b'{"n": 2}', 7, 8, 1)
+    await stores.retry("s", "react", 3)
+    assert [(each.position, each.raw, each.dead) for each in await store.waiting("react")] == [
+        (3, b'{"n": 2}', False), (4, b'{"n": 1}', False),
+    ]  # fmt: skip
+    with pytest.raises(Refused, match="no dead letter 3 of react"):
+        await stores.edit("s", "react", 3, b'{"n": 2}', b'{"n": 3}')
+
+
+async def test_of_many_who_decide_about_a_dead_letter_at_once_one_does(opened: Opened, fresh: Fresh) -> None:
+    store = await opened()
+    for position in range(1, 6):
+        mine = unit(None)
+        mine.parked = "react", Waiting(position, f"things/{position}", 1, 7, 8, True, "why", "trace", b"{}")
+        await store.commit(mine)
+    deciders = [await fresh() for _ in range(4)]
+    decisions = [
+        decide("s", "react", position)
+        for position in range(1, 6)
+        for each in deciders
+        for decide in (each.retry, each.discard)
+    ]
+    told = await asyncio.gather(*decisions, return_exceptions=True)
+    assert [type(each) for each in told].count(type(None)) == 5
+    assert all(isinstance(each, Refused) for each in told if each is not None)
 
 
 # -------------------------------------------------------------------------------------------------- tables of its own

@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 
-from cauce import Bus, Context, Query, Refused, Service, connect, days, hours, minutes, running
+from cauce import Bus, Context, Query, Refused, Retry, Service, connect, days, hours, minutes, running
 from cauce.cli import main
 from cauce.clock import SystemClock
 from cauce.codec import Entry, micros
@@ -112,7 +112,7 @@ async def test_a_timer_waits_through_restarts_and_comes_once(each_bus: str) -> N
 async def test_nothing_is_set_or_cancelled_by_a_handler_that_failed(each_bus: str) -> None:
     service = Service("reminding")
 
-    @service.on(attempts=1)
+    @service.on(retry=Retry(attempts=1))
     async def remind(event: Added, ctx: Context) -> None:
         if event.name == "b":
             ctx.after(days(1), Add("remind b"))
@@ -353,7 +353,7 @@ async def test_what_cannot_be_said_later_is_refused_and_nothing_is_set(
 ) -> None:
     service = Service("reminding")
 
-    @service.on(attempts=1)
+    @service.on(retry=Retry(attempts=1))
     async def remind(event: Added, ctx: Context) -> None:
         ctx.after(5, Add("y"))
         what(ctx)

@@ -19,7 +19,7 @@ from cauce.backends.sqlite.stores import SQLiteStores
 from cauce.clock import Clock
 from cauce.errors import Refused, Unavailable
 from cauce.shelf import Shelf
-from cauce.store import Letter, Outline, Store, Timer, Waiting, no_timer, pending_of
+from cauce.store import Letter, Outline, Store, Timer, Waiting, no_letter, no_timer, pending_of
 
 __all__ = ["NatsStores"]
 
@@ -93,7 +93,7 @@ class NatsStores:
         return [
             Letter(
                 service, consumer, each.position, each.stream, each.attempts, each.error, each.trace,
-                msgspec.Raw(each.raw or b"null"), _behind(latest, consumer, each),
+                msgspec.Raw(each.raw or b"null"), _behind(latest, consumer, each), each.due,
             )
             for (consumer, _), each in latest.items()
             if each.dead
@@ -105,20 +105,31 @@ class NatsStores:
         else:
             await self._files.retry(service, consumer, position)
 
+    async def edit(self, service: str, consumer: str, position: int, before: bytes, after: bytes) -> None:
+        if await self._is_bucket(service):
+            await self._decide(service, consumer, position, discard=False, edit=(before, after))
+        else:
+            await self._files.edit(service, consumer, position, before, after)
+
     async def discard(self, service: str, consumer: str, position: int) -> None:
         if await self._is_bucket(service):
             await self._decide(service, consumer, position, discard=True)
         else:
             await self._files.discard(service, consumer, position)
 
-    async def _decide(self, service: str, consumer: str, position: int, *, discard: bool) -> None:
+    async def _decide(
+        self, service: str, consumer: str, position: int, *, discard: bool, edit: tuple[bytes, bytes] | None = None
+    ) -> None:
         bucket, name = bucket_of(self._link, service), f"waiting.{token(consumer)}.{position}"
         for _ in range(_TRIES):
             stands = await bucket.one(name)
             waiting = None if stands is None else unpacked(stands)
-            if stands is None or waiting is None or not waiting.dead:
-                raise Refused(f"{service} has no dead letter {position} of {consumer}: see cauce dead list")
-            again = msgspec.structs.replace(waiting, dead=False, attempts=0, due=0)
+            if stands is None or waiting is None or not waiting.dead or (edit and waiting.raw not in edit):
+                raise no_letter(service, consumer, position)
+            if edit:
+                again = msgspec.structs.replace(waiting, raw=edit[1])
+            else:
+                again = msgspec.structs.replace(waiting, dead=False, attempts=0, due=0)
             put = Put(name, b"" if discard else packed(again), gone=discard, expected=stands.sequence)
             if await _written(bucket, put, stands):
                 return

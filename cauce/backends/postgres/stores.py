@@ -13,14 +13,14 @@ from cauce.backends.postgres.shelf import PostgresShelf
 from cauce.backends.postgres.store import PostgresStore
 from cauce.clock import Clock
 from cauce.errors import Refused
-from cauce.store import Letter, Outline, Place, Timer, no_timer, pending_of
+from cauce.store import Letter, Outline, Place, Timer, no_letter, no_timer, pending_of
 
 __all__ = ["PostgresStores"]
 
 _HOMES = """select quote_ident(n.nspname) as home from pg_class c join pg_namespace n on n.oid = c.relnamespace
     where c.relname = 'cauce_store' and c.relkind = 'r'
     and has_schema_privilege(n.oid, 'usage') and has_table_privilege(c.oid, 'select')"""
-_DEAD = """select consumer, position, stream, attempts, error, trace, raw, (
+_DEAD = """select consumer, position, stream, attempts, error, trace, raw, due, (
     select count(*) from {home}.cauce_waiting b
         where b.consumer = a.consumer and b.stream = a.stream and b.position > a.position) as behind
     from {home}.cauce_waiting a where dead order by position"""
@@ -35,6 +35,9 @@ _OUTLINE = """select
 
 _INTERVALS = "select name, 'lead', name, due, ''::bytea from {home}.cauce_timers order by due, name"
 _TIMERS = "select id, share, handler, due, said from {home}.cauce_later order by due, number limit $1"
+# Both, because a call whose reply was lost is made again.
+_EDIT = """update {home}.cauce_waiting set raw = $3 where consumer = $1 and position = $2 and dead and raw in ($4, $3)
+    returning position"""
 
 
 class PostgresStores:
@@ -71,12 +74,18 @@ class PostgresStores:
     async def _dead(self, service: str) -> list[Letter]:
         rows = await self._link.fetch(filled(_DEAD, home_of(self._link.schema, service)))
         return [
-            Letter(service, consumer, position, stream, tries, error, trace, msgspec.Raw(raw or b"null"), behind)
-            for consumer, position, stream, tries, error, trace, raw, behind in rows
+            Letter(service, consumer, position, stream, tries, error, trace, msgspec.Raw(raw or b"null"), behind, died)
+            for consumer, position, stream, tries, error, trace, raw, died, behind in rows
         ]
 
     async def retry(self, service: str, consumer: str, position: int) -> None:
         await self._decide(service, consumer, position, again=True)
+
+    async def edit(self, service: str, consumer: str, position: int, before: bytes, after: bytes) -> None:
+        (name,) = await self._services(service)
+        sql = filled(_EDIT, home_of(self._link.schema, name))
+        if not await self._link.fetch(sql, consumer, position, after, before):
+            raise no_letter(service, consumer, position)
 
     async def discard(self, service: str, consumer: str, position: int) -> None:
         await self._decide(service, consumer, position, again=False)
@@ -86,7 +95,7 @@ class PostgresStores:
         sql = filled("select {home}.cauce_decide($1, $2, $3, $4)", home_of(self._link.schema, name))
         ((found,),) = await self._link.fetch(sql, consumer, position, again, self._clock.id())
         if not found:
-            raise Refused(f"{service} has no dead letter {position} of {consumer}: see cauce dead list")
+            raise no_letter(service, consumer, position)
 
     async def timers(self, service: str = "", limit: int = 1_000) -> list[tuple[str, Timer]]:
         found = []
