@@ -180,8 +180,8 @@ class Consumer:
 
     @property
     def held(self) -> int:
-        """How many messages are in hand, or wait in memory for their turn."""
-        return sum(len(lane.queue) for lane in self._lanes.values()) + len(self._in_hand)
+        """How many messages are in hand, or wait in memory for their turn; without those that are set aside."""
+        return sum(len(lane.queue) for lane in self._lanes.values())
 
     # ---------------------------------------------------------------------------------------------- what comes in
 
