@@ -118,11 +118,6 @@ class Aside:
         """How many messages wait in a slot."""
         return self._many[slot]
 
-    @property
-    def in_hand(self) -> int:
-        """How many are tried again just now."""
-        return len(self._in_hand)
-
     def passed(self, head: int) -> bool:
         """Whether all that waits up to a position waits for a person."""
         return all(queue[0].dead or queue[0].position > head for queue in self._waiting.values())

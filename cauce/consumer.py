@@ -182,8 +182,8 @@ class Consumer:
 
     @property
     def held(self) -> int:
-        """How many messages are in hand, or wait in memory for their turn."""
-        return sum(len(lane.queue) for lane in self._lanes.values()) + self._aside.in_hand
+        """How many messages are in hand, or wait in memory for their turn; without those that are set aside."""
+        return sum(len(lane.queue) for lane in self._lanes.values())
 
     # ---------------------------------------------------------------------------------------------- what comes in
 

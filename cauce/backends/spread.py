@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from cauce.clock import Clock
 
@@ -94,13 +94,15 @@ class Spread:
         self._under_way[token] += 1
         try:
             answer = await one(token)
+            self._heard[token] = self._clock.monotonic()
+            self._silent.pop(token, None)
+            return answer
         finally:
             self._under_way[token] -= 1
             if not self._under_way[token]:
+                # Who was heard when matters only to questions that are under way.
                 del self._under_way[token]
-        self._heard[token] = self._clock.monotonic()
-        self._silent.pop(token, None)
-        return answer
+                self._heard.pop(token, None)
 
     async def _safely(self, order: deque[str], one: One, patience: float) -> bytes:
         tries = dict[asyncio.Task[bytes], tuple[str, float]]()
@@ -126,8 +128,7 @@ class Spread:
                     elif not isinstance(error, NotServed):
                         raise error
                 if alone and not done and self._left(tries, patience) <= 0:
-                    for token, _ in tries.values():
-                        self._silent[token] = self._clock.monotonic() + _SILENT
+                    self._note_silence(token for token, _ in tries.values())
                     beside = True
                     self._begin(tries, order, one)
         finally:
@@ -138,6 +139,13 @@ class Spread:
         token = order.popleft()
         task = asyncio.get_running_loop().create_task(self._asked(token, one))
         tries[task] = token, self._clock.monotonic()
+        # What the one says that was not waited for any more is nobody's affair.
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    def _note_silence(self, tokens: Iterable[str]) -> None:
+        now = self._clock.monotonic()
+        self._silent = {token: until for token, until in self._silent.items() if until > now}
+        self._silent |= dict.fromkeys(tokens, now + _SILENT)
 
     def _left(self, tries: dict[asyncio.Task[bytes], tuple[str, float]], patience: float) -> float:
         """Seconds until who was asked counts as silent: since the question, or since it last answered another one."""
