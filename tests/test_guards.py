@@ -607,6 +607,28 @@ def test_a_handler_that_has_no_time_left_asks_nothing(virtual: Run, clock: Virtu
     virtual(main)
 
 
+def test_what_a_handler_began_beside_itself_is_bound_by_the_question_only_until_it_is_answered(
+    virtual: Run, clock: VirtualClock, bus_url: str
+) -> None:
+    async def main() -> None:
+        owner, front, beside = Owner(clock), Service("fronts", owns=fronts), list[asyncio.Task[int]]()
+
+        @front.answer
+        async def answer(query: Front, ctx: Context) -> str:
+            async def later() -> int:
+                await clock.sleep(60)
+                return await ctx.ask(Count())
+
+            beside.append(asyncio.ensure_future(later()))
+            return ""
+
+        async with running(owner.service, front, bus=bus_url, clock=clock) as bus:
+            await bus.ask(Front(), timeout=1.0)
+            assert await beside[0] == 1
+
+    virtual(main)
+
+
 def test_what_a_commander_asks_while_it_decides_gets_less_time_than_is_left_of_the_wish(
     virtual: Run, clock: VirtualClock, bus_url: str
 ) -> None:
