@@ -573,7 +573,7 @@ class Bus:
         try:
             return await self.asking(address, ask, self.clock.monotonic() + seconds)
         except TimeoutError:
-            raise TimeoutError(f"within {seconds:.3g} s") from None
+            raise TimeoutError(f"within {round(seconds, 3):g} s") from None
 
     async def _over_the_wire(self, address: str, ask: Ask, deadline: float) -> Reply:
         payload = await self.wire.ask(address, _encode(ask), deadline)
