@@ -17,7 +17,7 @@ from cauce.accept import check_key, slot_of
 from cauce.agenda import Agenda
 from cauce.clock import Clock
 from cauce.codec import Entry, Meta, derive_id, micros, moment, sealed
-from cauce.deadline import share, until
+from cauce.deadline import ending, share
 from cauce.errors import (
     CauceError,
     Conflict,
@@ -549,7 +549,9 @@ class Bus:
         """Let the instance of the owner that holds the slot record an event that another instance's handler made."""
         try:
             await self._ask(f"{domain}/{slot_of(ask.key)}", ask, TIMEOUT)
-        except (TimeoutError, ConnectionError) as error:
+        except TimeoutError as error:
+            raise NoAnswer(f"{domain} did not record {ask.type} of {ask.key} {error}") from None
+        except ConnectionError as error:
             raise NoAnswer(f"{domain} did not record {ask.type} of {ask.key}: {error}") from None
 
     async def _all_settled(self) -> None:
@@ -594,7 +596,7 @@ class Bus:
         try:
             return await self.asking(address, ask, self.clock.monotonic() + seconds)
         except TimeoutError:
-            raise TimeoutError(f"within {seconds:.3g} s") from None
+            raise TimeoutError(f"within {round(seconds, 3):g} s") from None
 
     async def _over_the_wire(self, address: str, ask: Ask, deadline: float) -> Reply:
         payload = await self.wire.ask(address, _encode(ask), deadline, safe=ask.kind in _SAFE)
@@ -625,7 +627,7 @@ class Context:
         self.bus, self.service, self.cause = bus, service, cause
         self._agenda, self._due = agenda, due
         self._handler, self._entry, self._store = handler, entry, store
-        self._until = until.get()
+        self._end = ending.get()
         self._said: dict[tuple[str, str, str], int] = {}
 
     @property
@@ -646,7 +648,8 @@ class Context:
 
         What it asks of others is given no more than that, and a little less, so that there is time to fall back.
         """
-        return None if self._until == inf else max(0.0, self._until - self.bus.failed.get_loop().time())
+        at = self._end.at
+        return None if at == inf else max(0.0, at - self.bus.failed.get_loop().time())
 
     @property
     def agenda(self) -> Agenda:
