@@ -631,10 +631,13 @@ class _Running:
             began = meta.correlation or entry.id
             correlation.set(began)
             cause = Cause(entry.id, began, "", meta.trace, meta.tracestate)
-            agenda = Agenda(bus.clock, store.due)
-            context = Context(bus, service, name, entry, cause, Sql(store.fetch), agenda=agenda)
+            context = Context(
+                bus, service, name, entry, cause, Sql(store.fetch), agenda=Agenda(bus.clock, store.due)
+            )  # fmt: skip
             handling.set(context)
-            self._say(bound, context, unit, slot_of(key), await _run(bound, (message,), context, self._threads))
+            result = await _run(bound, (message,), context, self._threads)
+            if result is not None or bound.context is not None:
+                self._say(bound, context, unit, slot_of(key), result)
 
         return Consumer(
             bound.name, _wants(bound), self._metered(bound.name, handle), log, store, bus.clock, bodies=not bound.notice,

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
+from cauce.cli import main
 from cauce.errors import Refused
 from cauce.ext.http import parse_address
 from cauce.ext.prometheus import NAMES
@@ -336,6 +338,37 @@ def test_the_process_ends_as_it_should_with_http_on(start: Callable[..., Process
     process.until_metric(0, "cauce_consumer_lag_messages", service="worker", consumer="work")
     assert process.end() == 0
     assert "Traceback" not in process.said
+
+
+def test_each_line_of_a_json_log_is_an_object_that_says_because_of_what(start: Callable[..., Process]) -> None:
+    process = start("--http", "0", "--log-format", "json", "--each")
+    process.until("/livez", lambda code, _: code == 200)
+    process.until_said("running worker")
+    process.call("bad")
+    process.until_said("dead letter")
+    assert process.end() == 0
+    assert process.process.stderr is not None
+    process.said += process.process.stderr.read().decode()
+    found = [json.loads(line) for line in process.said.splitlines()]
+    assert {line["level"] for line in found} >= {"INFO", "ERROR"}
+    (dead,) = (line for line in found if "dead letter" in line["message"])
+    assert (dead["service"], dead["handler"], dead["stream"]) == ("worker", "work", "jobs/bad")
+    assert dead["position"] > 0
+    assert dead["correlation"]
+    assert dead["message_id"]
+
+
+def test_an_instance_that_is_stopped_keeps_nobody_from_looking(start: Callable[..., Process]) -> None:
+    process = start("--http", "0")
+    process.until("/readyz", lambda code, _: code == 200)
+    look = ["consumers", "--window", "0", "--json", "--bus", f"sqlite:///{process.folder}/bus.db"]
+    before = json.loads(CliRunner().invoke(main, look).output)["consumers"]
+    assert {each["in_flight"] for each in before} == {0}
+    process.process.send_signal(signal.SIGSTOP)
+    stopped = json.loads(CliRunner().invoke(main, look).output)["consumers"]
+    assert [(each["name"], each["lag"]) for each in stopped] == [(each["name"], each["lag"]) for each in before]
+    assert {each["in_flight"] for each in stopped} == {None}
+    process.process.send_signal(signal.SIGCONT)
 
 
 def test_every_alert_names_metrics_that_there_are() -> None:

@@ -8,8 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-import click
-
+from cauce.cli.logs import tell
 from cauce.cli.signals import when_orphaned
 from cauce.clock import Clock, SystemClock
 
@@ -86,14 +85,14 @@ class _Supervisor:
             if self._stopping.is_set():
                 break
             if code in _HOPELESS:
-                click.echo(f"{name} ended with {code}, and would again: all stop", err=True)
+                tell(f"{name} ended with {code}, and would again: all stop")
                 self._code = self._code or code
                 self._stopping.set()
                 break
             if self._clock.monotonic() - began > _WELL:
                 pause = _FIRST_PAUSE
             how = f"by signal {-code}" if code < 0 else f"with {code}"
-            click.echo(f"{name} ended {how}, and starts again in {pause:g} s", err=True)
+            tell(f"{name} ended {how}, and starts again in {pause:g} s")
             await self._rest(pause)
             pause = min(_LONGEST_PAUSE, pause * 2)
 
@@ -105,7 +104,7 @@ class _Supervisor:
             *command, "--drain", str(self._drain), "--with-parent", *self._more(self._names.index(name)),
             stdin=asyncio.subprocess.PIPE, start_new_session=True, env=os.environ | addresses,
         )  # fmt: skip
-        click.echo(f"{name} runs in process {process.pid}", err=True)
+        tell(f"{name} runs in process {process.pid}")
         ended = asyncio.ensure_future(process.wait())
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:
@@ -114,7 +113,7 @@ class _Supervisor:
                 process.terminate()
                 done, _ = await asyncio.wait({ended}, timeout=self._drain * 3 + _MORE)
                 if not done:
-                    click.echo(f"{name} did not end in time and is killed", err=True)
+                    tell(f"{name} did not end in time and is killed")
                     process.kill()
             return await ended
         finally:

@@ -7,10 +7,14 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
+import click
+
 from cauce.cli.text import json_line, one_line
 from cauce.ext.logs import FIELDS, Because
 
-__all__ = ["FORMATS", "begin", "formatter"]
+__all__ = ["FORMATS", "begin", "formatter", "tell"]
+
+_log = logging.getLogger("cauce")
 
 FORMATS = ("text", "json")
 
@@ -26,6 +30,14 @@ def begin(format: str) -> None:
 def formatter(format: str, text: str = "%(asctime)s %(levelname)-8s %(because)s%(message)s") -> logging.Formatter:
     """One of `FORMATS`; `text` is the line of the first."""
     return _Json() if format == "json" else _Text(text)
+
+
+def tell(text: str) -> None:
+    """Say something of the process itself: among its log where that is JSON, else as it is."""
+    if any(isinstance(each.formatter, _Json) for each in logging.getLogger().handlers):
+        _log.info("%s", text)
+    else:
+        click.echo(text, err=True)
 
 
 class _Text(logging.Formatter):

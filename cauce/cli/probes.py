@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
-import click
-
 from cauce.bus import Bus
+from cauce.cli.logs import tell
 from cauce.ext.http import Health, HttpServer, parse_address
 from cauce.ext.observer import Observer
 from cauce.ext.pulse import Pulse
@@ -47,7 +46,7 @@ async def probed(services: Sequence[str], bus: str, store: str | None, http: str
     probes = Probes(observer)
     server = HttpServer(*parse_address(http), Health(services, probes.meter, pulse, observer, probes.stopped))
     server.start()
-    click.echo(f"answering {server.address}/livez, /readyz and /metrics", err=True)
+    tell(f"answering {server.address}/livez, /readyz and /metrics")
     try:
         yield probes
     finally:

@@ -19,7 +19,7 @@ import click
 
 from cauce.backends import scheme_of, without_password
 from cauce.cli.each import run_each
-from cauce.cli.logs import FORMATS, begin
+from cauce.cli.logs import FORMATS, begin, tell
 from cauce.cli.place import store as store_option
 from cauce.cli.probes import options, probed
 from cauce.cli.signals import stopped
@@ -105,7 +105,7 @@ async def _run(
         running(*services, bus=bus, store=store, drain=drain, meter=probes.meter) as face,
     ):
         probes.started(face)
-        click.echo(f"running {', '.join(names)} on {without_password(bus)}", err=True)
+        tell(f"running {', '.join(names)} on {without_password(bus)}")
         await stopped(face, with_parent=with_parent)
 
 
