@@ -122,7 +122,7 @@ class Consumer:
         """Work on these slots from now on. Raises `Damaged` for places that are not of this log."""
         self._tail = tail
         self._looked = max(self._looked, tail.looked)
-        self._leaving -= shares.keys()
+        self._leaving.difference_update(shares)
         places = await self._store.places(self.name, self._log.id, await self._log.head())
         lanes = []
         for domain in self.wants:
@@ -146,7 +146,7 @@ class Consumer:
             within: seconds that handlers get; what takes longer is cancelled, and handled again.
         """
         gone = set(slots)
-        self._leaving |= gone
+        self._leaving.update(gone)
         self._moved.set()
         lanes = [lane for lane in self._lanes.values() if lane.slot[1] in gone]
         for lane in lanes:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from cauce.accept import SLOTS, check_body, check_value, slot_of
-from cauce.agenda import Agenda
 from cauce.audit import Audit
 from cauce.backends import Backend, open_backend, stores_at
 from cauce.backends.health import warn
@@ -565,22 +564,27 @@ class _Running:
         assert self._shares is not None
         store, shares = self._store, self._shares
 
+        name, is_record = bound.name, _is_record(bound)
+
         async def handle(entry: Entry, unit: Unit) -> None:
             meta = entry.meta if bound.notice else entry.checked().meta
+            domain, _, key = entry.stream.partition("/")
             message: Any
             if bound.notice:
-                message = Notice(schema.today(entry.domain, entry.type), entry.key, entry.version)
-            elif _is_record(bound):
+                message = Notice(schema.today(domain, entry.type), key, entry.version)
+            elif is_record:
                 message = carried(bound.messages[0], schema, entry)
                 if isinstance(entry, Superseded) or (message is None and not bound.gone):
                     return
             else:
-                message = schema.decode(entry.domain, entry.type, meta.schema, entry.body or b"")
-            cause = Cause(entry.id, meta.correlation or entry.id, "", meta.trace, meta.tracestate)
-            correlation.set(cause.correlation)
-            agenda = Agenda(bus.clock, store.due)
-            context = Context(bus, service, bound.name, entry, cause, Sql(store.fetch), agenda=agenda)
-            self._say(bound, context, unit, slot_of(entry.key), await _run(bound, (message,), context, self._threads))
+                message = schema.decode(domain, entry.type, meta.schema, entry.body or b"")
+            began = meta.correlation or entry.id
+            correlation.set(began)
+            cause = Cause(entry.id, began, "", meta.trace, meta.tracestate)
+            context = Context(bus, service, name, entry, cause, Sql(store.fetch), timers=store.due)
+            result = await _run(bound, (message,), context, self._threads)
+            if result is not None or context.store.queued or context.planned is not None:
+                self._say(bound, context, unit, slot_of(key), result)
 
         return Consumer(
             bound.name, _wants(bound), handle, log, store, bus.clock, bodies=not bound.notice,
@@ -592,8 +596,8 @@ class _Running:
     def _say(self, bound: Bound, context: Context, unit: Unit, slot: int, result: Any) -> None:
         """Let what a handler did and returned be stored as one: statements, commands to send, own events to record."""
         unit.statements += context.store.queued
-        unit.cancelled += context.agenda.cancelled
-        later = context.agenda.later
+        later = {} if context.planned is None else context.planned.later
+        unit.cancelled += () if context.planned is None else context.planned.cancelled
         if result is None and not later:
             return
         where = f"{self._service.name}.{bound.name}"
@@ -609,8 +613,8 @@ class _Running:
         now, cause = self._bus.clock.now(), context.cause
         for message in said:
             unit.said.append((bound.name, slot, _sealed(message, context.id_of(message), cause, now)))
-        assert unit.share is not None
         for timer, (due, message, id) in later.items():
+            assert unit.share is not None
             unit.later.append(Timer(timer, unit.share.name, bound.name, due, _sealed(message, id, cause, due)))
         unit.committed = partial(self._stored, bool(said), [timer.due for timer in unit.later])
 
@@ -680,7 +684,7 @@ class _Running:
             correlation.set(id)
             context = Context(
                 self._bus, self._service.name, bound.name, None, Cause(id, id), Sql(store.fetch),
-                agenda=Agenda(clock, store.due), due=schedule.shown(due),
+                timers=store.due, due=schedule.shown(due),
             )  # fmt: skip
             unit = Unit(share)
             try:
