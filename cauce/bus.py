@@ -621,11 +621,12 @@ class Context:
         cause: Cause,
         store: Store | None = None,
         *,
-        agenda: Agenda | None = None,
+        timers: Callable[[str], Awaitable[int]] | None = None,
         due: datetime | None = None,
     ) -> None:
         self.bus, self.service, self.cause = bus, service, cause
-        self._agenda, self._due = agenda, due
+        self.planned: Agenda | None = None
+        self._timers, self._due = timers, due
         self._handler, self._entry, self._store = handler, entry, store
         self._end = ending.get()
         self._said: dict[tuple[str, str, str], int] = {}
@@ -652,11 +653,13 @@ class Context:
         return None if at == inf else max(0.0, at - self.bus.failed.get_loop().time())
 
     @property
-    def agenda(self) -> Agenda:
-        """What is said for later, with the message or not at all."""
-        if self._agenda is None:
+    def _agenda(self) -> Agenda:
+        if self._timers is None:
             raise Refused(f"{self.service}.{self._handler} may not set timers: reactions and intervals may")
-        return self._agenda
+        if self.planned is None:
+            # Most handlers say nothing for later.
+            self.planned = Agenda(self.bus.clock, self._timers)
+        return self.planned
 
     @property
     def due(self) -> datetime:
@@ -714,18 +717,18 @@ class Context:
 
         Returns what cancels it.
         """
-        return self.agenda.after(delay, message, check_line(name, "name"), self.id_of(message))
+        return self._agenda.after(delay, message, check_line(name, "name"), self.id_of(message))
 
     def at(self, time: datetime, message: Command | Event, *, name: str = "") -> str:
         """As `after`, at a moment, told with its time zone; one that is past is due at once."""
-        return self.agenda.at(time, message, check_line(name, "name"), self.id_of(message))
+        return self._agenda.at(time, message, check_line(name, "name"), self.id_of(message))
 
     async def cancel(self, timer: str) -> bool:
         """Let a timer of this service never fire, from the moment on when the unit is committed.
 
         False if none waits by this name or id: it has fired, or was cancelled, or never was; then nothing is done.
         """
-        return await self.agenda.cancel(timer)
+        return await self._agenda.cancel(timer)
 
     @overload
     async def ask(

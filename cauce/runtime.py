@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from cauce.accept import SLOTS, check_body, check_value, slot_of
-from cauce.agenda import Agenda
 from cauce.audit import Audit
 from cauce.backends import Backend, open_backend, stores_at
 from cauce.backends.health import warn
@@ -631,9 +630,7 @@ class _Running:
             began = meta.correlation or entry.id
             correlation.set(began)
             cause = Cause(entry.id, began, "", meta.trace, meta.tracestate)
-            context = Context(
-                bus, service, name, entry, cause, Sql(store.fetch), agenda=Agenda(bus.clock, store.due)
-            )  # fmt: skip
+            context = Context(bus, service, name, entry, cause, Sql(store.fetch), timers=store.due)
             handling.set(context)
             result = await _run(bound, (message,), context, self._threads)
             if result is not None or bound.context is not None:
@@ -653,8 +650,8 @@ class _Running:
     def _say(self, bound: Bound, context: Context, unit: Unit, slot: int, result: Any) -> None:
         """Let what a handler did and returned be stored as one: statements, commands to send, own events to record."""
         unit.statements += context.store.queued
-        unit.cancelled += context.agenda.cancelled
-        later = context.agenda.later
+        later = {} if context.planned is None else context.planned.later
+        unit.cancelled += () if context.planned is None else context.planned.cancelled
         if result is None and not later:
             return
         where = f"{self._service.name}.{bound.name}"
@@ -670,8 +667,8 @@ class _Running:
         now, cause = self._bus.clock.now(), context.cause
         for message in said:
             unit.said.append((bound.name, slot, _sealed(message, context.id_of(message), cause, now)))
-        assert unit.share is not None
         for timer, (due, message, id) in later.items():
+            assert unit.share is not None
             unit.later.append(Timer(timer, unit.share.name, bound.name, due, _sealed(message, id, cause, due)))
         unit.committed = partial(self._stored, bool(said), [timer.due for timer in unit.later])
 
@@ -742,7 +739,7 @@ class _Running:
             correlation.set(id)
             context = Context(
                 self._bus, self._service.name, bound.name, None, Cause(id, id), Sql(store.fetch),
-                agenda=Agenda(clock, store.due), due=schedule.shown(due),
+                timers=store.due, due=schedule.shown(due),
             )  # fmt: skip
             handling.set(context)
             unit = Unit(share)

@@ -8,7 +8,8 @@ The fence of a share is the sequence of its claim, the beat of an instance is th
 of what was said.
 
 If the connection breaks between a write and its answer, and what was said has been relayed before that is looked up, it
-is said twice: its log knows its id and keeps it once.
+is said twice: its log knows its id and keeps it once. So may a timer be set again
+that another instance has cancelled in between.
 """
 
 from __future__ import annotations
@@ -253,7 +254,7 @@ class NatsStore:
 
     async def fire(self, shares: Sequence[Share], now: int, limit: int) -> tuple[int, int]:
         """Let go what is due by now, and say when to look again."""
-        return await self._units.alone(lambda: self._units.timers.fire(shares, now, limit))
+        return await self._units.timers.fire(shares, now, limit)
 
     async def inventory(self) -> Inventory:
         """All that hangs on logs, whoever it is for."""

@@ -67,7 +67,7 @@ class Units:
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket, self.fences = bucket, Fences(bucket)
-        self.timers = Timers(bucket, self.fences, bucket.link.clock.id)
+        self.timers = Timers(bucket, self.fences, self.alone)
         self.moves: dict[Spot, tuple[Share | None, str, int]] = {}
         self._queue: deque[_Job] = deque()
         self._bytes = 0
@@ -82,9 +82,11 @@ class Units:
         puts = [] if unit is None else _puts(unit, self._bucket.link.clock.id)
         if len(puts) >= MOST:
             raise Refused(f"{len(puts):,} messages were said at once, a bucket of NATS takes {MOST - 1}: say fewer")
-        if unit is not None:
-            self.timers.note(unit.later)
-        return self._add(_Job(unit, puts))
+        future = self._add(_Job(unit, puts))
+        if unit is not None and unit.later:
+            # Not before: who looks for what is due would find nothing there yet.
+            future.add_done_callback(lambda _: self.timers.note(unit.later))
+        return future
 
     def alone(self, work: Callable[[], Awaitable[T]]) -> asyncio.Future[T]:
         """Do something in its turn, while nothing else is written."""
