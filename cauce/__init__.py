@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cauce.bus import Bus, Context
     from cauce.clock import Clock, SystemClock
+    from cauce.duration import days, hours, minutes
     from cauce.errors import (
         BreakerOpen,
         Busy,
@@ -37,11 +38,13 @@ if TYPE_CHECKING:
     from cauce.past import Change
     from cauce.receipt import Receipt
     from cauce.restored import Restored
+    from cauce.retry import ALWAYS, NEVER, Retry
     from cauce.runtime import connect, running
     from cauce.service import Service
     from cauce.sql import Store
     from cauce.undone import Fact, Undone
     from cauce.upcaster import upcast
+    from cauce.wire import Instance
 else:
     # A command line that only prints its help must not pay for asyncio and all messages: names are loaded when used.
     import importlib
@@ -49,6 +52,7 @@ else:
     _HOMES = {
         "bus": ("Bus", "Context"),
         "clock": ("Clock", "SystemClock"),
+        "duration": ("days", "hours", "minutes"),
         "errors": (
             "BreakerOpen",
             "Busy",
@@ -78,11 +82,13 @@ else:
         "past": ("Change",),
         "receipt": ("Receipt",),
         "restored": ("Restored",),
+        "retry": ("ALWAYS", "NEVER", "Retry"),
         "runtime": ("connect", "running"),
         "service": ("Service",),
         "sql": ("Store",),
         "undone": ("Fact", "Undone"),
         "upcaster": ("upcast",),
+        "wire": ("Instance",),
     }
     _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -97,6 +103,8 @@ else:
 
 
 __all__ = [
+    "ALWAYS",
+    "NEVER",
     "BreakerOpen",
     "Bus",
     "Busy",
@@ -117,6 +125,7 @@ __all__ = [
     "Held",
     "IdReused",
     "Inconsistent",
+    "Instance",
     "Limits",
     "NoAnswer",
     "NotOwner",
@@ -130,6 +139,7 @@ __all__ = [
     "Refused",
     "Rejected",
     "Restored",
+    "Retry",
     "Service",
     "StorageFull",
     "Store",
@@ -139,7 +149,10 @@ __all__ = [
     "Unreachable",
     "Unreadable",
     "connect",
+    "days",
     "field",
+    "hours",
+    "minutes",
     "replace",
     "running",
     "upcast",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from math import inf
 from typing import Any, Generic, Protocol, TypeVar, cast, overload
@@ -14,9 +14,10 @@ import msgspec
 
 from cauce import errors
 from cauce.accept import check_key, slot_of
+from cauce.agenda import Agenda
 from cauce.clock import Clock
 from cauce.codec import Entry, Meta, derive_id, micros, moment, sealed
-from cauce.deadline import share, until
+from cauce.deadline import ending, share
 from cauce.errors import (
     CauceError,
     Conflict,
@@ -38,7 +39,7 @@ from cauce.receipt import Receipt
 from cauce.schema import Schema, encode, key_of
 from cauce.sql import Store
 from cauce.undone import Asked, Fact, ToldUndo, Undone, undo_of
-from cauce.wire import Wire
+from cauce.wire import Instance, Wire, healthy_first, located
 
 __all__ = [
     "NOTHING",
@@ -71,6 +72,9 @@ TIMEOUT = 30.0
 """Seconds a `call`, `ask` or `fetch` waits when nothing else is said."""
 
 _LINE = 256
+
+_SAFE = frozenset({"ask", "fetch", "state", "history", "states"})
+"""Questions that change nothing: they may be asked of two."""
 
 correlation: ContextVar[str] = ContextVar("cauce.correlation", default="")
 """The id with which it all began, of what is being handled here: for whoever writes a log."""
@@ -286,13 +290,16 @@ class Bus:
     ) -> Any:  # fmt: skip
         """The answer of the service that owns the query's domain, within so many seconds.
 
+        It comes from one instance that is well: one in this process if there is one, else by turns and by how much is
+        under way. A query changes nothing, so it may be asked of two: when who was asked went away, or is silent.
+
         Parameters:
             after: answered when all views and replicas of that service have passed this receipt.
             fallback: gives what is returned instead of raising `Unavailable`: a function without parameters, async, or
                 plain, and then it must not block.
 
-        Raises `NoAnswer` if nobody serves it, the time is over, or who was asked went away; `BreakerOpen` and
-        `Overloaded` at once, where it is not asked at all.
+        Raises `NoAnswer` if nobody serves it, the time is over, or who was asked went away and there is no other;
+        `BreakerOpen` and `Overloaded` at once, where it is not asked at all.
         """
         kind = _declared(query, "query")
         if fallback is not None:
@@ -501,6 +508,16 @@ class Bus:
             records.found(_decode_stood(before)), records.found(_decode_stood(after)),
         )  # fmt: skip
 
+    async def locate(self, name: str = "") -> list[Instance]:
+        """Who runs: the instances of a service, or of whoever answers in a domain, by its name; all if none is given.
+
+        Those that are well come first, and of these the one with the least to do. To ask them no address of theirs is
+        needed, only the bus. When the registry cannot be read these are who ran when that was last possible, `stale`.
+
+        Raises `Unavailable` if it cannot be read and never could.
+        """
+        return healthy_first(located(await self.wire.instances(), name), self.clock.now())
+
     async def settled(self, timeout: float = TIMEOUT) -> None:
         """Wait until every consumer of this process has passed the heads as they are now, and records are written.
 
@@ -532,7 +549,9 @@ class Bus:
         """Let the instance of the owner that holds the slot record an event that another instance's handler made."""
         try:
             await self._ask(f"{domain}/{slot_of(ask.key)}", ask, TIMEOUT)
-        except (TimeoutError, ConnectionError) as error:
+        except TimeoutError as error:
+            raise NoAnswer(f"{domain} did not record {ask.type} of {ask.key} {error}") from None
+        except ConnectionError as error:
             raise NoAnswer(f"{domain} did not record {ask.type} of {ask.key}: {error}") from None
 
     async def _all_settled(self) -> None:
@@ -577,10 +596,10 @@ class Bus:
         try:
             return await self.asking(address, ask, self.clock.monotonic() + seconds)
         except TimeoutError:
-            raise TimeoutError(f"within {seconds:.3g} s") from None
+            raise TimeoutError(f"within {round(seconds, 3):g} s") from None
 
     async def _over_the_wire(self, address: str, ask: Ask, deadline: float) -> Reply:
-        payload = await self.wire.ask(address, _encode(ask), deadline)
+        payload = await self.wire.ask(address, _encode(ask), deadline, safe=ask.kind in _SAFE)
         reply = _decode_reply(payload)
         if reply.error == OutcomeUnknown.__name__:
             # To the asker it is as if the owner had gone away: it knows no more.
@@ -594,11 +613,22 @@ class Context:
     """What a handler is told beside its message, and the bus from there: all that it says is because of the message."""
 
     def __init__(
-        self, bus: Bus, service: str, handler: str, entry: Entry | None, cause: Cause, store: Store | None = None
+        self,
+        bus: Bus,
+        service: str,
+        handler: str,
+        entry: Entry | None,
+        cause: Cause,
+        store: Store | None = None,
+        *,
+        timers: Callable[[str], Awaitable[int]] | None = None,
+        due: datetime | None = None,
     ) -> None:
         self.bus, self.service, self.cause = bus, service, cause
+        self.planned: Agenda | None = None
+        self._timers, self._due = timers, due
         self._handler, self._entry, self._store = handler, entry, store
-        self._until = until.get()
+        self._end = ending.get()
         self._said: dict[tuple[str, str, str], int] = {}
 
     @property
@@ -619,7 +649,24 @@ class Context:
 
         What it asks of others is given no more than that, and a little less, so that there is time to fall back.
         """
-        return None if self._until == inf else max(0.0, self._until - self.bus.failed.get_loop().time())
+        at = self._end.at
+        return None if at == inf else max(0.0, at - self.bus.failed.get_loop().time())
+
+    @property
+    def _agenda(self) -> Agenda:
+        if self._timers is None:
+            raise Refused(f"{self.service}.{self._handler} may not set timers: reactions and intervals may")
+        if self.planned is None:
+            # Most handlers say nothing for later.
+            self.planned = Agenda(self.bus.clock, self._timers)
+        return self.planned
+
+    @property
+    def due(self) -> datetime:
+        """For which time an interval runs: the same when that run is made again. By its zone, or in UTC."""
+        if self._due is None:
+            raise Refused(f"{self.service}.{self._handler} is due at no time: intervals are")
+        return self._due
 
     @property
     def correlation(self) -> str:
@@ -658,6 +705,30 @@ class Context:
     async def send(self, command: Command, *, expires: datetime | None = None) -> str:
         """As `Bus.send`; made again for the same message, it is the same command."""
         return await self.bus.send(command, id=self.id_of(command), expires=expires, cause=self.cause)
+
+    def after(self, delay: float | timedelta, message: Command | Event, *, name: str = "") -> str:
+        """Send a command, or record an event of an own domain, so much later; set with the unit, or not at all.
+
+        It survives restarts and take-overs, and comes once in effect, because of the message that is handled now.
+
+        Parameters:
+            delay: seconds, or a timedelta, from now on, by the wall clock when it fires.
+            name: what cancels it, and of which there is one in the service: set again, it is moved. Else its own id.
+
+        Returns what cancels it.
+        """
+        return self._agenda.after(delay, message, check_line(name, "name"), self.id_of(message))
+
+    def at(self, time: datetime, message: Command | Event, *, name: str = "") -> str:
+        """As `after`, at a moment, told with its time zone; one that is past is due at once."""
+        return self._agenda.at(time, message, check_line(name, "name"), self.id_of(message))
+
+    async def cancel(self, timer: str) -> bool:
+        """Let a timer of this service never fire, from the moment on when the unit is committed.
+
+        False if none waits by this name or id: it has fired, or was cancelled, or never was; then nothing is done.
+        """
+        return await self._agenda.cancel(timer)
 
     @overload
     async def ask(

@@ -8,12 +8,22 @@ from contextvars import ContextVar
 from math import inf
 from typing import TypeVar
 
-__all__ = ["Deadlines", "share", "until"]
+__all__ = ["Deadlines", "End", "ending", "share"]
 
 T = TypeVar("T")
 
-until: ContextVar[float] = ContextVar("cauce.until", default=inf)
-"""When nobody waits any more for what is done here, on the loop's clock: what it asks of others is over before."""
+
+class End:
+    """When nobody waits any more for what is done here: `at`, on the loop's clock; `inf`: nobody waits, or for ever."""
+
+    __slots__ = ("at",)
+
+    def __init__(self, at: float) -> None:
+        self.at = at
+
+
+ending: ContextVar[End] = ContextVar("cauce.ending", default=End(inf))  # noqa: B039 - the default is never changed
+"""The end of what is done here. What it began beside itself may outlive it, and is then bound by it no more."""
 
 _TENTH = 0.1
 _MOST_KEPT = 0.1
@@ -23,10 +33,10 @@ back, and to answer."""
 
 def share(seconds: float) -> float:
     """How long a question may take that is asked here and now, of the seconds that it is given; 0: not at all."""
-    end = until.get()
-    if end == inf:
+    at = ending.get().at
+    if at == inf:
         return seconds
-    left = end - asyncio.get_running_loop().time()
+    left = at - asyncio.get_running_loop().time()
     return max(0.0, min(seconds, left - min(_MOST_KEPT, left * _TENTH)))
 
 
@@ -54,7 +64,8 @@ class Deadlines:
         self._waiting[me] = end, task
         if self._timer is None or end < self._timer.when():
             self._arm(end)
-        before = until.set(min(end, until.get()))
+        bound = End(min(end, ending.get().at))
+        before = ending.set(bound)
         try:
             return await work
         except asyncio.CancelledError:
@@ -62,7 +73,8 @@ class Deadlines:
                 raise TimeoutError from None
             raise
         finally:
-            until.reset(before)
+            ending.reset(before)
+            bound.at = inf
             del self._waiting[me]
             self._over.discard(me)
 

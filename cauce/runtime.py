@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -27,21 +29,24 @@ from cauce.guards.bulkhead import Bulkhead
 from cauce.guards.guard import Callees, Guards
 from cauce.history import page, stood
 from cauce.lease import Leases, identity
+from cauce.letter import Mended
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
 from cauce.meter import Meter
 from cauce.outbox import Outbox, packed
 from cauce.question import completed, read
-from cauce.schema import Schema, encode
-from cauce.service import ATTEMPTS, Bound, Service, bind
+from cauce.schedule import LATE, behind
+from cauce.schema import Schema, encode, is_about
+from cauce.service import Bound, Service, bind
 from cauce.sql import Store as Sql
 from cauce.sql import spoken
-from cauce.store import Share, Store, Stores, Unit
+from cauce.store import Share, Store, Stores, Timer, Unit
 from cauce.takes import Takes, enter
 from cauce.threads import Threads
+from cauce.timers import Timers, until
 from cauce.undo import part
 from cauce.undone import Asked
 from cauce.wanted import reads_of
-from cauce.wire import Handler, Instance, State
+from cauce.wire import Handler, Instance, Load, State
 
 if TYPE_CHECKING:
     from cauce.aside import Handle
@@ -263,6 +268,7 @@ class _Running:
         self._outbox: Outbox | None = None
         self._threads = Threads()
         self._leading: list[asyncio.Task[None]] = []
+        self._timers: Timers | None = None
 
     # ------------------------------------------------------------------------------------------------------ starting
 
@@ -288,7 +294,10 @@ class _Running:
         await keep(bus.facts, name, store.id, store.place, store.is_fresh, bus.clock)
         self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose)
         shares.touched = self._touched
-        self._outbox = Outbox(name, store, bus, lambda: self._slots, self._record)
+        self._outbox = outbox = Outbox(
+            name, store, bus, lambda: self._slots, self._record, lambda: shares.is_fresh, self._tasks.fail
+        )
+        self._timers = Timers(name, store, bus.clock, lambda: list(shares.held.values()), outbox.look)
         caution = asyncio.Lock()
         self._consumers = [
             (consumer, tail)
@@ -353,20 +362,34 @@ class _Running:
         domains = tuple(domain.name for domain in self._service.owns)
         slots = tuple(address for address in self._served if "/" in address)
         self._served[""] = await self._bus.wire.announce(
-            Instance(self._service.name, self._owner, domains + slots, os.getpid(), state, self._since)
-        )
+            Instance(
+                self._service.name, self._owner, domains + slots, os.getpid(), state, self._since,
+                version=self._service.version, host=socket.gethostname(), answers=self._names("answer"),
+                decides=self._names("decide"),
+            ),
+            self._load,
+        )  # fmt: skip
+
+    def _names(self, kind: str) -> tuple[str, ...]:
+        """The messages that it has functions of a kind for."""
+        return tuple(sorted({declared(cls).name for cls in self._functions(kind)}))
+
+    def _load(self) -> Load:
+        return Load(self._in_hand, sum(consumer.held for consumer, _ in self._consumers))
 
     async def consume(self) -> None:
         """React, and decide what was sent."""
         assert self._store is not None
         assert self._shares is not None
         assert self._outbox is not None
+        assert self._timers is not None
         for consumer, tail in self._consumers:
             consumer.begin_now(tail.looked)
         self._running = True
         await self._hold(list(self._shares.held.values()))
         self._tasks.start("store", self._store.run())
         self._tasks.start("outbox", self._outbox.run())
+        self._tasks.start("timers", self._timers.run())
         if self._service.audit is not None and self._commanders:
             audit = Audit(
                 self._bus.commands, self._store, self._bus.clock, self._service.audit,
@@ -405,19 +428,23 @@ class _Running:
         if by_slot:
             for consumer, tail in self._consumers:
                 await consumer.hold(tail, by_slot)
-            if self._outbox is not None:
-                self._outbox.look()
+            assert self._outbox is not None
+            await self._outbox.hold({share.slot: share for share in shares if share.slot is not None})
         for share in shares:
             if share.slot is None:
                 self._leading = [
                     asyncio.get_running_loop().create_task(self._interval(bound, share)) for bound in self._of("every")
                 ]
+        assert self._timers is not None
+        self._timers.look()
 
     async def _lose(self, shares: Sequence[Share]) -> None:
         """Finish what is in hand, for another instance to go on."""
         slots = _slots_of(shares)
         # Handlers may take long, and meanwhile wishes are still decided here.
         await asyncio.gather(*(consumer.drop(slots, self._drain) for consumer, _ in self._consumers))
+        if self._outbox is not None:
+            await self._outbox.drop(slots, self._drain)
         for domain in self._handlers:
             for slot in slots:
                 self._leave(f"{domain}/{slot}")
@@ -444,7 +471,9 @@ class _Running:
     async def _touched(self) -> None:
         """Another process has changed the store: perhaps somebody decided about a dead letter."""
         assert self._outbox is not None
-        self._outbox.look()
+        assert self._timers is not None
+        await self._outbox.reload()
+        self._timers.look()
         for consumer, _ in self._consumers:
             await consumer.reload()
 
@@ -480,6 +509,7 @@ class _Running:
                 await self._outbox.relayed(patient=False)
         except (CauceError, TimeoutError) as error:
             _log.warning("what %s said waits in its outbox for the next start: %r", self._service.name, error)
+        await self._outbox.drop(range(SLOTS), seconds)
         if many := self._outbox.put_off:
             _log.warning("what %s said of %d things waits in its outbox for the next start", self._service.name, many)
 
@@ -568,7 +598,7 @@ class _Running:
         shares = self._shares
         return Consumer(
             _deciding(domain), {domain: frozenset()}, self._metered(_deciding(domain), handle), self._bus.commands, self._store, self._bus.clock,
-            attempts=ATTEMPTS, may_begin=lambda: shares.is_fresh, caution=caution,
+            may_begin=lambda: shares.is_fresh, caution=caution,
         )  # fmt: skip
 
     def _reaction(self, bound: Bound, caution: asyncio.Lock) -> Consumer:
@@ -595,18 +625,20 @@ class _Running:
                     return
             else:
                 message = schema.decode(domain, entry.type, meta.schema, entry.body or b"")
+            if isinstance(entry, Mended) and isinstance(message, Message):
+                _check_key(message, key)
             began = meta.correlation or entry.id
             correlation.set(began)
             cause = Cause(entry.id, began, "", meta.trace, meta.tracestate)
-            context = Context(bus, service, name, entry, cause, Sql(store.fetch))
+            context = Context(bus, service, name, entry, cause, Sql(store.fetch), timers=store.due)
             handling.set(context)
             result = await _run(bound, (message,), context, self._threads)
-            if result is not None or context.store.queued:
+            if result is not None or bound.context is not None:
                 self._say(bound, context, unit, slot_of(key), result)
 
         return Consumer(
             bound.name, _wants(bound), self._metered(bound.name, handle), log, store, bus.clock, bodies=not bound.notice,
-            attempts=bound.part.attempts, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
+            retry=bound.part.retry, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
         )  # fmt: skip
 
     def _metered(self, name: str, handle: Handle) -> Handle:
@@ -618,26 +650,36 @@ class _Running:
     def _say(self, bound: Bound, context: Context, unit: Unit, slot: int, result: Any) -> None:
         """Let what a handler did and returned be stored as one: statements, commands to send, own events to record."""
         unit.statements += context.store.queued
-        if result is None:
+        later = {} if context.planned is None else context.planned.later
+        unit.cancelled += () if context.planned is None else context.planned.cancelled
+        if result is None and not later:
             return
         where = f"{self._service.name}.{bound.name}"
         said = messages_of(result, where, "commands, own events, or None")
-        for message in said:
+        for message in (*said, *(message for _, message, _ in later.values())):
             # All are looked at before any is said.
             if isinstance(message, Event) and declared(message).domain.name not in self._commanders:
                 raise NotOwner(
-                    f"{where} returned {type(message).__name__}, which only the owner of {declared(message).domain.name!r} records; send it a command"
+                    f"{where} said {type(message).__name__}, which only the owner of {declared(message).domain.name!r} records; send it a command"
                 )
             if not isinstance(message, (Command, Event)):
                 raise Refused(f"{where} returned {message!r}: return commands, own events, or None")
         now, cause = self._bus.clock.now(), context.cause
         for message in said:
-            kind = declared(message)
-            meta = Meta(now, kind.version, cause.correlation, cause.id, cause.by, cause.trace, cause.tracestate)
-            entry = seal(message, context.id_of(message), meta)
-            unit.said.append((bound.name, slot, packed(kind.kind, entry)))
-        if said and self._outbox is not None:
-            unit.committed = self._outbox.look
+            unit.said.append((bound.name, slot, _sealed(message, context.id_of(message), cause, now)))
+        for timer, (due, message, id) in later.items():
+            assert unit.share is not None
+            unit.later.append(Timer(timer, unit.share.name, bound.name, due, _sealed(message, id, cause, due)))
+        unit.committed = partial(self._stored, bool(said), [timer.due for timer in unit.later])
+
+    def _stored(self, said: bool, later: Sequence[int]) -> None:
+        """A unit was committed that said something, or for later."""
+        assert self._outbox is not None
+        assert self._timers is not None
+        if said:
+            self._outbox.look()
+        for due in later:
+            self._timers.note(due)
 
     async def _settled(self) -> None:
         """Wait until its consumers have passed the heads as they are now, and what they said is in its log."""
@@ -645,6 +687,8 @@ class _Running:
             *(consumer.settled() for consumer, tail in self._consumers if tail is not self._tails.records)
         )
         assert self._outbox is not None
+        assert self._timers is not None
+        await self._timers.fire()
         await self._outbox.relayed()
         # What was decided or recorded meanwhile has its record, too.
         await asyncio.gather(*(commander.settled() for commander in self._commanders.values()))
@@ -653,6 +697,8 @@ class _Running:
         """The same of those that react to records, which are written behind."""
         await asyncio.gather(*(consumer.settled() for consumer, tail in self._consumers if tail is self._tails.records))
         assert self._outbox is not None
+        assert self._timers is not None
+        await self._timers.fire()
         await self._outbox.relayed()
 
     async def _record(self, domain: str, ask: Ask) -> None:
@@ -666,6 +712,7 @@ class _Running:
     async def _publish(self, commander: Commander, ask: Ask) -> None:
         event = self._schemas[commander.domain].decode(commander.domain, ask.type, ask.schema, bytes(ask.body))
         assert isinstance(event, Event)
+        _check_key(event, ask.key)
         cause = Cause(ask.causation, ask.correlation, ask.by, ask.trace, ask.tracestate)
         kind = declared(event)
         older = (ask.type, ask.schema) != (kind.name, kind.version)
@@ -674,28 +721,37 @@ class _Running:
     async def _interval(self, bound: Bound, share: Share) -> None:
         """Run a function every so often, for ever; when it is due is kept in the store."""
         assert self._store is not None
-        clock, store, name, step = self._bus.clock, self._store, bound.name, round(bound.part.seconds * 1_000_000)
+        assert bound.part.schedule is not None
+        clock, store, schedule, missed = self._bus.clock, self._store, bound.part.schedule, bound.part.missed
+        name = schedule.name_of(bound.name)
         due = await store.timer(name)
-        if not due:
-            due = clock.now() + step
-            unit = Unit(share)
-            unit.timer = name, due
-            await store.commit(unit)
         while True:
-            await clock.sleep(max(0.0, (due - clock.now()) / 1_000_000))
+            if not due or (missed == "skip" and clock.now() - due > LATE * 1_000_000):
+                due = schedule.following(clock.now())
+                unit = Unit(share)
+                unit.timer = name, due
+                await store.commit(unit)
+            due = await until(due, schedule, clock)
+            if missed == "skip" and clock.now() - due > LATE * 1_000_000:
+                # The clock was set forward, or this machine slept.
+                continue
             id = derive_id(uuid7(due * 4096 // 1000, 0), self._service.name, name)
             correlation.set(id)
-            context = Context(self._bus, self._service.name, name, None, Cause(id, id), Sql(store.fetch))
+            context = Context(
+                self._bus, self._service.name, bound.name, None, Cause(id, id), Sql(store.fetch),
+                timers=store.due, due=schedule.shown(due),
+            )  # fmt: skip
             handling.set(context)
             unit = Unit(share)
             try:
                 self._say(bound, context, unit, 0, await _run(bound, (), context, self._threads))
-                # What was missed is made up for once.
-                unit.timer = name, due + step if due + step > clock.now() else clock.now() + step
+                unit.timer = name, behind(due, clock.now(), schedule, missed)
                 await store.commit(unit)
             except Exception as error:
-                _log.exception("%s.%s failed and is run again: %s", self._service.name, name, error)
-                await clock.sleep(min(bound.part.seconds, 10.0))
+                _log.exception("%s.%s failed and is run again: %s", self._service.name, bound.name, error)
+                # One that is due more often would not have to wait for long either.
+                pause = (schedule.following(due) - due) / 1_000_000
+                await clock.sleep(min(pause, 10.0))
                 continue
             if unit.committed is not None:
                 unit.committed()
@@ -827,6 +883,21 @@ class _Running:
 
 _Answers = dict[type[Message], tuple[Bound, Bulkhead]]
 """By query, who answers it."""
+
+
+def _sealed(message: Command | Event, id: str, cause: Cause, time: int) -> bytes:
+    """What is said, as it lies in the outbox, or waits for the time when it is."""
+    kind = declared(message)
+    meta = Meta(time, kind.version, cause.correlation, cause.id, cause.by, cause.trace, cause.tracestate)
+    return packed(kind.kind, seal(message, id, meta))
+
+
+def _check_key(message: Message, key: str) -> None:
+    """Raises `Refused` for what was mended to be about another thing: that one's order would be broken."""
+    if not is_about(message, key):
+        raise Refused(
+            f"{declared(message).name} is about another thing than {key!r}: leave the key as it was, or discard it"
+        )
 
 
 def _check_record(schema: Schema, ask: Ask, state: Record | None) -> None:

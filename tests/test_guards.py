@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from cauce import (
     Record,
     Refused,
     Rejected,
+    Retry,
     Service,
     connect,
     running,
@@ -312,7 +315,7 @@ def test_a_reaction_waits_ten_minutes_for_a_callee_that_is_blocked_and_nothing_i
             await well.wait()
             return "well"
 
-        @reacting.on(attempts=2)
+        @reacting.on(retry=Retry(attempts=2))
         async def react(event: Made, ctx: Context) -> None:
             try:
                 await ctx.ask(Back(), timeout=1.0)
@@ -607,6 +610,28 @@ def test_a_handler_that_has_no_time_left_asks_nothing(virtual: Run, clock: Virtu
     virtual(main)
 
 
+def test_what_a_handler_began_beside_itself_is_bound_by_the_question_only_until_it_is_answered(
+    virtual: Run, clock: VirtualClock, bus_url: str
+) -> None:
+    async def main() -> None:
+        owner, front, beside = Owner(clock), Service("fronts", owns=fronts), list[asyncio.Task[int]]()
+
+        @front.answer
+        async def answer(query: Front, ctx: Context) -> str:
+            async def later() -> int:
+                await clock.sleep(60)
+                return await ctx.ask(Count())
+
+            beside.append(asyncio.ensure_future(later()))
+            return ""
+
+        async with running(owner.service, front, bus=bus_url, clock=clock) as bus:
+            await bus.ask(Front(), timeout=1.0)
+            assert await beside[0] == 1
+
+    virtual(main)
+
+
 def test_what_a_commander_asks_while_it_decides_gets_less_time_than_is_left_of_the_wish(
     virtual: Run, clock: VirtualClock, bus_url: str
 ) -> None:
@@ -690,3 +715,26 @@ def test_the_breaker_of_who_is_asked_in_turn_opens_too_though_all_that_wait_are_
             owner.thaw()
 
     virtual(main)
+
+
+# ----------------------------------------------------------------------------------------------------------- the page
+
+
+def test_what_the_how_to_shows_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parent.parent / "docs" / "how-to" / "when-a-service-blocks.md"
+    names: dict[str, Any] = {"__name__": "how_to"}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, str(page), "exec", dont_inherit=True), names)  # noqa: S102 - it is ours, and what is tested
+    asyncio.run(names["main"]())
+    assert capsys.readouterr().out.splitlines() == [
+        "not known now",
+        "not known now",
+        "not known now",
+        "users is in trouble and is not asked",
+        "Hello Ana, if that is still your name",
+        "open 1 0",
+        "1 Hello Ana",
+    ]

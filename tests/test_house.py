@@ -28,10 +28,14 @@ FLOORS = (
         "fallback",
         "upcaster",
         "restored",
+        "retry",
         "schema",
         "compatible",
         "sample",
         "codec",
+        "letter",
+        "duration",
+        "schedule",
     ),  # what travels, and its names; no I/O
     (
         "log",
@@ -58,12 +62,15 @@ FLOORS = (
         "backlog",
         "lag",
         "meter",
+        "agenda",
+        "timers",
         "bus",
         "question",
         "shares",
         "aside",
         "consumer",
         "outbox",
+        "letters",
         "reset",
     ),  # delivery
     (

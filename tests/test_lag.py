@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from cauce import Command, Copy, Domain, Event, Record, Service, Store, connect, running
+from cauce import Command, Copy, Domain, Event, Record, Retry, Service, Store, connect, running
 from cauce.backends import look
 from cauce.clock import SystemClock
 from cauce.codec import Meta, seal
@@ -63,7 +63,7 @@ def owner() -> Service:
 def bills(work: Callable[[Read], Awaitable[None]] | None = None, attempts: int = 12) -> Service:
     service = Service("bills")
 
-    @service.on(attempts=attempts)
+    @service.on(retry=Retry(attempts=attempts))
     async def bill(event: Read) -> None:
         if work is not None:
             await work(event)
@@ -284,7 +284,7 @@ async def test_a_handler_that_is_gone_is_said_to_be(each_bus: str) -> None:
 async def test_what_is_said_and_not_in_its_log_and_the_timers_are_counted(each_bus: str) -> None:
     service = Service("ticks")
 
-    @service.every(seconds=3600)
+    @service.every(3600)
     async def tick() -> None: ...
 
     async with running(service, bus=each_bus):

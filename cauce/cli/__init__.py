@@ -32,6 +32,7 @@ COMMANDS = {
     "history": ("history:history", "What changed of one thing, by which event and whose wish."),
     "undo": ("undo:undo", "Take one thing back, by facts that compensate."),
     "dead": ("dead:dead", "Messages that failed too often: list, show, retry, discard."),
+    "timers": ("timers:timers", "Messages that wait for their time, and intervals: list, cancel."),
     "import": ("import_:import_", "Bring events from a file of JSON lines."),
     "export": ("export:export", "Write a log as JSON lines of CloudEvents."),
     "verify": ("verify:verify", "Read all of a log and say what is not as it was written."),
