@@ -12,7 +12,7 @@ from cauce.clock import Clock
 from cauce.errors import Unavailable
 from cauce.log import Log
 from cauce.shelf import Builds
-from cauce.store import Outline, Pending, Stores
+from cauce.store import SAID, Outline, Pending, Stores
 from cauce.takes import Reads, readers
 
 __all__ = ["Kept", "Logs", "Progress", "Seen", "Survey"]
@@ -53,7 +53,7 @@ class Progress(msgspec.Struct, frozen=True):
     """
 
     service: str
-    kind: Literal["on", "decide", "view", "replica", "gone"]
+    kind: Literal["on", "decide", "view", "replica", "outbox", "gone"]
     name: str
     log: str
     lag: int | None = None
@@ -130,7 +130,8 @@ class Survey:
                 found.append(await self._progress(service, reads, outline, heads, until))
                 if (reader := self._readers.get(_key(service, reads))) is not None:
                     counted[_key(service, reads)] = reader.passed
-            known = {each.name for each in all_reads if each.kind in _BY_SLOT}
+            found += [_said(service, each) for each in outline.pending if each.consumer == SAID]
+            known = {SAID, *(each.name for each in all_reads if each.kind in _BY_SLOT)}
             found += _gone(service, outline, known, _NO_FUNCTION if service in catalogue else _NOT_SAID)
         self._before, self._looked = counted, self._clock.monotonic()
         return Seen(self._clock.now(), heads, kept, found)
@@ -222,6 +223,11 @@ def _deciders(outline: Outline) -> list[Reads]:
     """Those who decide what was sent: their name says what they want."""
     names = sorted({each.consumer for each in outline.places if each.consumer.startswith(_DECIDES)})
     return [Reads("decide", name, "commands", {name.removeprefix(_DECIDES): ()}) for name in names]
+
+
+def _said(service: str, pending: Pending) -> Progress:
+    """What was said and is set aside, because its log refuses it."""
+    return Progress(service, "outbox", SAID, "", retrying=pending.retrying, dead=pending.dead, behind=pending.behind)
 
 
 def _gone(service: str, outline: Outline, known: set[str], note: str) -> list[Progress]:

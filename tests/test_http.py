@@ -29,7 +29,7 @@ MAIN = "from cauce.cli import main; main()"
 
 SERVICE = """
 import time, asyncio
-from cauce import Command, Domain, Event, Query, Record, Service
+from cauce import Command, Domain, Event, Query, Record, Retry, Service
 
 jobs = Domain("jobs", key="name")
 
@@ -63,7 +63,7 @@ async def which(query: Which) -> str:
 
 worker = Service("worker")
 
-@worker.on(attempts=1)
+@worker.on(retry=Retry(attempts=1))
 async def work(event: Done) -> None:
     if event.name == "block":
         time.sleep(600)

@@ -8,12 +8,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from cauce import Command, Copy, Domain, Event, Record, Retry, Service, Store, connect, running
+from cauce import Command, Context, Copy, Domain, Event, Record, Retry, Service, Store, connect, running
 from cauce.backends import look
 from cauce.clock import SystemClock
 from cauce.codec import Meta, seal
 from cauce.lag import Progress, Seen, Survey
-from tests.kept import move_places
+from cauce.store import SAID, Unit, Waiting
+from tests.kept import move_places, store_of, stores_of
 
 meters = Domain("meters", key="name")
 
@@ -287,10 +288,31 @@ async def test_what_is_said_and_not_in_its_log_and_the_timers_are_counted(each_b
     @service.every(3600)
     async def tick() -> None: ...
 
-    async with running(service, bus=each_bus):
-        await until(each_bus, lambda seen: seen.services[0].timers > 0)
+    @service.on
+    async def later(event: Read, ctx: Context) -> None:
+        ctx.after(event.value, Note(event.name, 1))
+
+    await say(each_bus, Read("a", 3600), Read("b", 60))
+    async with running(service, bus=each_bus) as bus:
+        await bus.settled()
+        await until(each_bus, lambda seen: seen.services[0].timers == 3)
     (kept,) = (await seen(each_bus)).services
-    assert (kept.service, kept.outbox, kept.timers, kept.due) == ("ticks", 0, 1, 0)
+    assert (kept.service, kept.outbox, kept.timers, kept.due) == ("ticks", 0, 3, 0)
+    async with stores_of(each_bus) as stores:
+        outline = await stores.outline("ticks", SystemClock().now() + 1_800_000_000)
+    assert (outline.timers, outline.due) == (3, 1)
+
+
+async def test_what_the_outbox_has_set_aside_is_told_as_its_own(each_bus: str) -> None:
+    async with running(bills(), bus=each_bus):
+        pass
+    async with store_of(each_bus, "bills") as store:
+        for position, dead in ((1, True), (2, False)):
+            unit = Unit(None)
+            unit.parked = SAID, Waiting(position, "meters/a", 0, dead=dead, error="refused")
+            await store.commit(unit)
+    found = of(await seen(each_bus), "bills", SAID)
+    assert (found.kind, found.lag, found.dead, found.behind, found.note) == ("outbox", None, 1, 1, "")
 
 
 async def test_to_look_changes_no_file_of_a_store_and_stops_nobody(bus_url: str) -> None:

@@ -67,6 +67,7 @@ class NatsStores:
         latest = {(consumer, each.position): each for consumer, each in waiting}
         rows = ((consumer, position, latest[consumer, position]) for consumer, position in sorted(latest))
         due = [int(each.payload) for each in await bucket.read("timer.*")]
+        due += [each.due for each in await timers_in(bucket)]
         return Outline(
             places, pending_of((consumer, position, each.stream, each.dead) for consumer, position, each in rows),
             len(await bucket.read("outbox.>")), len(due), sum(each <= now for each in due),

@@ -32,6 +32,7 @@ _OUTLINE = """select
         from {home}.cauce_waiting), '{}') as waiting,
     (select count(*) from {home}.cauce_outbox), (select count(*) from {home}.cauce_timers),
     (select count(*) from {home}.cauce_timers where due <= $1)"""
+_DUE = "select count(*), count(*) filter (where due <= $1) from {home}.cauce_later"
 
 _INTERVALS = "select name, 'lead', name, due, ''::bytea from {home}.cauce_timers order by due, name"
 _TIMERS = "select id, share, handler, due, said from {home}.cauce_later order by due, number limit $1"
@@ -61,12 +62,12 @@ class PostgresStores:
 
     async def outline(self, service: str, now: int) -> Outline:
         (name,) = await self._services(service)
-        ((places, waiting, *numbers),) = await self._link.fetch(filled(_OUTLINE, home_of(self._link.schema, name)), now)
-        return Outline(
-            [Place(*row) for row in places],
-            pending_of(tuple(row) for row in waiting),
-            *numbers,
-        )
+        home = home_of(self._link.schema, name)
+        ((places, waiting, said, timers, due),) = await self._link.fetch(filled(_OUTLINE, home), now)
+        if await self._has_timers(home):
+            ((later, late),) = await self._link.fetch(filled(_DUE, home), now)
+            timers, due = timers + later, due + late
+        return Outline([Place(*row) for row in places], pending_of(tuple(row) for row in waiting), said, timers, due)
 
     async def letters(self, service: str = "") -> list[Letter]:
         return [letter for name in await self._services(service) for letter in await self._dead(name)]

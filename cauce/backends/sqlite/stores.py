@@ -25,8 +25,8 @@ _DEAD = """select consumer, position, stream, attempts, error, trace, raw, due, 
     select count(*) from cauce_waiting b where b.consumer = a.consumer and b.stream = a.stream and b.position > a.position)
     from cauce_waiting a where dead order by position"""
 _PLACES = "select consumer, domain, slot, log, position from cauce_places order by 1, 2, 3"
-_NUMBERS = """select (select count(*) from cauce_outbox), (select count(*) from cauce_timers),
-    (select count(*) from cauce_timers where due <= ?)"""
+_SAID = "select count(*) from cauce_outbox"
+_DUE = "select count(*), count(*) filter (where due <= ?) from"
 _RETRY = "update cauce_waiting set dead = 0, attempts = 0, due = 0 where consumer = ? and position = ? and dead"
 _INTERVALS = "select name, 'lead', name, due, x'' from cauce_timers order by due, name"
 _TIMERS = "select id, share, handler, due, said from cauce_later order by due, number limit ?"
@@ -140,9 +140,13 @@ def _outline(path: Path, now: int) -> Outline:
         places: list[Any] = connection.execute(_PLACES).fetchall()
         rows: Any = connection.execute("select consumer, position, stream, dead from cauce_waiting order by 1, 2")
         pending = pending_of((consumer, position, stream, bool(dead)) for consumer, position, stream, dead in rows)
-        numbers: Any = connection.execute(_NUMBERS, (now,)).fetchone()
+        said: int = connection.execute(_SAID).get
+        tables = ("cauce_timers", *(("cauce_later",) if connection.execute(_HAS_TIMERS).fetchone() else ()))
+        timers: list[Any] = [connection.execute(f"{_DUE} {table}", (now,)).fetchone() for table in tables]
         connection.execute("rollback")
-    return Outline([Place(*row) for row in places], pending, *numbers)
+    return Outline(
+        [Place(*row) for row in places], pending, said, sum(all for all, _ in timers), sum(due for _, due in timers)
+    )
 
 
 @contextmanager
