@@ -27,8 +27,9 @@ from cauce.history import page, stood
 from cauce.lease import Leases, identity
 from cauce.letter import Mended
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
-from cauce.outbox import Outbox, packed
+from cauce.outbox import Outbox
 from cauce.question import completed, read
+from cauce.said import packed
 from cauce.schema import Schema, encode, is_about
 from cauce.service import Bound, Service, bind
 from cauce.sql import Store as Sql

@@ -32,6 +32,7 @@ FLOORS = (
         "sample",
         "codec",
         "letter",
+        "said",
     ),  # what travels, and its names; no I/O
     (
         "log",
