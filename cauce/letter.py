@@ -16,7 +16,7 @@ from cauce.accept import check_body, check_value, decode_value
 from cauce.codec import Entry, digest, moment, to_cloudevent
 from cauce.errors import Refused
 
-__all__ = ["Mended", "Mending", "envelope_of", "letter_of", "mended", "mending_of", "with_mended"]
+__all__ = ["Envelope", "Mended", "Mending", "envelope_of", "letter_of", "mended", "mending_of", "with_mended"]
 
 
 class Mended(Entry, frozen=True, gc=False):

@@ -18,16 +18,20 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cauce.bus import Ask, Bus
-from cauce.codec import Entry, from_cloudevent
+from cauce.codec import Entry
 from cauce.errors import CauceError, Fenced, Unavailable
-from cauce.letter import letter_of, mended
 from cauce.retry import Retry
+from cauce.said import Said, Spoken, kept, spoken, spoken_again, unpacked
 
 if TYPE_CHECKING:
     from cauce.aside import Aside
     from cauce.store import Share, Store, Unit, Waiting
 
+<<<<<<< HEAD
 __all__ = ["Outbox", "packed", "unpacked"]
+=======
+__all__ = ["Outbox"]
+>>>>>>> C
 
 _log = logging.getLogger("cauce")
 
@@ -36,17 +40,6 @@ _PAUSE = 0.25
 _RETRY = Retry(first=0.25, longest=30.0)
 _REST = 1.0
 _MOST_UNDER_WAY = 5_000
-
-
-class _Said(msgspec.Struct, frozen=True, array_like=True):
-    """What a handler said, as it lies in the outbox: a command to send, or an event to record."""
-
-    kind: str
-    stream: str
-    type: str
-    id: str
-    raw: bytes
-    body: bytes
 
 
 class _PutOff(msgspec.Struct):
@@ -64,39 +57,7 @@ class _Row(msgspec.Struct, frozen=True):
     number: int
     handler: str
     slot: int
-    said: _Said
-
-
-class _Spoken(Entry, frozen=True, gc=False):
-    """What was said, ready for its log, and whether it is a command or an event."""
-
-    kind: str = ""
-
-
-class _SaidAs(msgspec.Struct):
-    """What a kept message tells of that, beside itself."""
-
-    kind: str
-    handler: str = ""
-
-
-class _Kept(msgspec.Struct):
-    said: _SaidAs
-
-
-_pack = msgspec.msgpack.Encoder().encode
-_unpack = msgspec.msgpack.Decoder(_Said).decode
-
-
-def packed(kind: str, entry: Entry) -> bytes:
-    """What a handler said, as it is stored."""
-    return _pack(_Said(kind, entry.stream, entry.type, entry.id, entry.raw, entry.body or b""))
-
-
-def unpacked(said: bytes) -> Entry:
-    """The message that a handler said, as it goes to its log."""
-    each = _unpack(said)
-    return Entry(0, each.stream, 0, each.type, each.id, each.raw, None, each.body, 0)
+    said: Said
 
 
 class Outbox:
@@ -192,21 +153,18 @@ class Outbox:
         return found
 
     async def _read(self, waiting: Waiting) -> Entry:
-        entry = mended(from_cloudevent(waiting.raw), waiting.raw)
-        kind = msgspec.json.decode(waiting.raw, type=_Kept).said.kind
-        return _spoken(_Said(kind, entry.stream, entry.type, entry.id, entry.raw, entry.body or b""))
+        return spoken_again(waiting.raw)
 
     async def _handle(self, entry: Entry, unit: Unit) -> None:
-        assert isinstance(entry, _Spoken)
+        assert isinstance(entry, Spoken)
         await self._relay_one(entry)
 
     async def _set_aside(self, row: _Row, aside: Aside, error: BaseException | None = None, failures: int = 0) -> None:
         """Let a person decide about what failed for good; without an error, about what is before it."""
         from cauce.store import SAID, Unit, Waiting
 
-        spoken = _spoken(row.said)
         waiting = Waiting(row.number, row.said.stream, row.slot, failures, error="waits behind an earlier one")
-        waiting.raw = letter_of(spoken, said={"kind": spoken.kind, "handler": row.handler})
+        waiting.raw = kept(row.said, row.handler)
         if error is not None:
             waiting.error = f"{type(error).__name__}: {error}"
             aside.bury(waiting, "".join(traceback.format_exception(error)), None)
@@ -240,7 +198,7 @@ class Outbox:
         after, mine = 0, set(self._slots())
         while rows := await self._store.outbox(after, 10_000):
             after = rows[-1][0]
-            if any(row[2] in mine and (patient or _unpack(row[3]).stream not in self._put_off) for row in rows):
+            if any(row[2] in mine and (patient or unpacked(row[3]).stream not in self._put_off) for row in rows):
                 return True
         return False
 
@@ -284,9 +242,9 @@ class Outbox:
             # Of a slot that is gained meanwhile the earlier pages were passed by.
             mine.intersection_update(self._slots())
             streams: dict[str, list[_Row]] = {}
-            for number, handler, slot, packed in rows:
+            for number, handler, slot, payload in rows:
                 if slot in mine:
-                    said = _unpack(packed)
+                    said = unpacked(payload)
                     met.add(said.stream)
                     # What waits behind one that failed may be in a later page.
                     if said.stream not in held_up:
@@ -342,7 +300,7 @@ class Outbox:
             if aside.last(row.said.stream) is not None:
                 await self._set_aside(row, aside)
                 return True
-            await self._relay_one(_spoken(row.said))
+            await self._relay_one(spoken(row.said))
         except (Exception, asyncio.CancelledError) as error:
             if me.cancelling():
                 raise
@@ -357,7 +315,7 @@ class Outbox:
         self._stands.append(row.number)
         return True
 
-    def _delay(self, said: _Said, error: BaseException) -> _PutOff:
+    def _delay(self, said: Said, error: BaseException) -> _PutOff:
         """Try a thing again later, and leave all others alone."""
         off = self._put_off.setdefault(said.stream, _PutOff())
         off.tries += 1
@@ -373,7 +331,7 @@ class Outbox:
         )  # fmt: skip
         return off
 
-    async def _relay_one(self, spoken: _Spoken) -> None:
+    async def _relay_one(self, spoken: Spoken) -> None:
         if spoken.kind == "command":
             entry = Entry(*msgspec.structs.astuple(spoken)[:9])
             await self._bus.commands.append(spoken.stream, [entry], repeat=True)
@@ -384,7 +342,3 @@ class Outbox:
             meta.correlation, meta.causation, meta.trace, meta.tracestate,
         )  # fmt: skip
         await self._record(spoken.domain, ask)
-
-
-def _spoken(said: _Said) -> _Spoken:
-    return _Spoken(0, said.stream, 0, said.type, said.id, said.raw, None, said.body, 0, kind=said.kind)

@@ -31,10 +31,16 @@ from cauce.history import page, stood
 from cauce.lease import Leases, identity
 from cauce.letter import Mended
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
+<<<<<<< HEAD
 from cauce.meter import Meter
 from cauce.outbox import Outbox, packed
 from cauce.question import completed, read
 from cauce.schedule import LATE, behind
+=======
+from cauce.outbox import Outbox
+from cauce.question import completed, read
+from cauce.said import packed
+>>>>>>> C
 from cauce.schema import Schema, encode, is_about
 from cauce.service import Bound, Service, bind
 from cauce.sql import Store as Sql

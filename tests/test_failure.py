@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from cauce import (
@@ -45,7 +46,8 @@ from cauce.accept import slot_of
 from cauce.backends.nats.store import NatsStore
 from cauce.backends.postgres.store import PostgresStore
 from cauce.backends.sqlite.store import SQLiteStore
-from cauce.codec import Meta, sealed
+from cauce.codec import Meta, sealed, to_cloudevent
+from cauce.letter import Envelope, envelope_of, letter_of, mended, with_mended
 from cauce.log import Filter, entries_of
 from cauce.retry import retry_for
 from cauce.store import SAID, Letter, Unit
@@ -80,6 +82,11 @@ class Result(Record, domain=results):
 
 
 class Done(Event, domain=results):
+    name: str
+    n: int
+
+
+class Finish(Command, domain=results):
     name: str
     n: int
 
@@ -545,6 +552,41 @@ async def test_what_was_said_is_recorded_as_it_was_mended(each_bus: str, monkeyp
         assert await bus.record(Result, "a") == Result("a", 7)
 
 
+async def test_a_command_that_was_sent_is_decided_as_it_was_mended_and_never_about_another_thing(
+    each_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Retry, "delay", lambda self, tries, chance: 0.01)
+    strict = Service("strict", owns=results)
+
+    @strict.decide
+    def finish(result: Result | None, command: Finish) -> Done:
+        if command.n < 0:
+            raise ValueError("not below zero")
+        return Done(command.name, command.n)
+
+    @strict.evolve
+    def done(result: Result | None, event: Done) -> Result:
+        return Result(event.name, event.n)
+
+    async with running(strict, bus=each_bus) as bus:
+        for name in ("a", "b"):
+            await bus.send(Finish(name, -1))
+        await bus.settled(timeout=120)
+        async with stores_of(each_bus) as stores:
+            for letter in await letters.found(stores, letters.Choice("strict", "decide results")):
+                # One of them is to be about another thing.
+                letter = await letters.edit(stores, letter, b'{"name": "a", "n": 7}', "ana", bus.clock)
+                await letters.retry(stores, [letter])
+    async with running(strict, bus=each_bus) as bus:
+        await bus.settled(timeout=120)
+        assert await bus.record(Result, "a") == Result("a", 7)
+        (fact,) = [each async for each in entries_of(bus.facts, Filter(domains=frozenset({"results"})))]
+        assert fact.wished is not None
+        assert json.loads(bytes(fact.wished.body)) == {"name": "a", "n": 7}
+    (letter,) = await letters_of(each_bus, "strict")
+    assert (letter.stream, letter.error[:44]) == ("results/b", "Refused: Finish is about another thing than ")
+
+
 async def test_a_message_that_cannot_be_decoded_is_a_dead_letter_with_its_raw_bytes_that_can_be_mended(
     each_bus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -574,6 +616,26 @@ async def test_a_message_that_cannot_be_decoded_is_a_dead_letter_with_its_raw_by
         await until(lambda: handled == [("bytes", 3)], bus)
         await bus.settled(timeout=60)
     assert await waiting(each_bus, "reacting", "handle") == []
+
+
+def test_what_older_code_kept_of_a_message_is_shown_as_far_as_it_goes() -> None:
+    """It kept nothing of a notice, and the bytes of a broken body as they were, which made no JSON of the whole."""
+    entry = sealed("jobs/a", "Begun", "id", Meta(1_000_000, schema=3, by="eva"), b'{"name": "a"}')
+    whole = msgspec.json.encode(to_cloudevent(entry))
+    assert letter_of(entry) == whole
+    told = envelope_of(whole)
+    assert (told.type, told.subject, told.schemaversion, bytes(told.data)) == ("Begun", "a", 3, b'{"name": "a"}')
+    for kept in (b"", b"null", whole.replace(b'{"name": "a"}', b"\xff"), b"[]"):
+        assert envelope_of(kept) == Envelope()
+        assert mended(entry, kept) is entry
+        with pytest.raises(Refused, match="nothing to mend"):
+            with_mended(kept, b"{}", "ana", 0)
+    again = with_mended(with_mended(whole, b"{}", "ana", 0), b'{ "n": 1 }', "joe", 1_000_000)
+    assert json.loads(again) == json.loads(whole) | {
+        "mended": {"data": {"n": 1}, "by": "joe", "time": "1970-01-01T00:00:01+00:00"}
+    }
+    made = mended(entry, again)
+    assert (made.body, made.raw, made.id, made.checked()) == (b'{"n":1}', entry.raw, entry.id, made)
 
 
 async def test_a_reaction_that_is_told_no_body_has_nothing_to_mend(

@@ -34,8 +34,12 @@ FLOORS = (
         "sample",
         "codec",
         "letter",
+<<<<<<< HEAD
         "duration",
         "schedule",
+=======
+        "said",
+>>>>>>> C
     ),  # what travels, and its names; no I/O
     (
         "log",
