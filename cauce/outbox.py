@@ -27,11 +27,7 @@ if TYPE_CHECKING:
     from cauce.aside import Aside
     from cauce.store import Share, Store, Unit, Waiting
 
-<<<<<<< HEAD
-__all__ = ["Outbox", "packed", "unpacked"]
-=======
 __all__ = ["Outbox"]
->>>>>>> C
 
 _log = logging.getLogger("cauce")
 

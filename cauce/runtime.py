@@ -31,16 +31,11 @@ from cauce.history import page, stood
 from cauce.lease import Leases, identity
 from cauce.letter import Mended
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
-<<<<<<< HEAD
 from cauce.meter import Meter
-from cauce.outbox import Outbox, packed
-from cauce.question import completed, read
-from cauce.schedule import LATE, behind
-=======
 from cauce.outbox import Outbox
 from cauce.question import completed, read
 from cauce.said import packed
->>>>>>> C
+from cauce.schedule import LATE, Missed, Schedule, behind
 from cauce.schema import Schema, encode, is_about
 from cauce.service import Bound, Service, bind
 from cauce.sql import Store as Sql
@@ -68,6 +63,7 @@ _log = logging.getLogger("cauce")
 _encode = msgspec.json.Encoder().encode
 _decode_asked = msgspec.json.Decoder(Asked).decode
 _GUARDS = Guards()
+_REST = 1.0
 _WISHES_AT_ONCE = 10_000
 _LOOKS_AT_ONCE = 2_000
 """How much a domain is wished, and how often its things are looked at, at a time in one instance."""
@@ -724,22 +720,35 @@ class _Running:
         older = (ask.type, ask.schema) != (kind.name, kind.version)
         await commander.publish([event], [ask.id], cause, [ask] if older else ())
 
+    async def _next_run(self, name: str, schedule: Schedule, missed: Missed, share: Share) -> int:
+        """When a function is due, as it was noted; where that is not so, or too late, it is noted."""
+        assert self._store is not None
+        clock = self._bus.clock
+        while True:
+            try:
+                due = await self._store.timer(name)
+                if not due or (missed == "skip" and clock.now() - due > LATE * 1_000_000):
+                    due = schedule.following(clock.now())
+                    unit = Unit(share)
+                    unit.timer = name, due
+                    await self._store.commit(unit)
+                return due
+            except Unavailable as error:
+                _log.warning("%s of %s waits: %s", name, self._service.name, error)
+                await clock.sleep(_REST)
+
     async def _interval(self, bound: Bound, share: Share) -> None:
         """Run a function every so often, for ever; when it is due is kept in the store."""
         assert self._store is not None
         assert bound.part.schedule is not None
         clock, store, schedule, missed = self._bus.clock, self._store, bound.part.schedule, bound.part.missed
         name = schedule.name_of(bound.name)
-        due = await store.timer(name)
+        due = await self._next_run(name, schedule, missed, share)
         while True:
-            if not due or (missed == "skip" and clock.now() - due > LATE * 1_000_000):
-                due = schedule.following(clock.now())
-                unit = Unit(share)
-                unit.timer = name, due
-                await store.commit(unit)
             due = await until(due, schedule, clock)
             if missed == "skip" and clock.now() - due > LATE * 1_000_000:
                 # The clock was set forward, or this machine slept.
+                due = await self._next_run(name, schedule, missed, share)
                 continue
             id = derive_id(uuid7(due * 4096 // 1000, 0), self._service.name, name)
             correlation.set(id)

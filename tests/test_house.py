@@ -34,12 +34,9 @@ FLOORS = (
         "sample",
         "codec",
         "letter",
-<<<<<<< HEAD
+        "said",
         "duration",
         "schedule",
-=======
-        "said",
->>>>>>> C
     ),  # what travels, and its names; no I/O
     (
         "log",

@@ -7,7 +7,9 @@ import platform
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from cauce.backends.nats.call import Lost
@@ -18,6 +20,7 @@ from cauce.backends.sqlite.stores import SQLiteStores
 from cauce.clock import SystemClock
 from cauce.errors import Damaged, Fenced, Refused, Unavailable
 from cauce.store import BadStatement, Share, Unit, Waiting
+from tests.kept import backend_at
 from tests.late import Late
 from tests.servers import Nats, NatsCluster
 
@@ -498,3 +501,30 @@ async def test_on_three_servers_what_was_acknowledged_is_read_at_once_by_every_h
                 assert (await handle.waiting("c"))[-1].position == n
                 assert await place(handle) == n
     nats_cluster.drop(bus_name)
+
+
+async def test_subjects_that_come_in_pages_are_all_found_though_some_are_taken_away_meanwhile(
+    nats_bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with backend_at(nats_bus) as backend:
+        store = await backend.stores.open("s", (), keeps=False)
+        assert isinstance(store, NatsStore)
+        bucket = store._bucket
+        prefix, asked = bucket._prefix, list[int]()
+        stand = [f"{prefix}due.lead.{n}.x" for n in range(7)]
+
+        async def pages(link: object, name: str, question: dict[str, Any], kind: type[Any]) -> object:
+            asked.append(question["offset"])
+            page = stand[question["offset"] : question["offset"] + 3]
+            told = msgspec.convert({"state": {"subjects": dict.fromkeys(page, 1)}, "total": len(stand)}, kind)
+            if len(asked) == 1:
+                # All that come behind move to the front.
+                del stand[0]
+            return told
+
+        monkeypatch.setattr("cauce.backends.nats.bucket.ask", pages)
+        found = await bucket.subjects("due.lead.>")
+        assert {int(tokens[2]) for tokens in found} >= set(range(1, 7))
+        assert asked == [0, 3, 0, 3]
+        monkeypatch.undo()
+        await store.close()

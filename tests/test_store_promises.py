@@ -371,6 +371,18 @@ async def test_at_most_so_many_are_let_go_at_once_and_none_is_passed_over(opened
     assert all([await store.due(name) > 2_000_010 for name in left])
 
 
+async def test_what_is_set_for_a_time_before_that_of_what_was_looked_at_is_let_go_first(opened: Opened) -> None:
+    store = await opened()
+    share = await share_of(store)
+    await set_timers(store, share, timer("a", 5_000_000), timer("d", 5_900_000))
+    assert await store.fire([share], 5_000_500, 10) == (1, 5_900_000)
+    await set_timers(store, share, timer("c", 5_800_000))
+    await set_timers(store, share, timer("b", 4_000_000))
+    assert (await store.fire([share], 5_800_000, 10))[0] == 2
+    assert (await store.fire([share], 5_900_000, 10)) == (1, 0)
+    assert [row[2] for row in await said(store)] == [b"said a", b"said b", b"said c", b"said d"]
+
+
 async def test_a_timer_that_is_set_again_is_moved_and_one_that_is_cancelled_never_fires(opened: Opened) -> None:
     store = await opened()
     share, other = await share_of(store), await share_of(store, "slot/2")

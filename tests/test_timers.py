@@ -20,9 +20,11 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 
 from cauce import Bus, Context, Query, Refused, Retry, Service, connect, days, hours, minutes, running
+from cauce.backends.sqlite.store import SQLiteStore
 from cauce.cli import main
 from cauce.clock import SystemClock
 from cauce.codec import Entry, micros
+from cauce.errors import Busy
 from cauce.log import Filter
 from cauce.schedule import Cron, Missed, Often, behind, schedule_of
 from cauce.store import Timer
@@ -594,6 +596,26 @@ def test_a_run_that_failed_is_made_again_for_the_same_time_and_one_that_hangs_ho
         assert len(tried) == 3
         assert tried[0][0] == datetime(2026, 6, 1, 3, tzinfo=UTC)
         assert len(others) >= 10
+
+    drive(clock, main)
+
+
+def test_an_interval_begins_though_its_store_is_busy_for_a_while(bus_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, ran, asked = clock_at("2026-06-01T00:59:50+00:00"), list[str](), SQLiteStore.timer
+    busy = ["once", "twice"]
+
+    async def timer(self: SQLiteStore, name: str) -> int:
+        if busy:
+            busy.pop()
+            raise Busy("somebody else writes")
+        return await asked(self, name)
+
+    monkeypatch.setattr(SQLiteStore, "timer", timer)
+
+    async def main() -> None:
+        async with running(nightly(ran, text="0 * * * *"), bus=bus_url, clock=clock):
+            await clock.sleep(20)
+        assert (len(ran), busy) == (1, [])
 
     drive(clock, main)
 
