@@ -18,7 +18,7 @@ import msgspec
 from cauce.accept import slot_of
 from cauce.clock import Clock
 from cauce.codec import Entry, to_cloudevent
-from cauce.errors import Damaged, Unavailable
+from cauce.errors import Damaged, Fenced, Unavailable
 from cauce.log import Filter, Log, filter_of
 from cauce.store import BadStatement, Share, Store, Unit, Waiting
 
@@ -38,7 +38,10 @@ _MOMENT = 0.05
 _CAUTION = 10.0
 """Seconds for which a message that may have killed the process keeps others of its kind from beginning."""
 
-_DIED = "the process died while this was handled"
+_DIED = "the process died, or stood still, while this was handled"
+
+_DEATHS = 3
+"""How many processes in a row, dead or struck off, a message may be in the hands of before it is a dead letter."""
 
 Handle = Callable[[Entry, Unit], Awaitable[None]]
 Slot = tuple[str, int]
@@ -88,6 +91,7 @@ class Consumer:
         attempts: how often a message is tried before it is a dead letter; 0: without end.
         may_begin: whether the instance is sure enough of its slots to begin something new.
         caution: shared by all consumers of a service: held while what may have killed the process is tried.
+        fenced: told when another instance has what this one still works on; without it, that stops the consumer.
     """
 
     def __init__(
@@ -104,12 +108,13 @@ class Consumer:
         attempts: int = 0,
         may_begin: Callable[[], bool] = lambda: True,
         caution: asyncio.Lock | None = None,
+        fenced: Callable[[Fenced], None] | None = None,
     ) -> None:
         self.name, self.wants, self.bodies = name, wants, bodies
         self._handle, self._log, self._store, self._clock = handle, log, store, clock
         self._now, self._begin = now, 0
         self._attempts, self._may_begin = attempts, may_begin
-        self._caution = caution or asyncio.Lock()
+        self._caution, self._fenced = caution or asyncio.Lock(), fenced
         self._lanes: dict[Slot, _Lane] = {}
         self._looked = 0
         self._tail: Tail | None = None
@@ -149,6 +154,10 @@ class Consumer:
                     self._store.move(share, self.name, domain, slot, self._log.id, lane.place)
         for waiting in await self._store.waiting(self.name):
             if waiting.slot in shares:
+                share = shares[waiting.slot]
+                if waiting.due < 0 and share is not None and share.clean:
+                    # The last one who had it in hand ended, or gave it away, in good order: it has not killed that one.
+                    waiting.due += 1
                 self._set_aside(waiting)
         self._catch_up(lanes)
 
@@ -188,9 +197,28 @@ class Consumer:
 
     def stop(self) -> None:
         """Stop at once; what is not finished is handled again after the next start."""
-        for task in (*(lane.task for lane in self._lanes.values()), *self._readers, *self._retries.values()):
-            if task is not None:
-                task.cancel()
+        for task in self._at_work():
+            task.cancel()
+
+    async def abandon(self, within: float) -> None:
+        """Forget all that is in hand, because others have it: nothing more is begun, and no place is noted.
+
+        Parameters:
+            within: seconds that handlers get to end when they are cancelled; what still runs then can store nothing.
+        """
+        working = self._at_work()
+        self._lanes, self._readers, self._retries, self._waiting = {}, set(), {}, {}
+        self._many.clear()
+        self._in_hand, self._newer = set(), set()
+        for task in working:
+            task.cancel()
+        if working and (late := (await asyncio.wait(working, timeout=within))[1]):
+            _log.warning("%s: %d handlers did not end when they were cancelled", self.name, len(late))
+        self._moved.set()
+
+    def _at_work(self) -> set[asyncio.Task[None]]:
+        lanes = (lane.task for lane in self._lanes.values())
+        return {task for task in (*lanes, *self._readers, *self._retries.values()) if task is not None}
 
     async def reload(self) -> None:
         """Look again at what waits for a person: one may have decided."""
@@ -445,6 +473,12 @@ class Consumer:
             self._store.move(lane.share, self.name, *lane.slot, self._log.id, position)
 
     def _stops(self, error: BaseException) -> None:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            return  # It was given up already, and others do its work.
+        if isinstance(error, Fenced) and self._fenced is not None:
+            self._fenced(error)
+            return
         _log.critical("%s stops: %s", self.name, error)
         if not self.failed.done():
             self.failed.set_exception(error)
@@ -490,7 +524,7 @@ class Consumer:
             self._retries[first.stream] = asyncio.get_running_loop().create_task(self._retry(first.stream))
 
     async def _retry(self, stream: str) -> None:
-        queue = self._waiting[stream]
+        queue, retries = self._waiting[stream], self._retries
         slot, tries = queue[0].slot, 0
         try:
             while queue and not queue[0].dead and slot not in self._leaving:
@@ -512,7 +546,7 @@ class Consumer:
             self._stops(error)
             return
         finally:
-            self._retries.pop(stream, None)
+            retries.pop(stream, None)
             if not queue and self._waiting.get(stream) is queue:
                 del self._waiting[stream]
             self._moved.set()
@@ -530,12 +564,15 @@ class Consumer:
             self._caution.release()
 
     async def _again(self, waiting: Waiting, tries: int) -> bool:
-        """Try once more, counted before it is begun: if that kills the process, the next start knows."""
+        """Try once more, counted before it is begun: if that kills the process, the next start knows.
+
+        While it is in hand `due` is below 0: how many processes in a row had it in hand, with this one.
+        """
         lanes = [lane for lane in self._lanes.values() if lane.slot[1] == waiting.slot]
         share = lanes[0].share if lanes else None
-        died = waiting.due < 0
-        if self._attempts and died and waiting.attempts >= self._attempts:
-            waiting.error = _DIED
+        deaths = max(0, -waiting.due)
+        if self._attempts and deaths >= min(_DEATHS, self._attempts):
+            waiting.error, waiting.attempts = f"{_DIED}, {deaths} times", max(waiting.attempts, deaths)
             self._bury(waiting, "", await self._entry(waiting))
             await self._park(share, waiting)
             return False
@@ -543,7 +580,7 @@ class Consumer:
             await self._clock.sleep(_MOMENT)
         self._in_hand.add(waiting.stream)
         try:
-            waiting.attempts, waiting.due = waiting.attempts + 1, -1
+            waiting.attempts, waiting.due = waiting.attempts + 1, -1 - deaths
             await self._park(share, waiting)
             unit = Unit(share)
             unit.unparked = (self.name, waiting.position)

@@ -20,7 +20,7 @@ from cauce.carried import LastOfEach, Superseded, carried
 from cauce.clock import Clock, SystemClock, uuid7
 from cauce.codec import Entry, Meta, derive_id, seal
 from cauce.commander import Commander, Decider
-from cauce.errors import CauceError, Gone, NoAnswer, NotOwner, Refused, Unavailable, Unreadable
+from cauce.errors import CauceError, Fenced, Gone, NoAnswer, NotOwner, Refused, Unavailable, Unreadable
 from cauce.fold import Folder, messages_of
 from cauce.folding import fold_of, rules_of
 from cauce.history import page, stood
@@ -56,6 +56,7 @@ _LONGEST_PAUSE = 30.0
 _HOPELESS_PAUSE = 60.0
 _REST = 1.0
 _MOST_UNDER_WAY = 5_000
+_MOMENT = 0.05
 
 
 @asynccontextmanager
@@ -270,7 +271,7 @@ class _Running:
         keeps = bool(migrations or self._copies is not None)
         self._store = store = await self._stores.open(name, migrations, keeps=keeps)
         await keep(bus.facts, name, store.id, store.place, store.is_fresh, bus.clock)
-        self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose)
+        self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose, self._forget)
         shares.touched = self._touched
         caution = asyncio.Lock()
         self._consumers = [
@@ -306,7 +307,7 @@ class _Running:
         await self._announce("starting")
         await self._shares.start()
         self._tasks.start("shares", self._shares.run())
-        self._tasks.start("leases", self._leases.beat())
+        self._tasks.start("leases", self._keep_claims())
         for commander in self._commanders.values():
             self._tasks.start(f"records of {commander.domain}", commander.records.run())
 
@@ -377,6 +378,32 @@ class _Running:
             with suppress(Unavailable):
                 await self._lose(shares)
             raise
+
+    async def _keep_claims(self) -> None:
+        """Beat for ever. A claim that was taken over is that of a slot that another instance has."""
+        assert self._shares is not None
+        while True:
+            try:
+                await self._leases.beat()
+            except Fenced as error:
+                self._shares.fenced(error)
+
+    async def _forget(self, owner: str) -> None:
+        """Drop all that is in hand, because others have it, and be somebody else from now on.
+
+        Nothing is written on the way: what was is refused by its fence. Views and replicas go on: who feeds them holds
+        a lock of its own, and their writes tell by themselves if another has written.
+        """
+        await self._stop_leading()
+        await asyncio.gather(*(consumer.abandon(self._drain) for consumer, _ in self._consumers))
+        for commander in self._commanders.values():
+            commander.abandon()
+        for address in [each for each in self._served if "/" in each or not each]:
+            self._leave(address)
+        await self._leases.forget(owner)
+        self._owner, self._look_anew = owner, True
+        if self._running:
+            await self._announce("running")
 
     async def _hold(self, shares: Sequence[Share]) -> None:
         """Begin to work on what was taken."""
@@ -549,7 +576,7 @@ class _Running:
         shares = self._shares
         return Consumer(
             _deciding(domain), {domain: frozenset()}, handle, self._bus.commands, self._store, self._bus.clock,
-            attempts=ATTEMPTS, may_begin=lambda: shares.is_fresh, caution=caution,
+            attempts=ATTEMPTS, may_begin=lambda: shares.is_fresh, caution=caution, fenced=shares.fenced,
         )  # fmt: skip
 
     def _reaction(self, bound: Bound, caution: asyncio.Lock) -> Consumer:
@@ -581,6 +608,7 @@ class _Running:
         return Consumer(
             bound.name, _wants(bound), handle, log, store, bus.clock, bodies=not bound.notice,
             attempts=bound.part.attempts, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
+            fenced=shares.fenced,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------- what it says
@@ -794,6 +822,7 @@ class _Running:
     async def _interval(self, bound: Bound, share: Share) -> None:
         """Run a function every so often, for ever; when it is due is kept in the store."""
         assert self._store is not None
+        assert self._shares is not None
         clock, store, name, step = self._bus.clock, self._store, bound.name, round(bound.part.seconds * 1_000_000)
         due = await store.timer(name)
         if not due:
@@ -803,6 +832,8 @@ class _Running:
             await store.commit(unit)
         while True:
             await clock.sleep(max(0.0, (due - clock.now()) / 1_000_000))
+            while not self._shares.is_fresh:
+                await clock.sleep(_MOMENT)
             id = derive_id(uuid7(due * 4096 // 1000, 0), self._service.name, name)
             correlation.set(id)
             context = Context(self._bus, self._service.name, name, None, Cause(id, id), Sql(store.fetch))
@@ -812,6 +843,9 @@ class _Running:
                 # What was missed is made up for once.
                 unit.timer = name, due + step if due + step > clock.now() else clock.now() + step
                 await store.commit(unit)
+            except Fenced as error:
+                self._shares.fenced(error)
+                return
             except Exception as error:
                 _log.exception("%s.%s failed and is run again: %s", self._service.name, name, error)
                 await clock.sleep(min(bound.part.seconds, 10.0))
