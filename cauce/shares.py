@@ -121,7 +121,7 @@ class Shares:
                 await self._doubt.wait()
 
     def fenced(self, error: Fenced) -> None:
-        """Somebody else has what this instance believes to hold: begin nothing more, and join again as soon as may be."""
+        """Somebody else has what this instance believes to hold: begin nothing more, and join again soon."""
         self._beaten = float("-inf")
         if self._lost is None:
             self._lost = error
