@@ -56,7 +56,9 @@ FLOORS = (
         "bus",
         "question",
         "shares",
+        "aside",
         "consumer",
+        "outbox",
         "reset",
     ),  # delivery
     (

@@ -132,7 +132,7 @@ async def letters_of(url: str, service: str = "") -> list[Letter]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What failed is tried again soon, and what a person decided is seen soon, where time is real."""
-    monkeypatch.setattr("cauce.consumer._FIRST_DELAY", 0.01)
+    monkeypatch.setattr("cauce.aside._FIRST_DELAY", 0.01)
     monkeypatch.setattr("cauce.shares.BEAT", 0.1)
 
 
