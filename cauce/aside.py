@@ -17,7 +17,7 @@ import msgspec
 from cauce.accept import slot_of
 from cauce.clock import Clock
 from cauce.codec import Entry, to_cloudevent
-from cauce.errors import Damaged, Unavailable
+from cauce.errors import Damaged, Overran, Unavailable
 from cauce.log import Filter, Log
 from cauce.store import BadStatement, Share, Store, Unit, Waiting
 
@@ -194,7 +194,7 @@ class Aside:
             return
         _log.warning(
             "%s: position %d (%s) failed %d times and waits %.1f s: %s", self._name, waiting.position, waiting.stream, waiting.attempts, delay, waiting.error,
-            exc_info=None if isinstance(error, Unavailable) else error,
+            exc_info=None if isinstance(error, (Unavailable, Overran)) else error,
         )  # fmt: skip
 
     def _bury(self, waiting: Waiting, trace: str, entry: Entry | None) -> None:

@@ -14,7 +14,18 @@ from cauce import errors
 from cauce.accept import check_key, slot_of
 from cauce.clock import Clock
 from cauce.codec import Entry, Meta, derive_id, micros, moment, sealed
-from cauce.errors import CauceError, Conflict, Gone, NoAnswer, NotOwner, OutcomeUnknown, Refused, Unreadable
+from cauce.errors import (
+    CauceError,
+    Conflict,
+    Gone,
+    NoAnswer,
+    NotOwner,
+    OutcomeUnknown,
+    Overran,
+    Refused,
+    Unavailable,
+    Unreadable,
+)
 from cauce.log import Filter, Log
 from cauce.messages import Command, Copy, Declared, Event, Message, Query, Record, declared
 from cauce.past import Change, Changes, Standing, Stood, check_count, moment_or_version
@@ -137,6 +148,9 @@ def error_name(error: CauceError) -> str:
     """By what name an error travels: its own, or that of the nearest kind that the asker can be given."""
     if isinstance(error, OutcomeUnknown):
         return OutcomeUnknown.__name__
+    if isinstance(error, Overran):
+        # It is the fault of who answers, and nothing was done.
+        return Unavailable.__name__
     return next((cls.__name__ for cls in type(error).__mro__ if _ERRORS.get(cls.__name__) is cls), "CauceError")
 
 

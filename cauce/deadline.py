@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 __all__ = ["Deadlines"]
@@ -22,14 +22,22 @@ class Deadlines:
         self._waiting: dict[object, tuple[float, asyncio.Task[object]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._over: set[object] = set()
+        self._late: dict[object, Callable[[float], float]] = {}
 
-    async def within(self, seconds: float, work: Awaitable[T]) -> T:
-        """The result of the work; after so many seconds it is cancelled and `TimeoutError` raised."""
+    async def within(self, seconds: float, work: Awaitable[T], late: Callable[[float], float] | None = None) -> T:
+        """The result of the work; after so many seconds it is cancelled and `TimeoutError` raised.
+
+        Parameters:
+            late: called when the time is over, with the seconds since then: they are many where the loop stood still.
+                It gives the seconds that the work gets still; 0: it is cancelled now.
+        """
         task = asyncio.current_task()
         assert task is not None
         me = object()
         until = self._loop.time() + seconds
         self._waiting[me] = until, task
+        if late is not None:
+            self._late[me] = late
         if self._timer is None or until < self._timer.when():
             self._arm(until)
         try:
@@ -41,6 +49,8 @@ class Deadlines:
         finally:
             del self._waiting[me]
             self._over.discard(me)
+            if late is not None:
+                del self._late[me]
 
     def _arm(self, when: float) -> None:
         if self._timer is not None:
@@ -52,6 +62,9 @@ class Deadlines:
         self._timer = None
         for me, (until, task) in self._waiting.items():
             if until <= now and me not in self._over:
+                if me in self._late and (more := self._late[me](now - until)) > 0:
+                    self._waiting[me] = now + more, task
+                    continue
                 self._over.add(me)
                 task.cancel()
         left = [until for me, (until, _) in self._waiting.items() if me not in self._over]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -23,6 +25,8 @@ from cauce.commander import Commander, Decider
 from cauce.errors import CauceError, Fenced, Gone, NoAnswer, NotOwner, Refused, Unavailable, Unreadable
 from cauce.fold import Folder, messages_of
 from cauce.folding import fold_of, rules_of
+from cauce.guards.patience import Patience
+from cauce.guards.watchdog import Watchdog
 from cauce.history import page, stood
 from cauce.lease import Leases, identity
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
@@ -105,6 +109,9 @@ async def running(
         tasks = _Tasks(face.failed)
         tails = Tails(face)
         each = [_Running(service, parts, stores, face, tasks, tails, drain) for service, parts in bounds]
+        if isinstance(clock, SystemClock):
+            # A clock that tests drive says nothing of how long the loop really takes.
+            stack.callback(_watched(bounds, clock).stop)
         stack.push_async_callback(_stop, each, tasks, drain)
         # Each step for all, before the next for any: nobody owns half of what it says, or reacts before others answer.
         for step in (
@@ -140,6 +147,20 @@ async def _stop(services: Sequence[_Running], tasks: _Tasks, drain: float) -> No
     await tasks.stop()
     for service in services:
         await service.close()
+
+
+def _watched(bounds: Sequence[tuple[Service, list[Bound]]], clock: Clock) -> Watchdog:
+    """Watch this loop, and what runs beside it and cannot be given up, from now on."""
+    names, aside, patience = dict[CodeType, str](), dict[CodeType, str](), 0.0
+    for service, parts in bounds:
+        for bound in parts:
+            if bound.part.kind != "replica" and (code := getattr(bound.part.function, "__code__", None)) is not None:
+                names[code] = f"{service.name}.{bound.name}"
+                if bound.part.kind == "view":
+                    aside[code], patience = names[code], max(patience, service.patience)
+    watchdog = Watchdog(names, aside, clock, patience)
+    watchdog.start()
+    return watchdog
 
 
 def _bus(backend: Backend, clock: Clock) -> Bus:
@@ -239,6 +260,13 @@ class _Running:
         self._running = False
         self._outbox: Outbox | None = None
         self._threads = Threads()
+        self._patience = Patience(self._threads, self._hanging_changed)
+        self._guarded = {
+            bound.part.function: self._guard(bound)
+            for bound in parts
+            if bound.part.kind in ("on", "every", "answer") or (bound.part.kind == "decide" and bound.is_async)
+        }
+        self._state: State = "running"
         self._leading: list[asyncio.Task[None]] = []
 
     # ------------------------------------------------------------------------------------------------------ starting
@@ -323,11 +351,24 @@ class _Running:
 
     async def _announce(self, state: State) -> None:
         """Say how this instance is, and what it answers."""
+        if state == "running" and self._patience.hanging:
+            state = "blocked"
         domains = tuple(domain.name for domain in self._service.owns)
         slots = tuple(address for address in self._served if "/" in address)
         self._served[""] = await self._bus.wire.announce(
             Instance(self._service.name, self._owner, domains + slots, os.getpid(), state, self._since)
         )
+
+    def _hanging_changed(self) -> None:
+        """A handler was given up and runs on, or has ended after all."""
+        if self._running and self._state == "running":
+            self._tasks.start("state", self._announce_again())
+
+    async def _announce_again(self) -> None:
+        try:
+            await self._announce(self._state)
+        except (CauceError, OSError) as error:
+            _log.warning("%s does not show how it is: %s", self._service.name, error)
 
     async def consume(self) -> None:
         """React, and decide what was sent."""
@@ -461,6 +502,7 @@ class _Running:
         if not self._running or self._outbox is None:
             return
         try:
+            self._state = "draining"
             await self._announce("draining")
         except Refused as error:
             _log.warning("%s ends without saying so: %s", self._service.name, error)
@@ -535,6 +577,21 @@ class _Running:
 
     # ---------------------------------------------------------------------------------------------------------- parts
 
+    def _guard(self, bound: Bound) -> Callable[..., Awaitable[Any]]:
+        """The handler behind its patience; it takes its thing first."""
+        seconds = self._service.patience if bound.part.patience is None else bound.part.patience
+        name = f"{self._service.name}.{bound.name}"
+        return self._patience.guard(name, seconds, bound.part.function, is_async=bound.is_async)
+
+    async def _run(self, bound: Bound, told: tuple[Any, ...], context: Context, thing: str = "") -> Any:
+        """Call a handler: a plain one in a thread, because it may block.
+
+        Parameters:
+            thing: of what only one is in hand at a time.
+        """
+        named = {} if bound.context is None else {bound.context: context}
+        return await self._guarded[bound.part.function](thing, *told, **named)
+
     def _of(self, kind: str) -> list[Bound]:
         return [bound for bound in self._parts if bound.part.kind == kind]
 
@@ -544,7 +601,7 @@ class _Running:
         if domain.key is None:
             return
         deciders = {
-            cls: Decider(bound.part.function, bound.context, bound.is_async)
+            cls: Decider(self._patient(bound), bound.context, bound.is_async)
             for cls, bound in self._functions("decide").items()
         }
         inverses = {cls: bound.part.function for cls, bound in self._functions("invert").items()}
@@ -554,6 +611,12 @@ class _Running:
         )
         self._commanders[domain.name] = commander
         self._bus.settles(commander.settled)
+
+    def _patient(self, bound: Bound) -> Callable[..., Any]:
+        """A decide function that waits is given up like any handler; another one takes no time."""
+        if not bound.is_async:
+            return bound.part.function
+        return functools.wraps(bound.part.function)(functools.partial(self._guarded[bound.part.function], ""))
 
     def _functions(self, kind: str) -> dict[type[Message], Bound]:
         return {cls: bound for bound in self._of(kind) for cls in bound.messages}
@@ -596,7 +659,9 @@ class _Running:
             cause = Cause(entry.id, meta.correlation or entry.id, "", meta.trace, meta.tracestate)
             correlation.set(cause.correlation)
             context = Context(bus, service, bound.name, entry, cause, Sql(store.fetch))
-            self._say(bound, context, unit, slot_of(entry.key), await _run(bound, (message,), context, self._threads))
+            self._say(
+                bound, context, unit, slot_of(entry.key), await self._run(bound, (message,), context, entry.stream)
+            )
 
         return Consumer(
             bound.name, _wants(bound), handle, log, store, bus.clock, bodies=not bound.notice,
@@ -682,7 +747,7 @@ class _Running:
             context = Context(self._bus, self._service.name, name, None, Cause(id, id), Sql(store.fetch))
             unit = Unit(share)
             try:
-                self._say(bound, context, unit, 0, await _run(bound, (), context, self._threads))
+                self._say(bound, context, unit, 0, await self._run(bound, (), context, name))
                 # What was missed is made up for once.
                 unit.timer = name, due + step if due + step > clock.now() else clock.now() + step
                 await store.commit(unit)
@@ -787,7 +852,7 @@ class _Running:
         before = correlation.set(cause.correlation)
         try:
             context = Context(self._bus, self._service.name, bound.name, None, cause)
-            answer = await _run(bound, (query,), context, self._threads)
+            answer = await self._run(bound, (query,), context)
         finally:
             correlation.reset(before)
         what = f"the answer of {self._service.name}.{bound.name}"
@@ -841,11 +906,3 @@ def _wants(bound: Bound) -> dict[str, frozenset[str]]:
             # Of records a deletion is wanted, too, which has a name of its own.
             names |= kind.names
     return {domain: frozenset(types) for domain, types in wants.items()}
-
-
-async def _run(bound: Bound, told: tuple[Any, ...], context: Context, threads: Threads) -> Any:
-    """Call a handler: a plain one in a thread, because it may block."""
-    named = {} if bound.context is None else {bound.context: context}
-    if bound.is_async:
-        return await bound.part.function(*told, **named)
-    return await threads.run(f"{context.service}.{bound.name}", bound.part.function, *told, **named)

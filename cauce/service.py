@@ -46,9 +46,13 @@ ATTEMPTS = 12
 """How often a message is tried when nothing else is said: with the delays between, for about ten minutes."""
 
 
+PATIENCE = 60.0
+"""Seconds that a handler gets when nothing else is said."""
+
+
 class Part(msgspec.Struct, frozen=True):
     """One function of a service, as the decorator found it; of a replica, its class. `view`: for which it works;
-    `most`: how many may bear what it finds."""
+    `most`: how many may bear what it finds; `patience`: seconds that a call of it gets, None: as its service says."""
 
     kind: Kind
     function: Callable[..., Any]
@@ -58,6 +62,7 @@ class Part(msgspec.Struct, frozen=True):
     seconds: float = 0.0
     view: str = ""
     most: int | Callable[[Any], int] = 1
+    patience: float | None = None
 
     @property
     def name(self) -> str:
@@ -75,6 +80,9 @@ class Service:
             is run on is given for each: `{"sqlite": "…", "postgresql": "…"}`.
         audit: seconds for which commands of its domains are kept once they are decided, with those that were rejected
             or changed nothing; at least an hour, 30 days if not said, None: for ever. Facts are kept for ever.
+        patience: seconds that a call of one of its handlers gets, where that says nothing else; 0: without end. What
+            takes longer is given up: an async function is cancelled, a plain one is left to its thread; the log has its
+            stack, and it counts as failed.
     """
 
     def __init__(
@@ -84,6 +92,7 @@ class Service:
         owns: Domain | Iterable[Domain] = (),
         schema: Tables | Iterable[Tables] = (),
         audit: float | None = AUDIT,
+        patience: float = PATIENCE,
     ) -> None:
         if audit is not None and not SHORTEST <= audit < 1e11:
             raise Refused(f"{name}: audit={audit}: say a number of seconds, {SHORTEST:g} or more, or None for ever")
@@ -92,6 +101,7 @@ class Service:
         self.owns = (owns,) if isinstance(owns, Domain) else tuple(owns)
         self.schema: tuple[Tables, ...] = (schema,) if isinstance(schema, (str, Mapping)) else tuple(schema)
         self.audit = audit
+        self.patience = _patient(name, patience)
         self.parts: list[Part] = []
         self.views: dict[str, Tables | None] = {}
 
@@ -132,15 +142,39 @@ class Service:
             return lambda each: self._add("unique", each, most=most)
         return self._add("unique", function, most=most)
 
-    def answer(self, function: F) -> F:
-        """Answers a query of an own domain."""
-        return self._add("answer", function)
+    @typing.overload
+    def answer(self, function: F) -> F: ...
+    @typing.overload
+    def answer(self, function: None = None, *, patience: float | None = None) -> Callable[[F], F]: ...
+    def answer(self, function: F | None = None, *, patience: float | None = None) -> Any:
+        """Answers a query of an own domain.
+
+        Parameters:
+            patience: seconds that a call of it gets; None: as the service says, 0: without end.
+        """
+        if function is None:
+            return lambda each: self._add("answer", each, patience=patience)
+        return self._add("answer", function, patience=patience)
 
     @typing.overload
     def on(self, function: F) -> F: ...
     @typing.overload
-    def on(self, function: None = None, *, start: Start = "first", attempts: int = ATTEMPTS) -> Callable[[F], F]: ...
-    def on(self, function: F | None = None, *, start: Start = "first", attempts: int = ATTEMPTS) -> Any:
+    def on(
+        self,
+        function: None = None,
+        *,
+        start: Start = "first",
+        attempts: int = ATTEMPTS,
+        patience: float | None = None,
+    ) -> Callable[[F], F]: ...
+    def on(
+        self,
+        function: F | None = None,
+        *,
+        start: Start = "first",
+        attempts: int = ATTEMPTS,
+        patience: float | None = None,
+    ) -> Any:
         """Reacts, told by the type of the parameter: to events (`UserRegistered`), to their thin form
         (`Notice[UserRegistered]`), or to each change of a record (`User`; with `User | None` also to its deletion).
 
@@ -151,21 +185,25 @@ class Service:
             start: where a reaction that never ran before begins: at the `first` event ever recorded, or with what
                 comes from `now` on.
             attempts: how often a message is tried, with growing delay, before it is a dead letter; 0: without end.
+            patience: seconds that a call of it gets; None: as the service says, 0: without end.
         """
         if attempts < 0:
             raise Refused(f"{self.name}: attempts={attempts}: say how often, or 0 for without end")
         if function is None:
-            return lambda each: self._add("on", each, start, attempts)
-        return self._add("on", function, start, attempts)
+            return lambda each: self._add("on", each, start, attempts, patience=patience)
+        return self._add("on", function, start, attempts, patience=patience)
 
-    def every(self, seconds: float) -> Callable[[F], F]:
+    def every(self, seconds: float, *, patience: float | None = None) -> Callable[[F], F]:
         """Runs a function once in so many seconds, in one instance of the service; it takes a context, or nothing.
 
         What it returns is sent or recorded like what a reaction returns. A run that was missed is made up for once.
+
+        Parameters:
+            patience: seconds that a run gets; None: as the service says, 0: without end.
         """
         if not 0 < seconds < 1e9:
             raise Refused(f"{self.name}: every({seconds}): say a number of seconds above 0")
-        return lambda function: self._add("every", function, seconds=seconds)
+        return lambda function: self._add("every", function, seconds=seconds, patience=patience)
 
     def view(self, name: str, *, schema: Tables | None = None) -> Callable[[F], F]:
         """Builds a view: `function(event, db)` queues statements on the `Store` that it gets. Several may build one.
@@ -199,15 +237,24 @@ class Service:
         seconds: float = 0.0,
         view: str = "",
         most: int | Callable[[Any], int] = 1,
+        patience: float | None = None,
     ) -> F:
         if not (inspect.isfunction(function) or inspect.ismethod(function)):
             raise Refused(
                 f"{self.name}: {function!r} is no function: write it with def or async def, and decorate that"
             )
+        if patience is not None:
+            _patient(f"{self.name}.{function.__name__}", patience)
         frame = sys._getframe(2)
         names = {} if frame.f_locals is frame.f_globals else dict(frame.f_locals)
-        self.parts.append(Part(kind, function, names, start, attempts, seconds, view, most))
+        self.parts.append(Part(kind, function, names, start, attempts, seconds, view, most, patience))
         return function
+
+
+def _patient(where: str, seconds: float) -> float:
+    if isinstance(seconds, bool) or not 0 <= seconds < 1e9:
+        raise Refused(f"{where}: patience={seconds!r}: say a number of seconds, or 0 for without end")
+    return seconds
 
 
 class Bound(msgspec.Struct, frozen=True):

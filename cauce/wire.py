@@ -7,12 +7,13 @@ from typing import Literal, Protocol
 
 import msgspec
 
-__all__ = ["Handler", "Instance", "State", "Wire"]
+__all__ = ["Handler", "Instance", "State", "Wire", "as_seen"]
 
 Handler = Callable[[bytes], Awaitable[bytes]]
 """Makes an answer of a question. It is cancelled when the asker's deadline has passed."""
 
-State = Literal["starting", "running", "draining"]
+State = Literal["starting", "running", "blocked", "draining"]
+"""`blocked`: a handler keeps its event loop, or runs on though it was given up, or the process is stopped."""
 
 
 class Instance(msgspec.Struct, frozen=True):
@@ -29,6 +30,11 @@ class Instance(msgspec.Struct, frozen=True):
     state: State = "running"
     since: int = 0
     beat: int = 0
+
+
+def as_seen(instance: Instance, beat: int, *, quiet: bool) -> Instance:
+    """An instance as others see it: who has missed some beats cannot say itself that it is blocked."""
+    return msgspec.structs.replace(instance, beat=beat, state="blocked" if quiet else instance.state)
 
 
 class Wire(Protocol):

@@ -16,15 +16,18 @@ from cauce.backends.nats.direct import pages
 from cauce.backends.nats.link import Link
 from cauce.clock import Clock
 from cauce.errors import NoAnswer, Unavailable
-from cauce.wire import Instance
+from cauce.wire import Instance, as_seen
 
 __all__ = ["BEAT", "LEASE", "Registry"]
 
 _log = logging.getLogger("cauce")
 
 BEAT = 2.0
-LEASE = 7.0
-"""Seconds after which the server forgets who said nothing: three beats missed."""
+_QUIET = 6_000_000
+"""Microseconds without a beat, three of them missed, after which an instance counts as blocked."""
+
+LEASE = 60.0
+"""Seconds after which the server forgets who said nothing, though it seems to be connected."""
 
 _MOST = 1000
 
@@ -105,7 +108,7 @@ class Registry:
                 instances = _readable(each.data)
                 if instances:
                     found[headers["Nats-Subject"][start:]] = tuple(
-                        msgspec.structs.replace(instance, beat=beat) for instance in instances
+                        as_seen(instance, beat, quiet=here - beat > _QUIET) for instance in instances
                     )
         return found
 

@@ -12,7 +12,7 @@ import msgspec
 
 from cauce.clock import Clock
 from cauce.identity import is_dead
-from cauce.wire import Instance
+from cauce.wire import Instance, as_seen
 
 __all__ = ["BEAT", "CHANGED", "LEASE", "Fetch", "Present", "Registry"]
 
@@ -221,7 +221,7 @@ class Registry:
         self.doubt()
         await self.look()
         return [
-            msgspec.structs.replace(instance, beat=self._beats[token].at)
+            as_seen(instance, self._beats[token].at, quiet=self.is_quiet(token))
             for token, present in self.present.items()
             if token != but
             for instance in present.instances

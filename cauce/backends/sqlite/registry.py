@@ -13,7 +13,7 @@ import msgspec
 from cauce.backends.sqlite.short import short
 from cauce.clock import Clock
 from cauce.identity import is_dead
-from cauce.wire import Instance
+from cauce.wire import Instance, as_seen
 
 __all__ = ["BACKLOG", "Present", "Registry"]
 
@@ -159,7 +159,7 @@ class Registry:
             if token != but and self.is_alive(token):
                 with suppress(OSError):
                     beat = os.stat(f"{token}.json", dir_fd=self._directory).st_mtime_ns // 1000
-                    found += (msgspec.structs.replace(instance, beat=beat) for instance in present.instances)
+                    found += (as_seen(instance, beat, quiet=self.is_quiet(token)) for instance in present.instances)
         return found
 
     def bury(self, token: str) -> None:
