@@ -137,7 +137,9 @@ class Aside:
         """Forget what waits in these slots: another instance has it."""
         for stream in [each for each in self._waiting if slot_of(each.partition("/")[2]) in slots]:
             self._many[slot_of(stream.partition("/")[2])] -= len(self._waiting.pop(stream))
-            self._retries.pop(stream, None)
+            if (task := self._retries.pop(stream, None)) is not None:
+                # Set aside by what was in hand at the end: it must not be tried without the slot.
+                task.cancel()
 
     def abandon(self) -> None:
         """Forget all that waits: other instances have it. Who cancels the tasks is the caller."""

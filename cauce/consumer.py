@@ -124,7 +124,8 @@ class Consumer:
         """Work on these slots from now on. Raises `Damaged` for places that are not of this log."""
         self._tail = tail
         self._looked = max(self._looked, tail.looked)
-        self._leaving -= shares.keys()
+        # In place: who tries again what failed looks at the same set.
+        self._leaving.difference_update(shares)
         places = await self._store.places(self.name, self._log.id, await self._log.head())
         lanes = []
         for domain in self.wants:

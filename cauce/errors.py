@@ -89,7 +89,7 @@ class Inconsistent(CauceError):
 
 
 class Overran(CauceError):
-    """A handler took longer than its patience, and was given up: see its stack in the log, and mend it, or give it more."""
+    """A handler took longer than its patience, and was given up: see its stack in the log; mend it, or give it more."""
 
 
 class Unavailable(CauceError):

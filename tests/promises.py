@@ -149,6 +149,7 @@ PROMISES: tuple[Promise, ...] = (
             "test_reactions::test_an_event_of_the_own_domain_that_a_reaction_returns_is_recorded_once_with_its_cause",
             "test_reactions::test_after_a_kill_messages_are_handled_again_with_the_same_key_and_none_is_skipped",
             "test_history::test_services_that_are_killed_at_random_lose_nothing_and_do_nothing_twice",
+            "test_blocked::test_instances_that_are_stopped_and_go_on_again_and_again_under_load_lose_nothing_and_do_nothing_twice",
             "test_store_faults::test_a_server_that_crashes_under_load_and_comes_back_lost_nothing_and_doubled_nothing",
             "test_calls::test_what_was_sent_is_decided_once_though_it_is_read_again_after_a_crash",
         ],
@@ -179,6 +180,7 @@ PROMISES: tuple[Promise, ...] = (
             "test_instances::test_what_failed_too_often_is_a_dead_letter_and_a_person_decides",
             "test_instances::test_a_dead_letter_waits_through_a_restart_with_those_behind_it",
             "test_instances::test_a_message_that_kills_the_process_is_parked_and_no_other",
+            "test_blocked::test_a_message_that_ends_the_process_is_parked_after_three_of_them",
             "test_store_promises::test_dead_letters_of_all_services_are_listed_and_decided",
         ],
         {
@@ -188,8 +190,13 @@ PROMISES: tuple[Promise, ...] = (
     ),
     Promise(
         "A blocked service hurts nobody else",
-        "Every call has a deadline that travels. Work of an instance that hangs goes to another.",
+        "Every call has a deadline that travels. Work of an instance that hangs goes to another. A handler that blocks the loop or "
+        "outlives its patience is reported with its stack.",
         [
+            "test_blocked::test_a_handler_that_blocks_its_loop_is_parked_after_three_instances_which_all_come_back",
+            "test_blocked::test_a_handler_that_never_gives_the_loop_back_is_shown_as_blocked_and_parked_when_three_were_replaced",
+            "test_blocked::test_a_handler_that_outlives_its_patience_is_cancelled_and_counts_as_failed_while_others_go_on",
+            "test_blocked::test_a_plain_handler_that_outlives_its_patience_is_left_to_its_thread_and_nothing_of_its_thing_begins_there",
             "test_wire_promises::test_a_deadline_travels_and_cancels_what_it_was_for",
             "test_wire_promises::test_one_that_stands_still_is_a_timeout_and_when_it_goes_on_begins_nothing_that_is_over",
             "test_calls::test_an_answer_that_never_comes_is_no_answer_when_the_time_is_over",
@@ -198,10 +205,7 @@ PROMISES: tuple[Promise, ...] = (
             "test_reactions::test_a_plain_reaction_may_block_without_holding_up_the_others",
             "test_services::test_a_handler_that_is_too_slow_is_handed_back_and_handled_again_after_the_next_start",
         ],
-        {
-            "": "Not there yet: the breaker and the bulkhead of each callee, and the report, with its stack, of a handler that "
-            "blocks the loop or outlives its lease."
-        },
+        {"": "Not there yet: the breaker and the bulkhead of each callee."},
     ),
     Promise(
         "A copy never goes back",

@@ -134,9 +134,10 @@ async def stop(process: subprocess.Popen[str], url: str) -> None:
 
 
 def nobody_writes(url: str) -> bool:
-    """Whether all turns at the files of a bus on SQLite, and of the stores beside it, are free."""
+    """Whether all turns at the files of a bus on SQLite, and of stores beside a bus, are free."""
     kind, _, path = url.partition(":///")
-    for turn in folder_of(Path(path)).rglob("turn.*") if kind == "sqlite" else ():
+    folder = folder_of(Path(path)) if kind == "sqlite" else Path(url.partition("files=")[2] or "nowhere")
+    for turn in folder.rglob("turn.*"):
         with turn.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
