@@ -124,7 +124,6 @@ class Consumer:
         """Work on these slots from now on. Raises `Damaged` for places that are not of this log."""
         self._tail = tail
         self._looked = max(self._looked, tail.looked)
-        # In place: who tries again what failed looks at the same set.
         self._leaving.difference_update(shares)
         places = await self._store.places(self.name, self._log.id, await self._log.head())
         lanes = []
@@ -153,7 +152,7 @@ class Consumer:
             within: seconds that handlers get; what takes longer is cancelled, and handled again.
         """
         gone = set(slots)
-        self._leaving |= gone
+        self._leaving.update(gone)
         self._moved.set()
         lanes = [lane for lane in self._lanes.values() if lane.slot[1] in gone]
         for lane in lanes:

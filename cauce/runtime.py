@@ -645,23 +645,27 @@ class _Running:
         assert self._shares is not None
         store, shares = self._store, self._shares
 
+        name, is_record = bound.name, _is_record(bound)
+
         async def handle(entry: Entry, unit: Unit) -> None:
             meta = entry.meta if bound.notice else entry.checked().meta
+            domain, _, key = entry.stream.partition("/")
             message: Any
             if bound.notice:
-                message = Notice(schema.today(entry.domain, entry.type), entry.key, entry.version)
-            elif _is_record(bound):
+                message = Notice(schema.today(domain, entry.type), key, entry.version)
+            elif is_record:
                 message = carried(bound.messages[0], schema, entry)
                 if isinstance(entry, Superseded) or (message is None and not bound.gone):
                     return
             else:
-                message = schema.decode(entry.domain, entry.type, meta.schema, entry.body or b"")
-            cause = Cause(entry.id, meta.correlation or entry.id, "", meta.trace, meta.tracestate)
-            correlation.set(cause.correlation)
-            context = Context(bus, service, bound.name, entry, cause, Sql(store.fetch))
-            self._say(
-                bound, context, unit, slot_of(entry.key), await self._run(bound, (message,), context, entry.stream)
-            )
+                message = schema.decode(domain, entry.type, meta.schema, entry.body or b"")
+            began = meta.correlation or entry.id
+            correlation.set(began)
+            cause = Cause(entry.id, began, "", meta.trace, meta.tracestate)
+            context = Context(bus, service, name, entry, cause, Sql(store.fetch))
+            result = await self._run(bound, (message,), context, entry.stream)
+            if result is not None or context.store.queued:
+                self._say(bound, context, unit, slot_of(key), result)
 
         return Consumer(
             bound.name, _wants(bound), handle, log, store, bus.clock, bodies=not bound.notice,
