@@ -646,6 +646,7 @@ class _Running:
         store, shares = self._store, self._shares
 
         name, is_record = bound.name, _is_record(bound)
+        call, takes = self._guarded[bound.part.function], bound.context
 
         async def handle(entry: Entry, unit: Unit) -> None:
             meta = entry.meta if bound.notice else entry.checked().meta
@@ -663,7 +664,10 @@ class _Running:
             correlation.set(began)
             cause = Cause(entry.id, began, "", meta.trace, meta.tracestate)
             context = Context(bus, service, name, entry, cause, Sql(store.fetch))
-            result = await self._run(bound, (message,), context, entry.stream)
+            if takes is None:
+                result = await call(entry.stream, message)
+            else:
+                result = await call(entry.stream, message, **{takes: context})
             if result is not None or context.store.queued:
                 self._say(bound, context, unit, slot_of(key), result)
 

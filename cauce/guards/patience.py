@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -31,6 +31,47 @@ _STILL = 0.5
 
 _GRACE = 1.0
 """Seconds after which a coroutine that was cancelled and has not ended is told of."""
+
+
+class _Call:
+    """A call of an async handler: its patience is looked at from when it waits for the first time."""
+
+    __slots__ = ("_handler", "_name", "_seconds", "_thing", "_waits")
+
+    def __init__(self, waits: Handler, name: str, seconds: float, thing: str, handler: Any) -> None:
+        self._waits, self._name, self._seconds, self._thing, self._handler = waits, name, seconds, thing, handler
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        try:
+            first = self._handler.send(None)
+        except StopIteration as stop:
+            return stop.value
+        rest = self._waits(self._name, self._seconds, self._thing, self._handler, first)
+        return (yield from rest.__await__())
+
+
+class _Rest:
+    """What remains of a coroutine that has begun: it waits for this first."""
+
+    __slots__ = ("_coroutine", "_first")
+
+    def __init__(self, coroutine: Any, first: Any) -> None:
+        self._coroutine, self._first = coroutine, first
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        coroutine, wanted = self._coroutine, self._first
+        try:
+            while True:
+                try:
+                    got = yield wanted
+                except BaseException as error:
+                    wanted = coroutine.throw(error)
+                else:
+                    wanted = coroutine.send(got)
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            coroutine.close()
 
 
 class Patience:
@@ -60,16 +101,16 @@ class Patience:
         What it returns raises `Overran`; `Overloaded` where no thread was free for so long, and nothing ran; and `Busy`
         while an earlier call for the same thing, that nobody waits for any more, has not ended.
         """
-        if is_async:
-            return functools.partial(self._awaited, name, seconds, function)
-        return functools.partial(self._in_thread, name, seconds, function)
-
-    async def _awaited(
-        self, name: str, seconds: float, function: Handler, thing: str, /, *told: Any, **named: Any
-    ) -> Any:
+        if not is_async:
+            return functools.partial(self._in_thread, name, seconds, function)
         if not seconds:
-            return await function(*told, **named)
-        handler, over, token = function(*told, **named), False, object()
+            return lambda thing, *told, **named: function(*told, **named)
+        # No coroutine of our own for each message: most handlers are done before they ever wait.
+        return lambda thing, *told, **named: _Call(self._waits, name, seconds, thing, function(*told, **named))
+
+    async def _waits(self, name: str, seconds: float, thing: str, handler: Any, first: Any) -> Any:
+        """What a handler that has begun, and waits for the first time, returns in the end."""
+        over, token = False, object()
         watching: asyncio.TimerHandle | None = None
 
         def late(behind: float) -> float:
@@ -82,7 +123,7 @@ class Patience:
             return 0.0
 
         try:
-            return await self._deadlines.within(seconds, handler, late)
+            return await self._deadlines.within(seconds, _Rest(handler, first), late)
         except TimeoutError:
             if not over:
                 raise
