@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from cauce import Context, Domain, Query, Refused, Service, Unavailable, connect, running
+from cauce import Context, Domain, Query, Refused, Service, Store, Unavailable, connect, running
+from cauce.clock import SystemClock
 from cauce.log import Filter, entries_of
 from tests.test_instances import (
     SEEN,
@@ -288,6 +289,7 @@ async def test_instances_that_are_stopped_and_go_on_again_and_again_under_load_l
             assert (await bus.fetch(Counted, thing)).n == len(ids) // len(things)
     for name in ("one", "two"):
         assert "counters: this instance has joined again" in processes.log(name)
+        assert "this process stood still for" in processes.log(name)
     for process in processes.all.values():
         assert process.poll() is None
 
@@ -402,3 +404,63 @@ def test_a_patience_that_is_no_length_of_time_is_refused() -> None:
 
         @service.on(patience=float("nan"))
         async def handle(event: Added) -> None: ...
+
+
+# ----------------------------------------------------------------------------------------------- the watchdog
+
+
+@pytest.mark.parametrize("kind", ["decide", "evolve", "on"])
+async def test_a_function_that_keeps_the_event_loop_is_named_with_its_stack_while_it_does(
+    kind: str, bus_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def blocks(wanted: str) -> None:
+        if wanted == kind:
+            time.sleep(1.6)
+
+    service = Service("blocking", owns=owner.owns)
+
+    @service.decide
+    def decide(counted: Counted | None, command: Add) -> Added:
+        blocks("decide")
+        return Added(command.name, (counted.n if counted else 0) + 1)
+
+    @service.evolve
+    def evolve(counted: Counted | None, event: Added) -> Counted:
+        blocks("evolve")
+        return Counted(event.name, event.n)
+
+    @service.on
+    async def on(event: Added) -> None:
+        blocks("on")
+
+    async with running(service, bus=bus_url) as bus:
+        await bus.call(Add("a"))
+        await bus.settled()
+    told = [each for each in caplog.records if "keeps the event loop" in each.getMessage()]
+    assert [each.getMessage().partition(" ")[0] for each in told] == [f"blocking.{kind}"] * len(told)
+    assert "time.sleep(1.6)" in (told[0].stack_info or "")
+    assert f"in blocking.{kind}" in caplog.text
+    assert "the event loop goes on, after" in caplog.text
+
+
+async def test_a_view_function_that_does_not_come_back_is_told_of_with_its_stack(
+    bus_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Service("viewing", patience=0.4)
+
+    @service.view("counts", schema="create table counts (name text primary key, n integer)")
+    def entry(event: Added, db: Store) -> None:
+        time.sleep(1.5)
+        db.execute("insert or replace into counts values (?, ?)", (event.name, event.n))
+
+    async with running(owner, service, bus=bus_url) as bus:
+        await bus.call(Add("a"))
+        await bus.settled()
+    (told,) = [each for each in caplog.records if "viewing.entry has been at one entry" in each.getMessage()]
+    assert "time.sleep(1.5)" in (told.stack_info or "")
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="there is no such clock here")
+def test_the_clock_goes_on_while_the_machine_sleeps() -> None:
+    before = time.clock_gettime(time.CLOCK_BOOTTIME)
+    assert before <= SystemClock().monotonic() <= time.clock_gettime(time.CLOCK_BOOTTIME)
