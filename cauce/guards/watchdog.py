@@ -76,13 +76,13 @@ class Watchdog(threading.Thread):
             began = self._clock.monotonic()
             self._ending.wait(_LOOK)
             now = self._clock.monotonic()
-            if self._ticked:
-                break
             if now - began > _LOOK + STALL:
                 # It was not the loop that stood still: the whole process did.
                 _log.error("this process stood still for %.1f s: it was stopped, or its machine was", now - began)
                 asked = now
-            elif now - asked >= STALL and not told:
+            if self._ticked:
+                break
+            if now - asked >= STALL and not told:
                 told = True
                 self._tell(now - asked)
             elif now - asked >= TTL and not lost:
