@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cauce.bus import Bus, Context
     from cauce.clock import Clock, SystemClock
+    from cauce.duration import days, hours, minutes
     from cauce.errors import (
         BreakerOpen,
         Busy,
@@ -32,15 +33,19 @@ if TYPE_CHECKING:
         Unreachable,
         Unreadable,
     )
+    from cauce.guards.breaker import Limits
+    from cauce.guards.guard import Guards
     from cauce.messages import Command, Copy, Domain, Event, Notice, Query, Record, field, replace
     from cauce.past import Change
     from cauce.receipt import Receipt
     from cauce.restored import Restored
+    from cauce.retry import ALWAYS, NEVER, Retry
     from cauce.runtime import connect, running
     from cauce.service import Service
     from cauce.sql import Store
     from cauce.undone import Fact, Undone
     from cauce.upcaster import upcast
+    from cauce.wire import Instance
 else:
     # A command line that only prints its help must not pay for asyncio and all messages: names are loaded when used.
     import importlib
@@ -48,6 +53,7 @@ else:
     _HOMES = {
         "bus": ("Bus", "Context"),
         "clock": ("Clock", "SystemClock"),
+        "duration": ("days", "hours", "minutes"),
         "errors": (
             "BreakerOpen",
             "Busy",
@@ -72,15 +78,19 @@ else:
             "Unreachable",
             "Unreadable",
         ),
+        "guards.breaker": ("Limits",),
+        "guards.guard": ("Guards",),
         "messages": ("Command", "Copy", "Domain", "Event", "Notice", "Query", "Record", "field", "replace"),
         "past": ("Change",),
         "receipt": ("Receipt",),
         "restored": ("Restored",),
+        "retry": ("ALWAYS", "NEVER", "Retry"),
         "runtime": ("connect", "running"),
         "service": ("Service",),
         "sql": ("Store",),
         "undone": ("Fact", "Undone"),
         "upcaster": ("upcast",),
+        "wire": ("Instance",),
     }
     _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -95,6 +105,8 @@ else:
 
 
 __all__ = [
+    "ALWAYS",
+    "NEVER",
     "BreakerOpen",
     "Bus",
     "Busy",
@@ -111,9 +123,12 @@ __all__ = [
     "Fact",
     "Fenced",
     "Gone",
+    "Guards",
     "Held",
     "IdReused",
     "Inconsistent",
+    "Instance",
+    "Limits",
     "NoAnswer",
     "NotOwner",
     "NotPermitted",
@@ -127,6 +142,7 @@ __all__ = [
     "Refused",
     "Rejected",
     "Restored",
+    "Retry",
     "Service",
     "StorageFull",
     "Store",
@@ -136,7 +152,10 @@ __all__ = [
     "Unreachable",
     "Unreadable",
     "connect",
+    "days",
     "field",
+    "hours",
+    "minutes",
     "replace",
     "running",
     "upcast",

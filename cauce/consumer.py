@@ -8,6 +8,7 @@ has failed too often is a dead letter: a person decides.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -15,11 +16,12 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from cauce.accept import slot_of
-from cauce.aside import DIED, Aside, Handle, handled
+from cauce.aside import DIED, Aside, Handle, entry_of, handled
 from cauce.clock import Clock
 from cauce.codec import Entry
 from cauce.errors import Fenced, Unavailable
 from cauce.log import Log, filter_of
+from cauce.retry import USUAL, Retries
 from cauce.store import BadStatement, Share, Store, Unit, Waiting
 
 __all__ = ["Consumer", "Tail"]
@@ -75,7 +77,7 @@ class Consumer:
         wants: the types it handles, by domain; none means all.
         now: whether it begins, in slots it has no place in, with what comes from now on, not with the first.
         bodies: whether it needs more than envelopes.
-        attempts: how often a message is tried before it is a dead letter; 0: without end.
+        retry: when a message is tried again, and how often before it is a dead letter.
         may_begin: whether the instance is sure enough of its slots to begin something new.
         caution: shared by all consumers of a service: held while what may have killed the process is tried.
         fenced: told when another instance has what this one still works on; without it, that stops the consumer.
@@ -92,7 +94,7 @@ class Consumer:
         *,
         now: bool = False,
         bodies: bool = True,
-        attempts: int = 0,
+        retry: Retries = USUAL,
         may_begin: Callable[[], bool] = lambda: True,
         caution: asyncio.Lock | None = None,
         fenced: Callable[[Fenced], None] | None = None,
@@ -108,8 +110,8 @@ class Consumer:
         self._leaving: set[int] = set()
         self._moved = asyncio.Event()
         self._aside = Aside(
-            name, handle, log, store, clock, attempts, may_begin, caution or asyncio.Lock(), self._share, self._leaving,
-            self._moved, self._stops,
+            name, handle, functools.partial(entry_of, log, name), store, clock, retry, may_begin,
+            caution or asyncio.Lock(), self._share, self._leaving, self._moved, self._stops,
         )  # fmt: skip
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -201,6 +203,11 @@ class Consumer:
     async def reload(self) -> None:
         """Look again at what waits for a person: one may have decided."""
         await self._aside.reload()
+
+    @property
+    def held(self) -> int:
+        """How many messages are in hand, or wait in memory for their turn; without those that are set aside."""
+        return sum(len(lane.queue) for lane in self._lanes.values())
 
     # ---------------------------------------------------------------------------------------------- what comes in
 

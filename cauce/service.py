@@ -6,13 +6,14 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from cauce.accept import check_domain
 from cauce.audit import SHORTEST
-from cauce.bus import Context, reply_type
+from cauce.bus import Context, check_line, reply_type
 from cauce.errors import Refused
 from cauce.messages import (
     Command,
@@ -29,6 +30,8 @@ from cauce.messages import (
     copied,
     declared,
 )
+from cauce.retry import USUAL, Retries, check_retries
+from cauce.schedule import Missed, Schedule, schedule_of
 from cauce.sql import Store, Tables
 
 __all__ = ["Bound", "Part", "Service", "bind", "bound_parts"]
@@ -42,8 +45,9 @@ AUDIT = 30 * 86_400.0
 
 _RULE_BYTES = 63
 
-ATTEMPTS = 12
-"""How often a message is tried when nothing else is said: with the delays between, for about ten minutes."""
+
+AT_ONCE = 2_000
+"""Questions that one answer function has in hand at a time: twice what 1,000 callers ask at once."""
 
 
 PATIENCE = 60.0
@@ -52,16 +56,19 @@ PATIENCE = 60.0
 
 class Part(msgspec.Struct, frozen=True):
     """One function of a service, as the decorator found it; of a replica, its class. `view`: for which it works;
-    `most`: how many may bear what it finds; `patience`: seconds that a call of it gets, None: as its service says."""
+    `most`: how many may bear what it finds; `at_once`: how many questions it has in hand at a time; `patience`: seconds
+    that a call of it gets, None: as its service says."""
 
     kind: Kind
     function: Callable[..., Any]
     names: dict[str, Any]
     start: Start = "first"
-    attempts: int = ATTEMPTS
-    seconds: float = 0.0
+    retry: Retries = USUAL
+    schedule: Schedule | None = None
+    missed: Missed = "once"
     view: str = ""
     most: int | Callable[[Any], int] = 1
+    at_once: int = AT_ONCE
     patience: float | None = None
 
     @property
@@ -83,6 +90,7 @@ class Service:
         patience: seconds that a call of one of its handlers gets, where that says nothing else; 0: without end. What
             takes longer is given up: an async function is cancelled, a plain one is left to its thread; the log has its
             stack, and it counts as failed.
+        version: of the service's code, as the registry is to show it, such as "1.4.2"; nothing hangs on it.
     """
 
     def __init__(
@@ -93,6 +101,7 @@ class Service:
         schema: Tables | Iterable[Tables] = (),
         audit: float | None = AUDIT,
         patience: float = PATIENCE,
+        version: str = "",
     ) -> None:
         if audit is not None and not SHORTEST <= audit < 1e11:
             raise Refused(f"{name}: audit={audit}: say a number of seconds, {SHORTEST:g} or more, or None for ever")
@@ -102,6 +111,7 @@ class Service:
         self.schema: tuple[Tables, ...] = (schema,) if isinstance(schema, (str, Mapping)) else tuple(schema)
         self.audit = audit
         self.patience = _patient(name, patience)
+        self.version = check_line(version, "version")
         self.parts: list[Part] = []
         self.views: dict[str, Tables | None] = {}
 
@@ -145,16 +155,21 @@ class Service:
     @typing.overload
     def answer(self, function: F) -> F: ...
     @typing.overload
-    def answer(self, function: None = None, *, patience: float | None = None) -> Callable[[F], F]: ...
-    def answer(self, function: F | None = None, *, patience: float | None = None) -> Any:
+    def answer(
+        self, function: None = None, *, at_once: int = AT_ONCE, patience: float | None = None
+    ) -> Callable[[F], F]: ...
+    def answer(self, function: F | None = None, *, at_once: int = AT_ONCE, patience: float | None = None) -> Any:
         """Answers a query of an own domain.
 
         Parameters:
+            at_once: questions that it has in hand at a time in one instance; who asks beyond is told `Overloaded`.
             patience: seconds that a call of it gets; None: as the service says, 0: without end.
         """
+        if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
+            raise Refused(f"{self.name}: at_once={at_once!r}: say a number of questions, 1 or more")
         if function is None:
-            return lambda each: self._add("answer", each, patience=patience)
-        return self._add("answer", function, patience=patience)
+            return lambda each: self._add("answer", each, at_once=at_once, patience=patience)
+        return self._add("answer", function, at_once=at_once, patience=patience)
 
     @typing.overload
     def on(self, function: F) -> F: ...
@@ -164,7 +179,7 @@ class Service:
         function: None = None,
         *,
         start: Start = "first",
-        attempts: int = ATTEMPTS,
+        retry: Retries = USUAL,
         patience: float | None = None,
     ) -> Callable[[F], F]: ...
     def on(
@@ -172,7 +187,7 @@ class Service:
         function: F | None = None,
         *,
         start: Start = "first",
-        attempts: int = ATTEMPTS,
+        retry: Retries = USUAL,
         patience: float | None = None,
     ) -> Any:
         """Reacts, told by the type of the parameter: to events (`UserRegistered`), to their thin form
@@ -184,26 +199,40 @@ class Service:
         Parameters:
             start: where a reaction that never ran before begins: at the `first` event ever recorded, or with what
                 comes from `now` on.
-            attempts: how often a message is tried, with growing delay, before it is a dead letter; 0: without end.
+            retry: when a message is tried again, and how often before it is a dead letter: a `Retry`, or one for each
+                class of errors, as `{TimeoutError: Retry(attempts=50), ValueError: NEVER}`.
             patience: seconds that a call of it gets; None: as the service says, 0: without end.
         """
-        if attempts < 0:
-            raise Refused(f"{self.name}: attempts={attempts}: say how often, or 0 for without end")
+        check_retries(retry, self.name)
         if function is None:
-            return lambda each: self._add("on", each, start, attempts, patience=patience)
-        return self._add("on", function, start, attempts, patience=patience)
+            return lambda each: self._add("on", each, start=start, retry=retry, patience=patience)
+        return self._add("on", function, start=start, retry=retry, patience=patience)
 
-    def every(self, seconds: float, *, patience: float | None = None) -> Callable[[F], F]:
-        """Runs a function once in so many seconds, in one instance of the service; it takes a context, or nothing.
+    def every(
+        self,
+        when: float | timedelta | str,
+        *,
+        zone: str = "",
+        missed: Missed = "once",
+        patience: float | None = None,
+    ) -> Callable[[F], F]:
+        """Runs a function every so often, in one instance of the service; it takes a context, or nothing.
 
-        What it returns is sent or recorded like what a reaction returns. A run that was missed is made up for once.
+        What it returns is sent or recorded like what a reaction returns. A run that was not committed, because its
+        process died or it failed, is run again: `ctx.due` tells which one it is.
 
         Parameters:
+            when: seconds or a timedelta from one run to the next, or a cron text such as `"0 3 * * *"`, which needs
+                `pip install 'cauce[cron]'`.
+            zone: whose times a cron text tells, such as `"Europe/Madrid"`; UTC if not said.
+            missed: of runs that were missed, because nobody ran, `once` makes up for one, `all` for each, and `skip`
+                for none that could not begin within a minute of its time.
             patience: seconds that a run gets; None: as the service says, 0: without end.
         """
-        if not 0 < seconds < 1e9:
-            raise Refused(f"{self.name}: every({seconds}): say a number of seconds above 0")
-        return lambda function: self._add("every", function, seconds=seconds, patience=patience)
+        schedule = schedule_of(when, zone, f"{self.name}: every({when!r})")
+        if missed not in typing.get_args(Missed):
+            raise Refused(f"{self.name}: missed={missed!r}: say once, all or skip")
+        return lambda function: self._add("every", function, schedule=schedule, missed=missed, patience=patience)
 
     def view(self, name: str, *, schema: Tables | None = None) -> Callable[[F], F]:
         """Builds a view: `function(event, db)` queues statements on the `Store` that it gets. Several may build one.
@@ -228,26 +257,16 @@ class Service:
         self.parts.append(Part("replica", copy, {}))
         return copy
 
-    def _add(
-        self,
-        kind: Kind,
-        function: F,
-        start: Start = "first",
-        attempts: int = ATTEMPTS,
-        seconds: float = 0.0,
-        view: str = "",
-        most: int | Callable[[Any], int] = 1,
-        patience: float | None = None,
-    ) -> F:
+    def _add(self, kind: Kind, function: F, **settings: Any) -> F:
         if not (inspect.isfunction(function) or inspect.ismethod(function)):
             raise Refused(
                 f"{self.name}: {function!r} is no function: write it with def or async def, and decorate that"
             )
-        if patience is not None:
-            _patient(f"{self.name}.{function.__name__}", patience)
+        if settings.get("patience") is not None:
+            _patient(f"{self.name}.{function.__name__}", settings["patience"])
         frame = sys._getframe(2)
         names = {} if frame.f_locals is frame.f_globals else dict(frame.f_locals)
-        self.parts.append(Part(kind, function, names, start, attempts, seconds, view, most, patience))
+        self.parts.append(Part(kind, function, names, **settings))
         return function
 
 

@@ -68,6 +68,7 @@ class Shares:
         self._lost: Fenced | None = None
         self._doubt = asyncio.Event()
         self._joined, self._is_settled, self._still = False, True, True
+        self._news = False
         self.touched: Callable[[], Awaitable[None]] = _nothing
 
     @property
@@ -184,8 +185,11 @@ class Shares:
             raise Fenced(f"{self.owner.partition(' ')[0]}: no beat of this instance was seen for {TTL:g} s")
         self._joined, self._beaten = True, began
         self._watch(standing, began)
-        if standing.touched:
+        self._news = self._news or standing.touched
+        if self._news:
+            # The store tells it once; what fails now is looked at again at the next beat.
             await self.touched()
+            self._news = False
         return standing
 
     async def _moved(self) -> None:

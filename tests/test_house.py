@@ -23,13 +23,19 @@ FLOORS = (
         "clock",
         "identity",
         "deadline",
+        "guarded",
         "messages",
+        "fallback",
         "upcaster",
         "restored",
+        "retry",
         "schema",
         "compatible",
         "sample",
         "codec",
+        "letter",
+        "duration",
+        "schedule",
     ),  # what travels, and its names; no I/O
     (
         "log",
@@ -53,12 +59,18 @@ FLOORS = (
         "receipt",
         "undone",
         "takes",
+        "backlog",
+        "lag",
+        "meter",
+        "agenda",
+        "timers",
         "bus",
         "question",
         "shares",
         "aside",
         "consumer",
         "outbox",
+        "letters",
         "reset",
     ),  # delivery
     (
@@ -78,7 +90,17 @@ FLOORS = (
         "registry",
         "guards.*",
     ),  # the patterns
-    ("service", "folding", "copying", "runtime", "corpus", "reader", "replay", "finding"),  # what a team writes against
+    (
+        "service",
+        "folding",
+        "copying",
+        "wanted",
+        "runtime",
+        "corpus",
+        "reader",
+        "replay",
+        "finding",
+    ),  # what a team writes against
     ("ext.*", "testing.*", "console.*", "demo.*", "cli.*"),  # faces
 )
 
