@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Collection
 
 from cauce.clock import Clock
 from cauce.codec import Entry
-from cauce.errors import Damaged, Refused, Unavailable
+from cauce.errors import Damaged, Overran, Refused, Unavailable
 from cauce.letter import letter_of, mended, mending_of
 from cauce.log import Filter, Log
 from cauce.retry import Retries, longest, retry_for, usual
@@ -29,7 +29,10 @@ _MOMENT = 0.05
 _CAUTION = 10.0
 """Seconds for which a message that may have killed the process keeps others of its kind from beginning."""
 
-DIED = "the process died while this was handled"
+DIED = "the process died, or stood still, while this was handled"
+
+_DEATHS = 3
+"""How many processes in a row, dead or struck off, a message may be in the hands of before it is a dead letter."""
 
 Handle = Callable[[Entry, Unit], Awaitable[None]]
 
@@ -149,7 +152,15 @@ class Aside:
         for stream in [each for each, queue in self._waiting.items() if queue[0].slot in slots]:
             queue = self._waiting.pop(stream)
             self._many[queue[0].slot] -= len(queue)
-            self._retries.pop(stream, None)
+            if (task := self._retries.pop(stream, None)) is not None:
+                # Set aside by what was in hand at the end: it must not be tried without the slot.
+                task.cancel()
+
+    def abandon(self) -> None:
+        """Forget all that waits: other instances have it. Who cancels the tasks is the caller."""
+        self._waiting, self._retries = {}, {}
+        self._many = Counter()
+        self._in_hand, self._newer = set(), set()
 
     async def reload(self) -> None:
         """Look again at what waits for a person: one may have decided."""
@@ -201,7 +212,7 @@ class Aside:
             return
         _log.warning(
             "%s: position %d (%s) failed %d times and waits %.1f s: %s", self._name, waiting.position, waiting.stream, waiting.attempts, delay, waiting.error,
-            exc_info=None if isinstance(error, Unavailable) else error,
+            exc_info=None if isinstance(error, (Unavailable, Overran)) else error,
         )  # fmt: skip
 
     def bury(self, waiting: Waiting, trace: str, entry: Entry | None) -> None:
@@ -220,7 +231,7 @@ class Aside:
             self._retries[first.stream] = asyncio.get_running_loop().create_task(self._try_again(first.stream))
 
     async def _try_again(self, stream: str) -> None:
-        queue = self._waiting[stream]
+        queue, retries = self._waiting[stream], self._retries
         slot, tries = queue[0].slot, 0
         try:
             while queue and not queue[0].dead and slot not in self._leaving:
@@ -242,7 +253,7 @@ class Aside:
             self._stops(error)
             return
         finally:
-            self._retries.pop(stream, None)
+            retries.pop(stream, None)
             if not queue and self._waiting.get(stream) is queue:
                 del self._waiting[stream]
             self._moved.set()
@@ -260,11 +271,14 @@ class Aside:
             self._caution.release()
 
     async def _again(self, waiting: Waiting, tries: int) -> bool:
-        """Try once more, counted before it is begun: if that kills the process, the next start knows."""
+        """Try once more, counted before it is begun: if that kills the process, the next start knows.
+
+        While it is in hand `due` is below 0: how many processes in a row had it in hand, with this one.
+        """
         share = self._share(waiting.slot)
-        died = waiting.due < 0
-        if self._usual.attempts and died and waiting.attempts >= self._usual.attempts:
-            waiting.error = DIED
+        deaths = max(0, -waiting.due)
+        if self._usual.attempts and deaths >= min(_DEATHS, self._usual.attempts):
+            waiting.error, waiting.attempts = f"{DIED}, {deaths} times", max(waiting.attempts, deaths)
             self.bury(waiting, "", await self._read(waiting))
             await self._park(share, waiting)
             return False
@@ -272,7 +286,7 @@ class Aside:
             await self._clock.sleep(_MOMENT)
         self._in_hand.add(waiting.stream)
         try:
-            waiting.attempts, waiting.due = waiting.attempts + 1, -1
+            waiting.attempts, waiting.due = waiting.attempts + 1, -1 - deaths
             await self._park(share, waiting)
             unit = Unit(share)
             unit.unparked = (self._name, waiting.position)

@@ -25,6 +25,7 @@ from cauce.errors import (
     NoAnswer,
     NotOwner,
     OutcomeUnknown,
+    Overran,
     Refused,
     Unavailable,
     Unreadable,
@@ -166,6 +167,9 @@ def error_name(error: CauceError) -> str:
     """By what name an error travels: its own, or that of the nearest kind that the asker can be given."""
     if isinstance(error, OutcomeUnknown):
         return OutcomeUnknown.__name__
+    if isinstance(error, Overran):
+        # It is the fault of who answers, and nothing was done.
+        return Unavailable.__name__
     return next((cls.__name__ for cls in type(error).__mro__ if _ERRORS.get(cls.__name__) is cls), "CauceError")
 
 

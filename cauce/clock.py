@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import random
+import sys
 import time
 from typing import Protocol
 
@@ -50,6 +52,10 @@ def uuid7(tick: int, chance: int) -> str:
     )
 
 
+# Where there is such a clock, one that goes on while the machine sleeps: what was held before is another's after that.
+_elapsed = functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.monotonic
+
+
 class SystemClock:
     """The real thing."""
 
@@ -63,7 +69,7 @@ class SystemClock:
         return time.time_ns() // 1000
 
     def monotonic(self) -> float:
-        return time.monotonic()
+        return _elapsed()
 
     def id(self) -> str:
         milliseconds, rest = divmod(time.time_ns(), 1_000_000)

@@ -292,6 +292,19 @@ class Commander:
             del self._things[key]
         await self._leases.release(*(self._slots[slot] for slot in gone))
 
+    def abandon(self) -> None:
+        """Hold nothing more, and forget what stood: others decide here, and may have done so already.
+
+        What is being decided is refused by the log, or begins anew with what stands where this instance decides again.
+        What has no record yet the others make up for: the marks have not passed it, and move from here no more.
+        """
+        self.slots.clear()
+        self._things = {}
+        for task in self._tasks:
+            task.cancel()
+        self._unsure.clear()
+        self.records.leave(frozenset(range(SLOTS)))
+
     @contextmanager
     def _working(self, key: str) -> Iterator[int]:
         """While a thing is decided here, its slot is not given away. Raises `NoAnswer` where it is not held."""
@@ -656,7 +669,7 @@ class Commander:
         also: Sequence[Also] = (),
     ) -> Appended | None:
         """Append, and let the next decide ahead on what will stand."""
-        before = thing.folded
+        before, things = thing.folded, self._things
         thing.tail = future = self._facts.append(
             entries[0].stream, entries, expect=before.version, fence=self._claim(key), repeat=repeat, also=also
         )
@@ -669,11 +682,13 @@ class Commander:
             self._drop(key, thing)
             return None
         except BaseException:
-            self._forget(key)
+            if self._things is things:
+                self._forget(key)
             raise
         if appended.repeated:
             self._drop(key, thing)
-        else:
+        elif self._things is things:
+            # Else the instance was struck off meanwhile, and who took over gives it its record.
             placed = Folded(after.state, after.version, appended.position, after.id)
             self.records.changed(key, placed, body)
             if thing.folded is after:
@@ -837,10 +852,12 @@ class Commander:
         if key in self._unsure:
             # What is still under way for it would come between: it stands in the cache no more, and not in the log yet.
             await self._sure(key)
+        things = self._things
         folded = await self._folder.fold(self._facts, key, records=self._bus.records)
-        if len(self._things) >= _CACHED:
+        if len(things) >= _CACHED:
             self._evict()
-        return self._things.setdefault(key, _Standing(folded))
+        # Where all was forgotten meanwhile, that is no news to anybody.
+        return things.setdefault(key, _Standing(folded))
 
     def _evict(self) -> None:
         for key in [key for key, thing in self._things.items() if thing.tail is None or thing.tail.done()][

@@ -19,7 +19,7 @@ from cauce.accept import slot_of
 from cauce.aside import DIED, Aside, Handle, entry_of, handled
 from cauce.clock import Clock
 from cauce.codec import Entry
-from cauce.errors import Unavailable
+from cauce.errors import Fenced, Unavailable
 from cauce.log import Log, filter_of
 from cauce.retry import USUAL, Retries
 from cauce.store import BadStatement, Share, Store, Unit, Waiting
@@ -80,6 +80,7 @@ class Consumer:
         retry: when a message is tried again, and how often before it is a dead letter.
         may_begin: whether the instance is sure enough of its slots to begin something new.
         caution: shared by all consumers of a service: held while what may have killed the process is tried.
+        fenced: told when another instance has what this one still works on; without it, that stops the consumer.
     """
 
     def __init__(
@@ -96,11 +97,12 @@ class Consumer:
         retry: Retries = USUAL,
         may_begin: Callable[[], bool] = lambda: True,
         caution: asyncio.Lock | None = None,
+        fenced: Callable[[Fenced], None] | None = None,
     ) -> None:
         self.name, self.wants, self.bodies = name, wants, bodies
         self._handle, self._log, self._store, self._clock = handle, log, store, clock
         self._now, self._begin = now, 0
-        self._may_begin = may_begin
+        self._may_begin, self._fenced = may_begin, fenced
         self._lanes: dict[Slot, _Lane] = {}
         self._looked = 0
         self._tail: Tail | None = None
@@ -138,6 +140,10 @@ class Consumer:
                     self._store.move(share, self.name, domain, slot, self._log.id, lane.place)
         for waiting in await self._store.waiting(self.name):
             if waiting.slot in shares:
+                share = shares[waiting.slot]
+                if waiting.due < 0 and share is not None and share.clean:
+                    # The last one who had it in hand ended, or gave it away, in good order: it has not killed that one.
+                    waiting.due += 1
                 self._aside.add(waiting)
         self._catch_up(lanes)
 
@@ -172,9 +178,27 @@ class Consumer:
 
     def stop(self) -> None:
         """Stop at once; what is not finished is handled again after the next start."""
-        for task in (*(lane.task for lane in self._lanes.values()), *self._readers, *self._aside.tasks):
-            if task is not None:
-                task.cancel()
+        for task in self._at_work():
+            task.cancel()
+
+    async def abandon(self, within: float) -> None:
+        """Forget all that is in hand, because others have it: nothing more is begun, and no place is noted.
+
+        Parameters:
+            within: seconds that handlers get to end when they are cancelled; what still runs then can store nothing.
+        """
+        working = self._at_work()
+        self._lanes, self._readers = {}, set()
+        self._aside.abandon()
+        for task in working:
+            task.cancel()
+        if working and (late := (await asyncio.wait(working, timeout=within))[1]):
+            _log.warning("%s: %d handlers did not end when they were cancelled", self.name, len(late))
+        self._moved.set()
+
+    def _at_work(self) -> set[asyncio.Task[None]]:
+        lanes = (lane.task for lane in self._lanes.values())
+        return {task for task in (*lanes, *self._readers, *self._aside.tasks) if task is not None}
 
     async def reload(self) -> None:
         """Look again at what waits for a person: one may have decided."""
@@ -389,6 +413,12 @@ class Consumer:
             self._store.move(lane.share, self.name, *lane.slot, self._log.id, position)
 
     def _stops(self, error: BaseException) -> None:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            return  # It was given up already, and others do its work.
+        if isinstance(error, Fenced) and self._fenced is not None:
+            self._fenced(error)
+            return
         _log.critical("%s stops: %s", self.name, error)
         if not self.failed.done():
             self.failed.set_exception(error)

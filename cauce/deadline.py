@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from math import inf
 from typing import TypeVar
@@ -51,17 +51,24 @@ class Deadlines:
         self._waiting: dict[object, tuple[float, asyncio.Task[object]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._over: set[object] = set()
+        self._late: dict[object, Callable[[float], float]] = {}
 
-    async def within(self, seconds: float, work: Awaitable[T]) -> T:
+    async def within(self, seconds: float, work: Awaitable[T], late: Callable[[float], float] | None = None) -> T:
         """The result of the work; after so many seconds it is cancelled and `TimeoutError` raised.
 
         What the work asks of others meanwhile is given no more time than is left of it.
+
+        Parameters:
+            late: called when the time is over, with the seconds since then: they are many where the loop stood still.
+                It gives the seconds that the work gets still; 0: it is cancelled now.
         """
         task = asyncio.current_task()
         assert task is not None
         me = object()
         end = self._loop.time() + seconds
         self._waiting[me] = end, task
+        if late is not None:
+            self._late[me] = late
         if self._timer is None or end < self._timer.when():
             self._arm(end)
         bound = End(min(end, ending.get().at))
@@ -77,6 +84,8 @@ class Deadlines:
             bound.at = inf
             del self._waiting[me]
             self._over.discard(me)
+            if late is not None:
+                del self._late[me]
 
     def _arm(self, when: float) -> None:
         if self._timer is not None:
@@ -88,6 +97,9 @@ class Deadlines:
         self._timer = None
         for me, (end, task) in self._waiting.items():
             if end <= now and me not in self._over:
+                if me in self._late and (more := self._late[me](now - end)) > 0:
+                    self._waiting[me] = now + more, task
+                    continue
                 self._over.add(me)
                 task.cancel()
         left = [end for me, (end, _) in self._waiting.items() if me not in self._over]

@@ -21,6 +21,7 @@ __all__ = [
     "NotPermitted",
     "OutcomeUnknown",
     "Overloaded",
+    "Overran",
     "Refused",
     "Rejected",
     "StorageFull",
@@ -85,6 +86,10 @@ class Damaged(CauceError):
 
 class Inconsistent(CauceError):
     """A fact cannot follow what stands: its `evolve` needs a record, and there is none. Mend `evolve`, or `decide`."""
+
+
+class Overran(CauceError):
+    """A handler took longer than its patience, and was given up: see its stack in the log; mend it, or give it more."""
 
 
 class Unavailable(CauceError):

@@ -101,6 +101,11 @@ class Leases:
         if claim.name in self.claims:
             self.claims[claim.name] = later
 
+    async def forget(self, owner: str) -> None:
+        """Let go of all claims that nobody has taken over yet, and take others under another name from now on."""
+        await self.release(*self.claims)
+        self.owner = owner
+
     async def release(self, *names: str) -> None:
         """Let go of these names."""
         gone = [self.claims[name] for name in names if name in self.claims]

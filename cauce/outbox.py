@@ -93,8 +93,13 @@ class Outbox:
         """How many things wait because something of them failed."""
         return len(self._put_off)
 
-    def look(self) -> None:
-        """Something was said, or a slot was gained."""
+    def look(self, *, anew: bool = False) -> None:
+        """Something was said, or a slot was gained.
+
+        Parameters:
+            anew: look at all that lies there, also where that was done before.
+        """
+        self._look_anew |= anew
         self._said.set()
 
     # ---------------------------------------------------------------------------------------- what a person decides
@@ -129,6 +134,22 @@ class Outbox:
         for slot, aside in asides:
             aside.drop(gone)
             del self._asides[slot]
+
+    async def abandon(self, within: float) -> None:
+        """Forget all that is known of its slots: others have them.
+
+        Parameters:
+            within: seconds for what is cancelled to end.
+        """
+        asides, self._asides, self._shares = self._asides, {}, {}
+        tasks = {task for aside in asides.values() for task in aside.tasks}
+        for aside in asides.values():
+            aside.abandon()
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=within)
+        self.look(anew=True)
 
     async def reload(self) -> None:
         """Look again: a person may have decided, or another instance have said something."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -22,11 +24,13 @@ from cauce.carried import LastOfEach, Superseded, carried
 from cauce.clock import Clock, SystemClock, uuid7
 from cauce.codec import Entry, Meta, derive_id, seal
 from cauce.commander import Commander, Decider
-from cauce.errors import CauceError, Gone, NoAnswer, NotOwner, Refused, Unavailable, Unreadable
+from cauce.errors import CauceError, Fenced, Gone, NoAnswer, NotOwner, Refused, Unavailable, Unreadable
 from cauce.fold import Folder, messages_of
 from cauce.folding import fold_of, rules_of
 from cauce.guards.bulkhead import Bulkhead
 from cauce.guards.guard import Callees, Guards
+from cauce.guards.patience import Patience
+from cauce.guards.watchdog import Watchdog
 from cauce.history import page, stood
 from cauce.lease import Leases, identity
 from cauce.letter import Mended
@@ -62,6 +66,7 @@ DEFAULT_BUS = "sqlite:///.cauce/bus.db"
 _log = logging.getLogger("cauce")
 _encode = msgspec.json.Encoder().encode
 _decode_asked = msgspec.json.Decoder(Asked).decode
+_MOMENT = 0.05
 _GUARDS = Guards()
 _REST = 1.0
 _WISHES_AT_ONCE = 10_000
@@ -127,6 +132,9 @@ async def running(
         tasks = _Tasks(face.failed)
         tails = Tails(face)
         each = [_Running(service, parts, stores, face, tasks, tails, drain) for service, parts in bounds]
+        if isinstance(clock, SystemClock):
+            # A clock that tests drive says nothing of how long the loop really takes.
+            stack.callback(_watched(bounds, clock).stop)
         stack.push_async_callback(_stop, each, tasks, drain)
         # Each step for all, before the next for any: nobody owns half of what it says, or reacts before others answer.
         for step in (
@@ -162,6 +170,20 @@ async def _stop(services: Sequence[_Running], tasks: _Tasks, drain: float) -> No
     await tasks.stop()
     for service in services:
         await service.close()
+
+
+def _watched(bounds: Sequence[tuple[Service, list[Bound]]], clock: Clock) -> Watchdog:
+    """Watch this loop, and what runs beside it and cannot be given up, from now on."""
+    names, aside, patience = dict[CodeType, str](), dict[CodeType, str](), 0.0
+    for service, parts in bounds:
+        for bound in parts:
+            if bound.part.kind != "replica" and (code := getattr(bound.part.function, "__code__", None)) is not None:
+                names[code] = f"{service.name}.{bound.name}"
+                if bound.part.kind == "view":
+                    aside[code], patience = names[code], max(patience, service.patience)
+    watchdog = Watchdog(names, aside, clock, patience)
+    watchdog.start()
+    return watchdog
 
 
 def _bus(backend: Backend, clock: Clock, guards: Guards, meter: Meter | None = None) -> Bus:
@@ -269,6 +291,13 @@ class _Running:
         self._running = False
         self._outbox: Outbox | None = None
         self._threads = Threads()
+        self._patience = Patience(self._threads, self._hanging_changed)
+        self._guarded = {
+            bound.part.function: self._guard(bound)
+            for bound in parts
+            if bound.part.kind in ("on", "every", "answer") or (bound.part.kind == "decide" and bound.is_async)
+        }
+        self._state: State = "running"
         self._leading: list[asyncio.Task[None]] = []
         self._timers: Timers | None = None
 
@@ -294,10 +323,10 @@ class _Running:
         store = await self._stores.open(name, migrations, keeps=keeps)
         self._store = store = store if bus.meter is None else bus.meter.store(name, store)
         await keep(bus.facts, name, store.id, store.place, store.is_fresh, bus.clock)
-        self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose)
+        self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose, self._forget)
         shares.touched = self._touched
         self._outbox = outbox = Outbox(
-            name, store, bus, lambda: self._slots, self._record, lambda: shares.is_fresh, self._tasks.fail
+            name, store, bus, lambda: self._slots, self._record, lambda: shares.is_fresh, self._outbox_stops
         )
         self._timers = Timers(name, store, bus.clock, lambda: list(shares.held.values()), outbox.look)
         caution = asyncio.Lock()
@@ -334,7 +363,7 @@ class _Running:
         await self._announce("starting")
         await self._shares.start()
         self._tasks.start("shares", self._shares.run())
-        self._tasks.start("leases", self._leases.beat())
+        self._tasks.start("leases", self._keep_claims())
         for commander in self._commanders.values():
             self._tasks.start(f"records of {commander.domain}", commander.records.run())
 
@@ -361,6 +390,8 @@ class _Running:
 
     async def _announce(self, state: State) -> None:
         """Say how this instance is, and what it answers."""
+        if state == "running" and self._patience.hanging:
+            state = "blocked"
         domains = tuple(domain.name for domain in self._service.owns)
         slots = tuple(address for address in self._served if "/" in address)
         self._served[""] = await self._bus.wire.announce(
@@ -378,6 +409,17 @@ class _Running:
 
     def _load(self) -> Load:
         return Load(self._in_hand, sum(consumer.held for consumer, _ in self._consumers))
+
+    def _hanging_changed(self) -> None:
+        """A handler was given up and runs on, or has ended after all."""
+        if self._running and self._state == "running":
+            self._tasks.start("state", self._announce_again())
+
+    async def _announce_again(self) -> None:
+        try:
+            await self._announce(self._state)
+        except (CauceError, OSError) as error:
+            _log.warning("%s does not show how it is: %s", self._service.name, error)
 
     async def consume(self) -> None:
         """React, and decide what was sent."""
@@ -423,6 +465,43 @@ class _Running:
             with suppress(Unavailable):
                 await self._lose(shares)
             raise
+
+    def _outbox_stops(self, error: BaseException) -> None:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            return  # It was given up already, and others do its work.
+        if isinstance(error, Fenced) and self._shares is not None:
+            self._shares.fenced(error)
+        else:
+            self._tasks.fail(error)
+
+    async def _keep_claims(self) -> None:
+        """Beat for ever. A claim that was taken over is that of a slot that another instance has."""
+        assert self._shares is not None
+        while True:
+            try:
+                await self._leases.beat()
+            except Fenced as error:
+                self._shares.fenced(error)
+
+    async def _forget(self, owner: str) -> None:
+        """Drop all that is in hand, because others have it, and be somebody else from now on.
+
+        Nothing is written on the way: what was is refused by its fence. Views and replicas go on: who feeds them holds
+        a lock of its own, and their writes tell by themselves if another has written.
+        """
+        await self._stop_leading()
+        await asyncio.gather(*(consumer.abandon(self._drain) for consumer, _ in self._consumers))
+        for commander in self._commanders.values():
+            commander.abandon()
+        for address in [each for each in self._served if "/" in each or not each]:
+            self._leave(address)
+        await self._leases.forget(owner)
+        self._owner = owner
+        if self._outbox is not None:
+            await self._outbox.abandon(self._drain)
+        if self._running:
+            await self._announce("running")
 
     async def _hold(self, shares: Sequence[Share]) -> None:
         """Begin to work on what was taken."""
@@ -491,6 +570,7 @@ class _Running:
         if not self._running or self._outbox is None:
             return
         try:
+            self._state = "draining"
             await self._announce("draining")
         except Refused as error:
             _log.warning("%s ends without saying so: %s", self._service.name, error)
@@ -566,6 +646,21 @@ class _Running:
 
     # ---------------------------------------------------------------------------------------------------------- parts
 
+    def _guard(self, bound: Bound) -> Callable[..., Awaitable[Any]]:
+        """The handler behind its patience; it takes its thing first."""
+        seconds = self._service.patience if bound.part.patience is None else bound.part.patience
+        name = f"{self._service.name}.{bound.name}"
+        return self._patience.guard(name, seconds, bound.part.function, is_async=bound.is_async)
+
+    async def _run(self, bound: Bound, told: tuple[Any, ...], context: Context, thing: str = "") -> Any:
+        """Call a handler: a plain one in a thread, because it may block.
+
+        Parameters:
+            thing: of what only one is in hand at a time.
+        """
+        named = {} if bound.context is None else {bound.context: context}
+        return await self._guarded[bound.part.function](thing, *told, **named)
+
     def _of(self, kind: str) -> list[Bound]:
         return [bound for bound in self._parts if bound.part.kind == kind]
 
@@ -575,7 +670,7 @@ class _Running:
         if domain.key is None:
             return
         deciders = {
-            cls: Decider(bound.part.function, bound.context, bound.is_async)
+            cls: Decider(self._patient(bound), bound.context, bound.is_async)
             for cls, bound in self._functions("decide").items()
         }
         inverses = {cls: bound.part.function for cls, bound in self._functions("invert").items()}
@@ -585,6 +680,12 @@ class _Running:
         )
         self._commanders[domain.name] = commander
         self._bus.settles(commander.settled)
+
+    def _patient(self, bound: Bound) -> Callable[..., Any]:
+        """A decide function that waits is given up like any handler; another one takes no time."""
+        if not bound.is_async:
+            return bound.part.function
+        return functools.wraps(bound.part.function)(functools.partial(self._guarded[bound.part.function], ""))
 
     def _functions(self, kind: str) -> dict[type[Message], Bound]:
         return {cls: bound for bound in self._of(kind) for cls in bound.messages}
@@ -600,7 +701,7 @@ class _Running:
         shares = self._shares
         return Consumer(
             _deciding(domain), {domain: frozenset()}, self._metered(_deciding(domain), handle), self._bus.commands, self._store, self._bus.clock,
-            may_begin=lambda: shares.is_fresh, caution=caution,
+            may_begin=lambda: shares.is_fresh, caution=caution, fenced=shares.fenced,
         )  # fmt: skip
 
     def _reaction(self, bound: Bound, caution: asyncio.Lock) -> Consumer:
@@ -614,6 +715,7 @@ class _Running:
         store, shares = self._store, self._shares
 
         name, is_record = bound.name, _is_record(bound)
+        call, takes = self._guarded[bound.part.function], bound.context
 
         async def handle(entry: Entry, unit: Unit) -> None:
             meta = entry.meta if bound.notice else entry.checked().meta
@@ -634,13 +736,17 @@ class _Running:
             cause = Cause(entry.id, began, "", meta.trace, meta.tracestate)
             context = Context(bus, service, name, entry, cause, Sql(store.fetch), timers=store.due)
             handling.set(context)
-            result = await _run(bound, (message,), context, self._threads)
+            if takes is None:
+                result = await call(entry.stream, message)
+            else:
+                result = await call(entry.stream, message, **{takes: context})
             if result is not None or bound.context is not None:
                 self._say(bound, context, unit, slot_of(key), result)
 
         return Consumer(
-            bound.name, _wants(bound), self._metered(bound.name, handle), log, store, bus.clock, bodies=not bound.notice,
+            name, _wants(bound), self._metered(name, handle), log, store, bus.clock, bodies=not bound.notice,
             retry=bound.part.retry, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
+            fenced=shares.fenced,
         )  # fmt: skip
 
     def _metered(self, name: str, handle: Handle) -> Handle:
@@ -740,6 +846,7 @@ class _Running:
     async def _interval(self, bound: Bound, share: Share) -> None:
         """Run a function every so often, for ever; when it is due is kept in the store."""
         assert self._store is not None
+        assert self._shares is not None
         assert bound.part.schedule is not None
         clock, store, schedule, missed = self._bus.clock, self._store, bound.part.schedule, bound.part.missed
         name = schedule.name_of(bound.name)
@@ -750,6 +857,8 @@ class _Running:
                 # The clock was set forward, or this machine slept.
                 due = await self._next_run(name, schedule, missed, share)
                 continue
+            while not self._shares.is_fresh:
+                await clock.sleep(_MOMENT)
             id = derive_id(uuid7(due * 4096 // 1000, 0), self._service.name, name)
             correlation.set(id)
             context = Context(
@@ -759,9 +868,12 @@ class _Running:
             handling.set(context)
             unit = Unit(share)
             try:
-                self._say(bound, context, unit, 0, await _run(bound, (), context, self._threads))
+                self._say(bound, context, unit, 0, await self._run(bound, (), context, bound.name))
                 unit.timer = name, behind(due, clock.now(), schedule, missed)
                 await store.commit(unit)
+            except Fenced as error:
+                self._shares.fenced(error)
+                return
             except Exception as error:
                 _log.exception("%s.%s failed and is run again: %s", self._service.name, bound.name, error)
                 # One that is due more often would not have to wait for long either.
@@ -887,7 +999,7 @@ class _Running:
         context = Context(self._bus, self._service.name, bound.name, None, cause)
         before_it = handling.set(context)
         try:
-            answer = await _run(bound, (query,), context, self._threads)
+            answer = await self._run(bound, (query,), context)
         finally:
             correlation.reset(before)
             handling.reset(before_it)
@@ -961,11 +1073,3 @@ def _wants(bound: Bound) -> dict[str, frozenset[str]]:
             # Of records a deletion is wanted, too, which has a name of its own.
             names |= kind.names
     return {domain: frozenset(types) for domain, types in wants.items()}
-
-
-async def _run(bound: Bound, told: tuple[Any, ...], context: Context, threads: Threads) -> Any:
-    """Call a handler: a plain one in a thread, because it may block."""
-    named = {} if bound.context is None else {bound.context: context}
-    if bound.is_async:
-        return await bound.part.function(*told, **named)
-    return await threads.run(f"{context.service}.{bound.name}", bound.part.function, *told, **named)

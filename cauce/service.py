@@ -50,9 +50,14 @@ AT_ONCE = 2_000
 """Questions that one answer function has in hand at a time: twice what 1,000 callers ask at once."""
 
 
+PATIENCE = 60.0
+"""Seconds that a handler gets when nothing else is said."""
+
+
 class Part(msgspec.Struct, frozen=True):
     """One function of a service, as the decorator found it; of a replica, its class. `view`: for which it works;
-    `most`: how many may bear what it finds; `at_once`: how many questions it has in hand at a time."""
+    `most`: how many may bear what it finds; `at_once`: how many questions it has in hand at a time; `patience`: seconds
+    that a call of it gets, None: as its service says."""
 
     kind: Kind
     function: Callable[..., Any]
@@ -64,6 +69,7 @@ class Part(msgspec.Struct, frozen=True):
     view: str = ""
     most: int | Callable[[Any], int] = 1
     at_once: int = AT_ONCE
+    patience: float | None = None
 
     @property
     def name(self) -> str:
@@ -81,6 +87,9 @@ class Service:
             is run on is given for each: `{"sqlite": "…", "postgresql": "…"}`.
         audit: seconds for which commands of its domains are kept once they are decided, with those that were rejected
             or changed nothing; at least an hour, 30 days if not said, None: for ever. Facts are kept for ever.
+        patience: seconds that a call of one of its handlers gets, where that says nothing else; 0: without end. What
+            takes longer is given up: an async function is cancelled, a plain one is left to its thread; the log has its
+            stack, and it counts as failed.
         version: of the service's code, as the registry is to show it, such as "1.4.2"; nothing hangs on it.
     """
 
@@ -91,6 +100,7 @@ class Service:
         owns: Domain | Iterable[Domain] = (),
         schema: Tables | Iterable[Tables] = (),
         audit: float | None = AUDIT,
+        patience: float = PATIENCE,
         version: str = "",
     ) -> None:
         if audit is not None and not SHORTEST <= audit < 1e11:
@@ -100,6 +110,7 @@ class Service:
         self.owns = (owns,) if isinstance(owns, Domain) else tuple(owns)
         self.schema: tuple[Tables, ...] = (schema,) if isinstance(schema, (str, Mapping)) else tuple(schema)
         self.audit = audit
+        self.patience = _patient(name, patience)
         self.version = check_line(version, "version")
         self.parts: list[Part] = []
         self.views: dict[str, Tables | None] = {}
@@ -144,24 +155,41 @@ class Service:
     @typing.overload
     def answer(self, function: F) -> F: ...
     @typing.overload
-    def answer(self, function: None = None, *, at_once: int = AT_ONCE) -> Callable[[F], F]: ...
-    def answer(self, function: F | None = None, *, at_once: int = AT_ONCE) -> Any:
+    def answer(
+        self, function: None = None, *, at_once: int = AT_ONCE, patience: float | None = None
+    ) -> Callable[[F], F]: ...
+    def answer(self, function: F | None = None, *, at_once: int = AT_ONCE, patience: float | None = None) -> Any:
         """Answers a query of an own domain.
 
         Parameters:
             at_once: questions that it has in hand at a time in one instance; who asks beyond is told `Overloaded`.
+            patience: seconds that a call of it gets; None: as the service says, 0: without end.
         """
         if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
             raise Refused(f"{self.name}: at_once={at_once!r}: say a number of questions, 1 or more")
         if function is None:
-            return lambda each: self._add("answer", each, at_once=at_once)
-        return self._add("answer", function, at_once=at_once)
+            return lambda each: self._add("answer", each, at_once=at_once, patience=patience)
+        return self._add("answer", function, at_once=at_once, patience=patience)
 
     @typing.overload
     def on(self, function: F) -> F: ...
     @typing.overload
-    def on(self, function: None = None, *, start: Start = "first", retry: Retries = USUAL) -> Callable[[F], F]: ...
-    def on(self, function: F | None = None, *, start: Start = "first", retry: Retries = USUAL) -> Any:
+    def on(
+        self,
+        function: None = None,
+        *,
+        start: Start = "first",
+        retry: Retries = USUAL,
+        patience: float | None = None,
+    ) -> Callable[[F], F]: ...
+    def on(
+        self,
+        function: F | None = None,
+        *,
+        start: Start = "first",
+        retry: Retries = USUAL,
+        patience: float | None = None,
+    ) -> Any:
         """Reacts, told by the type of the parameter: to events (`UserRegistered`), to their thin form
         (`Notice[UserRegistered]`), or to each change of a record (`User`; with `User | None` also to its deletion).
 
@@ -173,13 +201,21 @@ class Service:
                 comes from `now` on.
             retry: when a message is tried again, and how often before it is a dead letter: a `Retry`, or one for each
                 class of errors, as `{TimeoutError: Retry(attempts=50), ValueError: NEVER}`.
+            patience: seconds that a call of it gets; None: as the service says, 0: without end.
         """
         check_retries(retry, self.name)
         if function is None:
-            return lambda each: self._add("on", each, start=start, retry=retry)
-        return self._add("on", function, start=start, retry=retry)
+            return lambda each: self._add("on", each, start=start, retry=retry, patience=patience)
+        return self._add("on", function, start=start, retry=retry, patience=patience)
 
-    def every(self, when: float | timedelta | str, *, zone: str = "", missed: Missed = "once") -> Callable[[F], F]:
+    def every(
+        self,
+        when: float | timedelta | str,
+        *,
+        zone: str = "",
+        missed: Missed = "once",
+        patience: float | None = None,
+    ) -> Callable[[F], F]:
         """Runs a function every so often, in one instance of the service; it takes a context, or nothing.
 
         What it returns is sent or recorded like what a reaction returns. A run that was not committed, because its
@@ -191,11 +227,12 @@ class Service:
             zone: whose times a cron text tells, such as `"Europe/Madrid"`; UTC if not said.
             missed: of runs that were missed, because nobody ran, `once` makes up for one, `all` for each, and `skip`
                 for none that could not begin within a minute of its time.
+            patience: seconds that a run gets; None: as the service says, 0: without end.
         """
         schedule = schedule_of(when, zone, f"{self.name}: every({when!r})")
         if missed not in typing.get_args(Missed):
             raise Refused(f"{self.name}: missed={missed!r}: say once, all or skip")
-        return lambda function: self._add("every", function, schedule=schedule, missed=missed)
+        return lambda function: self._add("every", function, schedule=schedule, missed=missed, patience=patience)
 
     def view(self, name: str, *, schema: Tables | None = None) -> Callable[[F], F]:
         """Builds a view: `function(event, db)` queues statements on the `Store` that it gets. Several may build one.
@@ -225,10 +262,18 @@ class Service:
             raise Refused(
                 f"{self.name}: {function!r} is no function: write it with def or async def, and decorate that"
             )
+        if settings.get("patience") is not None:
+            _patient(f"{self.name}.{function.__name__}", settings["patience"])
         frame = sys._getframe(2)
         names = {} if frame.f_locals is frame.f_globals else dict(frame.f_locals)
         self.parts.append(Part(kind, function, names, **settings))
         return function
+
+
+def _patient(where: str, seconds: float) -> float:
+    if isinstance(seconds, bool) or not 0 <= seconds < 1e9:
+        raise Refused(f"{where}: patience={seconds!r}: say a number of seconds, or 0 for without end")
+    return seconds
 
 
 class Bound(msgspec.Struct, frozen=True):

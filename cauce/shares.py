@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 
 from cauce.accept import SLOTS
 from cauce.clock import Clock
 from cauce.errors import Fenced, Unavailable
-from cauce.lease import BEAT, TTL, is_dead
+from cauce.lease import BEAT, TTL, identity, is_dead
 from cauce.store import Share, Standing, Store
 
 __all__ = ["LEAD", "NAMES", "Shares", "slot_name"]
@@ -43,6 +44,8 @@ class Shares:
     Parameters:
         gain: called with what was taken; work on it may begin. What it raises as `Unavailable` is tried again later.
         lose: called with what must be given up; when it returns nothing of it is worked on any more.
+        forget: called when others have taken over, with the name under which this instance joins again; when it
+            returns nothing of what was held is worked on any more. Without it `run` raises `Fenced` then.
     """
 
     def __init__(
@@ -52,15 +55,18 @@ class Shares:
         clock: Clock,
         gain: Callable[[Sequence[Share]], Awaitable[None]],
         lose: Callable[[Sequence[Share]], Awaitable[None]],
+        forget: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         self._store, self.owner, self._clock = store, owner, clock
-        self._gain, self._lose = gain, lose
+        self._gain, self._lose, self._forget = gain, lose, forget
         self.held: dict[str, Share] = {}
         self._gaining: list[Share] = []
         self._giving: list[Share] = []
         self._seen: dict[str, tuple[int, float]] = {}
         self._moving: asyncio.Task[None] | None = None
-        self._beaten = 0.0
+        self._beaten = float("-inf")
+        self._lost: Fenced | None = None
+        self._doubt = asyncio.Event()
         self._joined, self._is_settled, self._still = False, True, True
         self._news = False
         self.touched: Callable[[], Awaitable[None]] = _nothing
@@ -94,15 +100,59 @@ class Shares:
         self._still = False
 
     async def run(self) -> None:
-        """Beat, look, take and give, for ever. Raises `Fenced` when this instance was struck off."""
+        """Beat, look, take and give, for ever; who was struck off forgets all and joins again as new."""
         while True:
-            await self._clock.sleep(BEAT if self._is_settled else _SOON)
+            await self._next()
             try:
-                await self._step()
-            except Fenced:
-                raise
+                if self._lost is None:
+                    await self._step()
+                else:
+                    await self._join_again(self._lost)
+            except Fenced as error:
+                if self._forget is None:
+                    raise
+                self.fenced(error)
             except Unavailable as error:
                 _log.warning("%s: the beat was missed: %s", self.owner.partition(" ")[0], error)
+
+    async def _next(self) -> None:
+        """Wait until it is time for the next step, or for joining again."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(BEAT if self._is_settled else _SOON):
+                await self._doubt.wait()
+
+    def fenced(self, error: Fenced) -> None:
+        """Somebody else has what this instance believes to hold: begin nothing more, and join again soon."""
+        self._beaten = float("-inf")
+        if self._lost is None:
+            self._lost = error
+        self._doubt.set()
+
+    async def _join_again(self, why: Fenced) -> None:
+        """Let go of everything at once, and be one of the instances again, under a name that nobody knows yet.
+
+        Under the old name what nobody has taken yet would count as held, and nobody would take it.
+        """
+        assert self._forget is not None
+        service, old = self.owner.partition(" ")[0], self.owner
+        self._doubt.clear()
+        _log.error(
+            "%s: this instance stood still, or was cut off, and others may have taken over: all that it has in hand is "
+            "dropped, and it joins again: %s", service, why,
+        )  # fmt: skip
+        if self._moving is not None:
+            self._moving.cancel()
+            await asyncio.gather(self._moving, return_exceptions=True)
+            self._moving = None
+        self.held.clear()
+        self._gaining, self._giving, self._seen = [], [], {}
+        new = identity(service, self._clock)
+        await self._forget(new)
+        await self._store.release([], owner=old)
+        self.owner, self._joined = new, False
+        self._lost, self._is_settled = None, False
+        await self._step()
+        _log.warning("%s: this instance has joined again", service)
 
     def close(self) -> None:
         """Take and give no more: the end is near, and until then the beat keeps what is held."""
@@ -132,9 +182,7 @@ class Shares:
         began = self._clock.monotonic()
         standing = await self._store.tick(self.owner, self._dead(began), join=not self._joined)
         if not standing.alive:
-            raise Fenced(
-                f"{self.owner.partition(' ')[0]}: this instance showed no beat for {TTL:g} s, and others have taken over: start it again"
-            )
+            raise Fenced(f"{self.owner.partition(' ')[0]}: no beat of this instance was seen for {TTL:g} s")
         self._joined, self._beaten = True, began
         self._watch(standing, began)
         self._news = self._news or standing.touched

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["Threads", "at_work", "in_thread"]
+__all__ = ["Threads", "Work", "at_work", "in_thread"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,6 +30,46 @@ async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
         if not work.cancelled():
             work.exception()
         raise
+
+
+class Work:
+    """A function of a user in one of these threads: who gives up waiting for it can still tell what it does.
+
+    Parameters:
+        name: by which `at_work` tells of it.
+
+    Attributes:
+        begun: whether a thread has taken it up.
+        is_over: whether it has come to an end.
+        ended: called in its thread then.
+    """
+
+    __slots__ = ("_thread", "begun", "ended", "is_over", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name, self.begun, self.is_over = name, False, False
+        self.ended: Callable[[], None] | None = None
+        self._thread = 0
+
+    def __call__(self, call: Callable[[], T]) -> T:
+        worker = threading.current_thread()
+        assert isinstance(worker, _Worker)
+        worker.at_work, self._thread, self.begun = self.name, threading.get_ident(), True
+        try:
+            return call()
+        finally:
+            worker.at_work, self.is_over = "", True
+            if self.ended is not None:
+                self.ended()
+
+    def stack(self) -> str:
+        """Where it is now, as lines of text; empty if it does not run."""
+        frame = sys._current_frames().get(self._thread) if self.begun and not self.is_over else None
+        if frame is None:
+            return ""
+        frames = traceback.extract_stack(frame)
+        ours = max((n for n, each in enumerate(frames) if each.filename == __file__), default=-1)
+        return "".join(traceback.format_list(frames[ours + 1 :]))
 
 
 class Threads(Executor):
@@ -51,8 +93,12 @@ class Threads(Executor):
         Parameters:
             name: by which `at_work` tells of it.
         """
-        call = functools.partial(contextvars.copy_context().run, function, *arguments, **named)
-        return await asyncio.get_running_loop().run_in_executor(self, _as, name, call)
+        return await self.do(Work(name), functools.partial(function, *arguments, **named))
+
+    async def do(self, work: Work, function: Callable[[], T]) -> T:
+        """The same, of which can be told afterwards. Who gives up waiting leaves it to its thread."""
+        call = functools.partial(contextvars.copy_context().run, function)
+        return await asyncio.get_running_loop().run_in_executor(self, work, call)
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         future = Future[T]()
@@ -110,13 +156,3 @@ class _Worker(threading.Thread):
         except Empty:
             self._free.release()
             return self._jobs.get()
-
-
-def _as(name: str, call: Callable[[], T]) -> T:
-    worker = threading.current_thread()
-    assert isinstance(worker, _Worker)
-    worker.at_work = name
-    try:
-        return call()
-    finally:
-        worker.at_work = ""

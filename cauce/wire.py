@@ -7,16 +7,17 @@ from typing import Literal, Protocol
 
 import msgspec
 
-__all__ = ["QUIET", "Handler", "Instance", "Load", "State", "Wire", "healthy_first", "is_well", "located"]
+__all__ = ["QUIET", "Handler", "Instance", "Load", "State", "Wire", "as_seen", "healthy_first", "is_well", "located"]
 
 Handler = Callable[[bytes], Awaitable[bytes]]
 """Makes an answer of a question. It is cancelled when the asker's deadline has passed."""
 
-State = Literal["starting", "running", "draining", "unknown"]
-"""How an instance says that it is; `unknown` is what newer code says in a word that this code does not have."""
+State = Literal["starting", "running", "blocked", "draining", "unknown"]
+"""How an instance is. `blocked`: it says that a handler runs on though it was given up, or others see that it gives no
+sign of life; `unknown` is what newer code says in a word that this code does not have."""
 
 QUIET = 6.0
-"""Seconds without a beat, three of them missed, after which others are asked first."""
+"""Seconds without a beat, three of them missed, after which an instance is blocked, and others are asked first."""
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -76,6 +77,13 @@ def located(instances: Iterable[Instance], name: str) -> list[Instance]:
         for each in instances
         if not name or name == each.service or any(name in (at, at.partition("/")[0]) for at in each.addresses)
     ]
+
+
+def as_seen(instance: Instance, now: int) -> Instance:
+    """An instance as others see it: who has missed some beats cannot say itself that it is blocked."""
+    if now - instance.beat <= QUIET * 1_000_000:
+        return instance
+    return msgspec.structs.replace(instance, state="blocked")
 
 
 class Wire(Protocol):

@@ -599,17 +599,25 @@ async def test_calls_in_hand_are_answered_before_the_end(each_bus: str) -> None:
 # ------------------------------------------------------------------------------------------------------- leases
 
 
-def test_who_lost_a_name_to_another_is_fenced_and_stops(virtual: Run, clock: VirtualClock, bus_url: str) -> None:
+def test_who_lost_a_name_to_another_joins_again_and_has_it_back_when_that_shows_no_beat(
+    virtual: Run, clock: VirtualClock, bus_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async def main() -> None:
-        with pytest.raises(Fenced, match="tasks/7"):
-            async with running(owner(), bus=bus_url, clock=clock) as bus:
-                with pytest.raises(Held) as held:
-                    await bus.facts.claim("tasks/7", "thief")
-                await bus.facts.claim("tasks/7", "thief", over=held.value.claim)  # type: ignore[arg-type]
-                await asyncio.wait({bus.failed}, timeout=TTL)
-                assert bus.failed.done()
+        async with running(owner(), bus=bus_url, clock=clock) as bus:
+            key = next(f"task{n}" for n in range(100) if slot_of(f"task{n}") == 7)
+            await bus.call(Do(key))
+            with pytest.raises(Held) as held:
+                await bus.facts.claim("tasks/7", "thief")
+            await bus.facts.claim("tasks/7", "thief", over=held.value.claim)  # type: ignore[arg-type]
+            with pytest.raises(NoAnswer):
+                await bus.call(Do(key))
+            await clock.sleep(3 * TTL)
+            await bus.call(Do(key))
+            assert not bus.failed.done()
+            assert [entry.version for entry in await entries(bus.facts, "tasks")] == [1, 2]
 
     virtual(main)
+    assert "all that it has in hand is dropped, and it joins again: tasks/7 has another holder" in caplog.text
 
 
 async def test_who_lost_a_slot_to_another_cannot_write_there(each_bus: str) -> None:

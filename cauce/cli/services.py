@@ -16,7 +16,7 @@ from cauce.wire import QUIET, Instance, healthy_first
 
 __all__ = ["services", "summary"]
 
-_COLOURS = {"starting": "yellow", "running": "green", "draining": "yellow"}
+_COLOURS = {"starting": "yellow", "running": "green", "blocked": "red", "draining": "yellow"}
 
 
 @click.command()

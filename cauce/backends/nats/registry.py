@@ -18,7 +18,7 @@ from cauce.backends.nats.link import Link
 from cauce.backends.present import instances_of
 from cauce.clock import Clock
 from cauce.errors import NoAnswer, Unavailable, Unreachable
-from cauce.wire import Instance
+from cauce.wire import Instance, as_seen
 
 __all__ = ["BEAT", "LEASE", "Registry"]
 
@@ -121,7 +121,7 @@ class Registry:
                 instances = instances_of(each.data) if each.data else ()
                 if instances:
                     found[headers["Nats-Subject"][start:]] = tuple(
-                        replace(instance, beat=beat) for instance in instances
+                        as_seen(replace(instance, beat=beat), here) for instance in instances
                     )
         return found
 

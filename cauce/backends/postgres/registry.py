@@ -15,7 +15,7 @@ from cauce.backends.present import Present, read
 from cauce.clock import Clock
 from cauce.errors import Unavailable
 from cauce.identity import is_dead
-from cauce.wire import QUIET, Instance
+from cauce.wire import QUIET, Instance, as_seen
 
 __all__ = ["BEAT", "CHANGED", "LEASE", "Fetch", "Present", "Registry"]
 
@@ -229,7 +229,7 @@ class Registry:
             # Ages, not times: the server's clock is only compared with itself.
             beats = {token: now - round(self._beats[token].age * 1_000_000) for token in self.present}
             self._last = {
-                token: [msgspec.structs.replace(each, beat=beats[token]) for each in present.instances]
+                token: [as_seen(msgspec.structs.replace(each, beat=beats[token]), now) for each in present.instances]
                 for token, present in self.present.items()
             }
         return [

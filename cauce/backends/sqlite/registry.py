@@ -16,7 +16,7 @@ from cauce.backends.sqlite.short import short
 from cauce.clock import Clock
 from cauce.errors import Unavailable
 from cauce.identity import is_dead
-from cauce.wire import QUIET, Instance, Load
+from cauce.wire import QUIET, Instance, Load, as_seen
 
 __all__ = ["BACKLOG", "Present", "Registry"]
 
@@ -201,7 +201,8 @@ class Registry:
             return []
         loads = self._loads(token)
         return [
-            msgspec.structs.replace(each, beat=beat, load=loads.get(each.id, each.load)) for each in present.instances
+            as_seen(msgspec.structs.replace(each, beat=beat, load=loads.get(each.id, each.load)), self._clock.now())
+            for each in present.instances
         ]
 
     def _stale_of(self, token: str) -> list[Instance]:
