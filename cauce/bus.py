@@ -147,7 +147,7 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 Asking = Callable[[str, Ask, float], Awaitable[Reply]]
-"""Puts a question at an address, with a deadline, as the wire does; raises as the wire, and what the reply says."""
+"""Puts a question at an address, for so many seconds; raises as the wire does, and what the reply says."""
 
 _encode = msgspec.json.Encoder().encode
 _decode_reply = msgspec.json.Decoder(Reply).decode
@@ -593,17 +593,19 @@ class Bus:
         except ConnectionError as error:
             raise NoAnswer(f"{domain} did not answer: {error}; ask again") from None
 
-    async def _ask(self, address: str, ask: Ask, timeout: float) -> Reply:
+    def _ask(self, address: str, ask: Ask, timeout: float) -> Awaitable[Reply]:
         seconds = share(timeout)
         if not seconds and timeout > 0:
             raise NoAnswer(f"{address} is not asked {ask.type}: no time is left of the question because of which it is")
+        return self.asking(address, ask, seconds)
+
+    async def _over_the_wire(self, address: str, ask: Ask, seconds: float) -> Reply:
         try:
-            return await self.asking(address, ask, self.clock.monotonic() + seconds)
+            payload = await self.wire.ask(
+                address, _encode(ask), self.clock.monotonic() + seconds, safe=ask.kind in _SAFE
+            )
         except TimeoutError:
             raise TimeoutError(f"within {round(seconds, 3):g} s") from None
-
-    async def _over_the_wire(self, address: str, ask: Ask, deadline: float) -> Reply:
-        payload = await self.wire.ask(address, _encode(ask), deadline, safe=ask.kind in _SAFE)
         reply = _decode_reply(payload)
         if reply.error == OutcomeUnknown.__name__:
             # To the asker it is as if the owner had gone away: it knows no more.

@@ -94,6 +94,6 @@ class Callees(dict[str, Guard]):
         guard = self[callee] = Guard(callee, self._clock, self._guards, self._ask)
         return guard
 
-    def ask(self, address: str, ask: Ask, deadline: float) -> Awaitable[Reply]:
+    def ask(self, address: str, ask: Ask, seconds: float) -> Awaitable[Reply]:
         """Ask a callee; of those who answer at `users/3` and `users` it is the same."""
-        return self[address.partition("/")[0]].ask(address, ask, deadline)
+        return self[address.partition("/")[0]].ask(address, ask, seconds)
