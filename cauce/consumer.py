@@ -180,6 +180,11 @@ class Consumer:
         """Look again at what waits for a person: one may have decided."""
         await self._aside.reload()
 
+    @property
+    def held(self) -> int:
+        """How many messages are in hand, or wait in memory for their turn; without those that are set aside."""
+        return sum(len(lane.queue) for lane in self._lanes.values())
+
     # ---------------------------------------------------------------------------------------------- what comes in
 
     def offer(self, entry: Entry, slot: Slot) -> None:

@@ -151,6 +151,9 @@ PROMISES: tuple[Promise, ...] = (
             "test_history::test_services_that_are_killed_at_random_lose_nothing_and_do_nothing_twice",
             "test_store_faults::test_a_server_that_crashes_under_load_and_comes_back_lost_nothing_and_doubled_nothing",
             "test_calls::test_what_was_sent_is_decided_once_though_it_is_read_again_after_a_crash",
+            "test_timers::test_a_message_for_later_is_sent_once_when_its_time_has_come_because_of_what_set_it",
+            "test_timers::test_of_processes_that_are_killed_at_any_moment_each_timer_comes_once",
+            "test_store_promises::test_of_two_who_let_go_at_once_each_timer_is_let_go_by_one",
         ],
         {
             "nats": "Tables of a service lie in files of its machine or in PostgreSQL, since a bucket has none.",
@@ -195,20 +198,30 @@ PROMISES: tuple[Promise, ...] = (
     ),
     Promise(
         "A blocked service hurts nobody else",
-        "Every call has a deadline that travels. Work of an instance that hangs goes to another.",
+        "Every call has a deadline that travels and shrinks; every callee has a breaker and a bulkhead. Work of an instance that hangs "
+        "goes to another.",
         [
+            "test_guards::test_a_frozen_callee_is_soon_left_alone_and_asked_again_when_it_is_well",
+            "test_guards::test_of_many_who_ask_when_the_rest_is_over_one_is_let_through_in_each_process",
+            "test_guards::test_a_callee_that_flaps_is_left_alone_again_and_again_and_asked_soon_after_it_has_settled",
+            "test_guards::test_a_reaction_waits_ten_minutes_for_a_callee_that_is_blocked_and_nothing_is_parked",
+            "test_guards::test_more_questions_than_may_be_under_way_are_turned_away_at_once_and_nothing_ran",
+            "test_guards::test_an_answer_function_has_so_many_in_hand_and_no_more_and_the_others_answer_on",
+            "test_guards::test_a_fallback_answers_where_the_callee_cannot_be_asked_and_only_there",
+            "test_guards::test_what_is_asked_because_of_a_question_gets_less_time_than_is_left_of_it",
+            "test_guards::test_a_thousand_callers_of_a_healthy_system_meet_no_guard",
+            "test_guards_apart::*",
+            "test_blocked::test_the_example_of_a_stopped_service_shows_breaker_fallback_steady_others_and_recovery",
             "test_wire_promises::test_a_deadline_travels_and_cancels_what_it_was_for",
             "test_wire_promises::test_one_that_stands_still_is_a_timeout_and_when_it_goes_on_begins_nothing_that_is_over",
+            "test_wire_promises::test_of_three_of_which_one_stands_still_all_questions_that_change_nothing_are_answered",
             "test_calls::test_an_answer_that_never_comes_is_no_answer_when_the_time_is_over",
             "test_calls::test_nobody_who_serves_is_no_answer_at_once_and_nothing_is_stored",
             "test_instances::test_a_stopped_instance_loses_its_slots_and_cannot_write_when_it_wakes_up",
             "test_reactions::test_a_plain_reaction_may_block_without_holding_up_the_others",
             "test_services::test_a_handler_that_is_too_slow_is_handed_back_and_handled_again_after_the_next_start",
         ],
-        {
-            "": "Not there yet: the breaker and the bulkhead of each callee, and the report, with its stack, of a handler that "
-            "blocks the loop or outlives its lease."
-        },
+        {"": "Not there yet: the report, with its stack, of a handler that blocks the loop or outlives its lease."},
     ),
     Promise(
         "A copy never goes back",

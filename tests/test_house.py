@@ -23,7 +23,9 @@ FLOORS = (
         "clock",
         "identity",
         "deadline",
+        "guarded",
         "messages",
+        "fallback",
         "upcaster",
         "restored",
         "retry",
@@ -33,6 +35,8 @@ FLOORS = (
         "codec",
         "letter",
         "said",
+        "duration",
+        "schedule",
     ),  # what travels, and its names; no I/O
     (
         "log",
@@ -56,6 +60,11 @@ FLOORS = (
         "receipt",
         "undone",
         "takes",
+        "backlog",
+        "lag",
+        "meter",
+        "agenda",
+        "timers",
         "bus",
         "question",
         "shares",
@@ -82,7 +91,17 @@ FLOORS = (
         "registry",
         "guards.*",
     ),  # the patterns
-    ("service", "folding", "copying", "runtime", "corpus", "reader", "replay", "finding"),  # what a team writes against
+    (
+        "service",
+        "folding",
+        "copying",
+        "wanted",
+        "runtime",
+        "corpus",
+        "reader",
+        "replay",
+        "finding",
+    ),  # what a team writes against
     ("ext.*", "testing.*", "console.*", "demo.*", "cli.*"),  # faces
 )
 
