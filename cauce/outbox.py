@@ -21,7 +21,7 @@ from cauce.bus import Ask, Bus
 from cauce.codec import Entry
 from cauce.errors import CauceError, Fenced, Unavailable
 from cauce.retry import Retry
-from cauce.said import Said, Spoken, kept, spoken, spoken_again, unpacked
+from cauce.said import Said, Spoken, kept, read_said, spoken, spoken_again
 
 if TYPE_CHECKING:
     from cauce.aside import Aside
@@ -215,7 +215,7 @@ class Outbox:
         after, mine = 0, set(self._slots())
         while rows := await self._store.outbox(after, 10_000):
             after = rows[-1][0]
-            if any(row[2] in mine and (patient or unpacked(row[3]).stream not in self._put_off) for row in rows):
+            if any(row[2] in mine and (patient or read_said(row[3]).stream not in self._put_off) for row in rows):
                 return True
         return False
 
@@ -261,7 +261,7 @@ class Outbox:
             streams: dict[str, list[_Row]] = {}
             for number, handler, slot, payload in rows:
                 if slot in mine:
-                    said = unpacked(payload)
+                    said = read_said(payload)
                     met.add(said.stream)
                     # What waits behind one that failed may be in a later page.
                     if said.stream not in held_up:
