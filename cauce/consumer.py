@@ -35,6 +35,9 @@ _LONGEST_DELAY = 60.0
 _DOUBLINGS = 10
 _OFTEN = 10_000
 _MOMENT = 0.05
+_DEAF = 1.0
+"""Seconds that a handler gets to end once it is cancelled."""
+
 _CAUTION = 10.0
 """Seconds for which a message that may have killed the process keeps others of its kind from beginning."""
 
@@ -152,15 +155,20 @@ class Consumer:
                 self._set_aside(waiting)
         self._catch_up(lanes)
 
+    def begin_no_more(self, slots: Iterable[int]) -> None:
+        """Finish what is in hand in these slots, and begin nothing more there."""
+        self._leaving.update(slots)
+        self._moved.set()
+
     async def drop(self, slots: Iterable[int], within: float) -> None:
         """Finish what is in hand in these slots, begin nothing more there, and note the places.
 
         Parameters:
-            within: seconds that handlers get; what takes longer is cancelled, and handled again.
+            within: seconds that handlers get; what takes longer is cancelled, and handled again. One that ignores that
+                is left alone: nothing of it is stored any more.
         """
         gone = set(slots)
-        self._leaving |= gone
-        self._moved.set()
+        self.begin_no_more(gone)
         lanes = [lane for lane in self._lanes.values() if lane.slot[1] in gone]
         for lane in lanes:
             lane.handed = self._handed(lane)
@@ -177,7 +185,13 @@ class Consumer:
                 _log.warning("%s: %d handlers did not finish within %g s", self.name, len(late), within)
                 for task in late:
                     task.cancel()
-                await asyncio.wait(late)
+                _, deaf = await asyncio.wait(late, timeout=_DEAF)
+                if deaf:
+                    _log.error(
+                        "%s: %d handlers go on though they were cancelled: nothing of it is stored",
+                        self.name,
+                        len(deaf),
+                    )
         for lane in lanes:
             self._note(lane, lane.place if lane.queue else lane.handed)
             self._lanes.pop(lane.slot, None)
@@ -410,19 +424,21 @@ class Consumer:
 
     async def _handled(self, entry: Entry, unit: Unit) -> Exception | None:
         """What the handler raised, if trying again may help. Raises `Damaged`, and what stops this task."""
+        failed: Exception | None = None
         try:
             await self._handle(entry, unit)
         except Damaged:
             raise
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            # Nobody stops this task: something that the handler waited for was cancelled.
-            return RuntimeError(f"what it waited for was cancelled: {error!r}")
+            # If nobody stops this task, something that the handler waited for was cancelled.
+            failed = RuntimeError(f"what it waited for was cancelled: {error!r}")
         except Exception as error:
-            return error
-        return None
+            failed = error
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            # Whatever the handler made of that: its slot may be another's by now, who handles this again.
+            raise asyncio.CancelledError
+        return failed
 
     async def _commit(self, unit: Unit) -> None:
         """Write a unit, however long that takes. Raises `BadStatement`, `Fenced`."""

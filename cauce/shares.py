@@ -17,12 +17,15 @@ from cauce.errors import Fenced, Unavailable
 from cauce.lease import BEAT, TTL, is_dead
 from cauce.store import Share, Standing, Store
 
-__all__ = ["LEAD", "NAMES", "Shares", "slot_name"]
+__all__ = ["LEAD", "LEAVING", "NAMES", "Shares", "slot_name"]
 
 _log = logging.getLogger("cauce")
 
 LEAD = "lead"
 """Held by the one instance that feeds views and replicas, and runs intervals."""
+
+LEAVING = "leaving"
+"""Held by the one instance that is about to leave: the others count without it, and look out for what it gives."""
 
 _SOON = 0.1
 """Seconds until the next look while something is on its way from one instance to another."""
@@ -62,6 +65,7 @@ class Shares:
         self._moving: asyncio.Task[None] | None = None
         self._beaten = 0.0
         self._joined, self._is_settled, self._still = False, True, True
+        self._leaving: Share | None = None
         self.touched: Callable[[], Awaitable[None]] = _nothing
 
     @property
@@ -107,6 +111,45 @@ class Shares:
         """Take and give no more: the end is near, and until then the beat keeps what is held."""
         self._still = True
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other instance was seen at the last look."""
+        return not self._seen
+
+    async def hand_over(self, within: float) -> None:
+        """Give all that is held to the other instances, once they look out for it.
+
+        Parameters:
+            within: seconds to wait until they do; one that lives needs no more than a beat.
+        """
+        self.close()
+        if self._moving is not None:
+            await asyncio.wait({self._moving})
+        until = self._clock.monotonic() + min(within, 2 * BEAT)
+        try:
+            await self._tell_the_others(until)
+        except Unavailable as error:
+            _log.warning("%s leaves without saying so: %s", self.owner.partition(" ")[0], error)
+        await self._give([*self._giving, *self.held.values()])
+
+    async def _tell_the_others(self, until: float) -> None:
+        # One at a time: two that leave would each wait for the other to take what it has.
+        while not (taken := await self._store.take(self.owner, [LEAVING])):
+            if not await self._is_time_left(until):
+                return
+        self._leaving = taken[0]
+        await self._beat()
+        before = dict(self._seen)
+        # Whose beat has changed since has looked since.
+        while any(self._seen.get(owner) == seen for owner, seen in before.items()) and await self._is_time_left(until):
+            await self._beat()
+
+    async def _is_time_left(self, until: float) -> bool:
+        if self._clock.monotonic() >= until:
+            return False
+        await self._clock.sleep(_SOON)
+        return True
+
     async def stop(self) -> None:
         """Leave: all that is still held is let go of in good order.
 
@@ -115,7 +158,7 @@ class Shares:
         if self._moving is not None:
             self._moving.cancel()
             await asyncio.gather(self._moving, return_exceptions=True)
-        shares = [*self.held.values(), *self._giving]
+        shares = [*self.held.values(), *self._giving, *([self._leaving] if self._leaving else [])]
         self.held.clear()
         await self._store.release(shares, owner=self.owner)
 
@@ -158,7 +201,8 @@ class Shares:
         return [(owner, beat) for owner, (beat, since) in self._seen.items() if now - since >= TTL or is_dead(owner)]
 
     async def _share_out(self, standing: Standing) -> None:
-        instances = sorted(standing.instances)
+        leaving = standing.holders.get(LEAVING)
+        instances = sorted(each for each in standing.instances if each != leaving)
         rank, many = instances.index(self.owner), len(instances)
         fair = SLOTS // many + (rank < SLOTS % many)
         if self._giving:
@@ -167,7 +211,7 @@ class Shares:
             await self._gain_on()
         mine = [share for share in self.held.values() if share.slot is not None]
         free = [name for name in NAMES if standing.holders.get(name, "") not in standing.instances]
-        self._is_settled = not free and len(mine) <= fair
+        self._is_settled = not free and len(mine) <= fair and leaving not in standing.instances
         if len(mine) > fair:
             await self._give(mine[fair:])
         wanted = [name for name in free if name != LEAD][: max(0, fair - len(mine))]
@@ -190,7 +234,7 @@ class Shares:
     async def _give(self, shares: Sequence[Share]) -> None:
         self._giving = list(shares)
         for share in shares:
-            del self.held[share.name]
+            self.held.pop(share.name, None)
         await self._give_on()
 
     async def _give_on(self) -> None:
