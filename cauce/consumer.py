@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import traceback
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -139,7 +140,11 @@ class Consumer:
         self._tail = tail
         self._looked = max(self._looked, tail.looked)
         self._leaving -= shares.keys()
-        places = await self._store.places(self.name, self._log.id, await self._log.head())
+        places = await self._store.places(self.name, self._log.id, sys.maxsize)
+        # Not before: in slots of others the places go on.
+        head = await self._log.head()
+        if any(place > head for place in places.values()):
+            await self._store.places(self.name, self._log.id, head)
         lanes = []
         for domain in self.wants:
             for slot, share in shares.items():

@@ -883,11 +883,13 @@ class _Running:
             commander = self._commanders.get(domain.name)
             if commander is None:
                 raise NoAnswer(f"{domain.name} has no things, so nothing can be wished of it")
-            if by_hand and slot_of(ask.key) not in commander.slots:
-                # Who asks by hand need not know which instance holds what.
+            if slot_of(ask.key) not in commander.slots:
+                # Who asks by hand need not know which instance holds what, and a slot may have gone just now.
                 return await self._bus.wish(domain.name, ask)
             receipt = await commander.call(ask)
             return Reply("", "", receipt.version, receipt.position, receipt.changed)
+        if ask.kind in ("undo", "publish") and slot_of(ask.key) not in self._commanders[domain.name].slots:
+            return await self._bus.wish(domain.name, ask)
         if ask.kind == "undo":
             return await self._undo(domain, ask)
         if ask.kind == "publish":

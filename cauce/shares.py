@@ -65,6 +65,7 @@ class Shares:
         self._moving: asyncio.Task[None] | None = None
         self._beaten = 0.0
         self._joined, self._is_settled, self._still = False, True, True
+        self._apart = False
         self._leaving: Share | None = None
         self.touched: Callable[[], Awaitable[None]] = _nothing
 
@@ -74,7 +75,16 @@ class Shares:
         return self._clock.monotonic() - self._beaten < TTL * 2 / 3
 
     async def start(self) -> None:
-        """Join, and take what is free, also from those who are proved dead. Raises what stands in the way."""
+        """Join, and take what is free, also from those who are proved dead. Raises what stands in the way.
+
+        Where others hold everything it joins when it may `go`: until then nobody should give it anything.
+        """
+        standing = await self._store.tick(self.owner, ())
+        held = all(standing.holders.get(name, "") in standing.instances for name in NAMES)
+        if held and not any(is_dead(each) for each in standing.instances):
+            self._apart, self._is_settled = True, False
+            self._watch(standing, self._clock.monotonic())
+            return
         self._still = False
         await self._step()
         await self._finished()
@@ -94,7 +104,7 @@ class Shares:
 
     def go(self) -> None:
         """Share out from now on: until then nothing was taken after the start, and nothing given."""
-        self._still = False
+        self._still = self._apart = False
 
     async def run(self) -> None:
         """Beat, look, take and give, for ever. Raises `Fenced` when this instance was struck off."""
@@ -113,8 +123,8 @@ class Shares:
 
     @property
     def is_alone(self) -> bool:
-        """Whether no other instance was seen at the last look."""
-        return not self._seen
+        """Whether no other instance was seen at the last look, or this one never joined them."""
+        return self._apart or not self._seen
 
     async def hand_over(self, within: float) -> None:
         """Give all that is held to the other instances, once they look out for it.
@@ -166,13 +176,24 @@ class Shares:
         standing = await self._beat()
         if self._moving is not None and self._moving.done():
             await self._moved()
-        if self._moving is None and not self._still:
+        if self._still or not self._joined:
+            return
+        fair, free = self._fair(standing)
+        # Known before the next rest: who waits for this one to look must not wait for two beats.
+        self._is_settled = (
+            not free and len(self._slots) == fair and standing.holders.get(LEAVING, "") not in standing.instances
+        )
+        if self._moving is None:
             # What is given away may take long to finish, and the beat must not wait for that.
-            self._moving = asyncio.get_running_loop().create_task(self._share_out(standing))
+            self._moving = asyncio.get_running_loop().create_task(self._share_out(fair, free))
 
     async def _beat(self) -> Standing:
         began = self._clock.monotonic()
-        standing = await self._store.tick(self.owner, self._dead(began), join=not self._joined)
+        apart = self._apart
+        standing = await self._store.tick(self.owner, self._dead(began), join=not (self._joined or apart))
+        if apart:
+            self._watch(standing, began)
+            return standing
         if not standing.alive:
             raise Fenced(
                 f"{self.owner.partition(' ')[0]}: this instance showed no beat for {TTL:g} s, and others have taken over: start it again"
@@ -200,18 +221,24 @@ class Shares:
     def _dead(self, now: float) -> list[tuple[str, int]]:
         return [(owner, beat) for owner, (beat, since) in self._seen.items() if now - since >= TTL or is_dead(owner)]
 
-    async def _share_out(self, standing: Standing) -> None:
+    @property
+    def _slots(self) -> list[Share]:
+        return [share for share in self.held.values() if share.slot is not None]
+
+    def _fair(self, standing: Standing) -> tuple[int, list[str]]:
+        """How many slots are this instance's part, and all names that nobody has."""
         leaving = standing.holders.get(LEAVING)
         instances = sorted(each for each in standing.instances if each != leaving)
         rank, many = instances.index(self.owner), len(instances)
-        fair = SLOTS // many + (rank < SLOTS % many)
+        free = [name for name in NAMES if standing.holders.get(name, "") not in standing.instances]
+        return SLOTS // many + (rank < SLOTS % many), free
+
+    async def _share_out(self, fair: int, free: Sequence[str]) -> None:
         if self._giving:
             await self._give_on()
         if self._gaining:
             await self._gain_on()
-        mine = [share for share in self.held.values() if share.slot is not None]
-        free = [name for name in NAMES if standing.holders.get(name, "") not in standing.instances]
-        self._is_settled = not free and len(mine) <= fair and leaving not in standing.instances
+        mine = self._slots
         if len(mine) > fair:
             await self._give(mine[fair:])
         wanted = [name for name in free if name != LEAD][: max(0, fair - len(mine))]

@@ -1,0 +1,158 @@
+"""Instances that come and go under load: nothing is lost, no effect is stored twice, and who stays goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from cauce import Bus, CauceError, OutcomeUnknown, connect
+from cauce.log import Filter
+from tests.chaos import EFFECTS, Add
+from tests.history import Effect, Fact, History, Said, Told, findings
+from tests.kept import rows, store_of
+from tests.test_history import everything
+from tests.test_instances import standing, until, until_shared
+
+ROOT = Path(__file__).parent.parent
+SEED = int(os.environ.get("CAUCE_CHAOS_SEED", "1"))
+SETTLING = 60.0
+MOVING = 5.0
+"""Seconds a call takes at most while instances come and go in good order: it is measured at 0.3 to 1.7 here."""
+
+KEYS = [f"thing{n}" for n in range(32)]
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(each_bus: str, tmp_path: Path) -> Iterator[Start]:
+    """Starts an instance of the services of the chaos test. None outlives the test; what they log is kept in a file."""
+    started = list[subprocess.Popen[str]]()
+
+    def begin(which: str, name: str) -> subprocess.Popen[str]:
+        with (tmp_path / f"{name}.log").open("a") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-c", "from tests.chaos import main; main()", which, each_bus, name],
+                env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                text=True,
+            )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def schema_of(url: str) -> str:
+    return EFFECTS["postgresql" if url.startswith("postgresql") else "sqlite"]
+
+
+async def ready(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    assert await asyncio.to_thread(process.stdout.readline) == "ready\n"
+
+
+async def terminated(process: subprocess.Popen[str]) -> int:
+    process.terminate()
+    return await asyncio.to_thread(process.wait, 60)
+
+
+def told_by(folder: Path) -> str:
+    """The end of what each instance logged, for whoever looks at a failure."""
+    return "\n".join(f"{each.name}:\n{each.read_text()[-2000:]}" for each in sorted(folder.glob("*.log")))
+
+
+async def calling(bus: Bus, history: History, failed: Counter[str], longest: list[float], random: Random) -> None:
+    """Call without end, count what is not accepted, and note how long the longest took, in seconds."""
+    while True:
+        key, id, began = random.choice(KEYS), bus.clock.id(), time.monotonic()
+        try:
+            receipt = await bus.call(Add(key), id=id, timeout=20)
+        except CauceError as error:
+            failed[f"{type(error).__name__}: {error}"] += 1
+            history.told.append(Told(id, key, "unknown" if isinstance(error, OutcomeUnknown) else "nothing"))
+        else:
+            history.told.append(Told(id, key, "accepted", receipt.version, receipt.position))
+        longest[0] = max(longest[0], time.monotonic() - began)
+        await asyncio.sleep(random.uniform(0, 0.03))
+
+
+async def read(bus: Bus, url: str, history: History) -> None:
+    """Add what is stored now to what the clients were told."""
+    mine, schema = Filter(domains=frozenset({"tallies"})), schema_of(url)
+    stored = await rows(url, "reacting", schema, "select number, key, version, instance from effects")
+    history.effects = [Effect(*row) for row in stored]
+    history.said = [
+        Said(entry.id, entry.key, entry.meta.causation)
+        async for entry in everything(bus.commands, mine)
+        if not entry.meta.verdict
+    ]
+    history.facts = [
+        Fact(entry.position, entry.key, entry.version, entry.type, entry.id, entry.meta.causation)
+        async for entry in everything(bus.facts, mine)
+    ]
+
+
+async def quiet(bus: Bus, url: str, history: History) -> list[str]:
+    """Wait until there is nothing to be found any more; what there is when the time is over."""
+    until, found = time.monotonic() + SETTLING, ["nothing was read"]
+    schema = schema_of(url)
+    while found and time.monotonic() < until:
+        await asyncio.sleep(0.5)
+        await read(bus, url, history)
+        found = findings(history)
+        async with store_of(url, "reacting", [schema]) as store:
+            left = await store.inventory()
+        found += [f"{left.outbox} lie in the outbox"] * bool(left.outbox)
+        found += [f"{len(left.waiting)} wait"] * bool(left.waiting)
+    return found
+
+
+async def ended(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [each for each in results if not isinstance(each, asyncio.CancelledError)] == []
+
+
+async def test_a_rolling_restart_under_load_loses_nothing_and_no_caller_notices(
+    each_bus: str, start: Start, tmp_path: Path
+) -> None:
+    history, failed, longest = History(), Counter[str](), [0.0]
+    instances = [start("both", f"first{n}") for n in range(3)]
+    for instance in instances:
+        await ready(instance)
+    async with standing(each_bus, "reacting", schema_of(each_bus)) as holders:
+        await until_shared(holders, 5, 5, 6)
+    async with connect(each_bus) as bus:
+        clients = [
+            asyncio.ensure_future(calling(bus, history, failed, longest, Random(f"{SEED} {n}"))) for n in range(8)
+        ]
+        for n in range(3):
+            many = len(history.told)
+            await until(lambda many=many: len(history.told) > many + 200)  # type: ignore[misc]
+            assert await terminated(instances[n]) == 0, told_by(tmp_path)
+            instances[n] = start("both", f"second{n}")
+            await ready(instances[n])
+        await ended(clients)
+        assert await quiet(bus, each_bus, history) == [], told_by(tmp_path)
+    assert dict(failed) == {}, told_by(tmp_path)
+    assert longest[0] < MOVING, "a call waits for a slot that moves, not for a lease"
+    assert sum(told.outcome == "accepted" for told in history.told) > 600
+    by = {effect.instance for effect in history.effects}
+    assert len({name for name in by if name.startswith("first")}) == 3, "all of them were at it"
+    for instance in instances:
+        assert await terminated(instance) == 0
