@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from cauce.past import Change
     from cauce.receipt import Receipt
     from cauce.restored import Restored
+    from cauce.retry import ALWAYS, NEVER, Retry
     from cauce.runtime import connect, running
     from cauce.service import Service
     from cauce.sql import Store
@@ -74,6 +75,7 @@ else:
         "past": ("Change",),
         "receipt": ("Receipt",),
         "restored": ("Restored",),
+        "retry": ("ALWAYS", "NEVER", "Retry"),
         "runtime": ("connect", "running"),
         "service": ("Service",),
         "sql": ("Store",),
@@ -93,6 +95,8 @@ else:
 
 
 __all__ = [
+    "ALWAYS",
+    "NEVER",
     "BreakerOpen",
     "Bus",
     "Busy",
@@ -124,6 +128,7 @@ __all__ = [
     "Refused",
     "Rejected",
     "Restored",
+    "Retry",
     "Service",
     "StorageFull",
     "Store",

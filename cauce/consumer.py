@@ -10,41 +10,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-import traceback
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
 from cauce.accept import slot_of
+from cauce.aside import DIED, Aside, Handle, handled
 from cauce.clock import Clock
-from cauce.codec import Entry, to_cloudevent
-from cauce.errors import Damaged, Unavailable
-from cauce.log import Filter, Log, filter_of
+from cauce.codec import Entry
+from cauce.errors import Unavailable
+from cauce.log import Log, filter_of
+from cauce.retry import USUAL, Retries
 from cauce.store import BadStatement, Share, Store, Unit, Waiting
 
-__all__ = ["Consumer", "Handle", "Tail"]
+__all__ = ["Consumer", "Tail"]
 
 _log = logging.getLogger("cauce")
 
 _PAGE = 500
 _LANE = 500
 _MOST_WAITING = 10_000
-_RETRIES_AT_ONCE = 4
-_FIRST_DELAY = 0.1
-_LONGEST_DELAY = 60.0
-_DOUBLINGS = 10
 _OFTEN = 10_000
 _MOMENT = 0.05
 _DEAF = 1.0
 """Seconds that a handler gets to end once it is cancelled."""
 
-_CAUTION = 10.0
-"""Seconds for which a message that may have killed the process keeps others of its kind from beginning."""
-
-_DIED = "the process died while this was handled"
-
-Handle = Callable[[Entry, Unit], Awaitable[None]]
 Slot = tuple[str, int]
 
 
@@ -89,7 +80,7 @@ class Consumer:
         wants: the types it handles, by domain; none means all.
         now: whether it begins, in slots it has no place in, with what comes from now on, not with the first.
         bodies: whether it needs more than envelopes.
-        attempts: how often a message is tried before it is a dead letter; 0: without end.
+        retry: when a message is tried again, and how often before it is a dead letter.
         may_begin: whether the instance is sure enough of its slots to begin something new.
         caution: shared by all consumers of a service: held while what may have killed the process is tried.
     """
@@ -105,27 +96,24 @@ class Consumer:
         *,
         now: bool = False,
         bodies: bool = True,
-        attempts: int = 0,
+        retry: Retries = USUAL,
         may_begin: Callable[[], bool] = lambda: True,
         caution: asyncio.Lock | None = None,
     ) -> None:
         self.name, self.wants, self.bodies = name, wants, bodies
         self._handle, self._log, self._store, self._clock = handle, log, store, clock
         self._now, self._begin = now, 0
-        self._attempts, self._may_begin = attempts, may_begin
-        self._caution = caution or asyncio.Lock()
+        self._may_begin = may_begin
         self._lanes: dict[Slot, _Lane] = {}
         self._looked = 0
         self._tail: Tail | None = None
-        self._waiting: dict[str, deque[Waiting]] = {}
-        self._many: Counter[int] = Counter()
         self._readers: set[asyncio.Task[None]] = set()
-        self._retries: dict[str, asyncio.Task[None]] = {}
-        self._in_hand: set[str] = set()
-        self._newer: set[str] = set()
         self._leaving: set[int] = set()
-        self._slots: dict[int, asyncio.Semaphore] = {}
         self._moved = asyncio.Event()
+        self._aside = Aside(
+            name, handle, log, store, clock, retry, may_begin, caution or asyncio.Lock(), self._share, self._leaving,
+            self._moved, self._stops,
+        )  # fmt: skip
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # ------------------------------------------------------------------------------------------ what it works on
@@ -139,7 +127,7 @@ class Consumer:
         """Work on these slots from now on. Raises `Damaged` for places that are not of this log."""
         self._tail = tail
         self._looked = max(self._looked, tail.looked)
-        self._leaving -= shares.keys()
+        self._leaving.difference_update(shares)
         places = await self._store.places(self.name, self._log.id, sys.maxsize)
         # Not before: in slots of others the places go on.
         head = await self._log.head()
@@ -157,7 +145,7 @@ class Consumer:
                     self._store.move(share, self.name, domain, slot, self._log.id, lane.place)
         for waiting in await self._store.waiting(self.name):
             if waiting.slot in shares:
-                self._set_aside(waiting)
+                self._aside.add(waiting)
         self._catch_up(lanes)
 
     def begin_no_more(self, slots: Iterable[int]) -> None:
@@ -180,10 +168,7 @@ class Consumer:
             lane.joined = False
             lane.group.discard(lane)
             lane.room.set()
-        streams = {stream for stream in self._retries if slot_of(stream.partition("/")[2]) in gone}
-        for stream in streams - self._in_hand:
-            self._retries[stream].cancel()
-        working = {lane.task for lane in lanes if lane.task is not None} | {self._retries[each] for each in streams}
+        working = {lane.task for lane in lanes if lane.task is not None} | self._aside.leave(gone)
         if working:
             _, late = await asyncio.wait(working, timeout=within)
             if late:
@@ -200,37 +185,18 @@ class Consumer:
         for lane in lanes:
             self._note(lane, lane.place if lane.queue else lane.handed)
             self._lanes.pop(lane.slot, None)
-        for stream in [each for each in self._waiting if slot_of(each.partition("/")[2]) in gone]:
-            self._many[slot_of(stream.partition("/")[2])] -= len(self._waiting.pop(stream))
-            self._retries.pop(stream, None)
+        self._aside.drop(gone)
         self._moved.set()
 
     def stop(self) -> None:
         """Stop at once; what is not finished is handled again after the next start."""
-        for task in (*(lane.task for lane in self._lanes.values()), *self._readers, *self._retries.values()):
+        for task in (*(lane.task for lane in self._lanes.values()), *self._readers, *self._aside.tasks):
             if task is not None:
                 task.cancel()
 
     async def reload(self) -> None:
         """Look again at what waits for a person: one may have decided."""
-        if not self._waiting:
-            return
-        # What is tried or set aside while the store is asked is newer than the answer.
-        self._newer = set(self._retries)
-        rows: dict[str, deque[Waiting]] = {}
-        for waiting in await self._store.waiting(self.name):
-            rows.setdefault(waiting.stream, deque()).append(waiting)
-        for stream, queue in list(self._waiting.items()):
-            if stream in self._retries or stream in self._newer:
-                continue
-            now = rows.get(stream, deque())
-            self._many[slot_of(stream.partition("/")[2])] += len(now) - len(queue)
-            if now:
-                self._waiting[stream] = now
-                self._begin_retries(now[0])
-            else:
-                del self._waiting[stream]
-        self._moved.set()
+        await self._aside.reload()
 
     # ---------------------------------------------------------------------------------------------- what comes in
 
@@ -337,7 +303,7 @@ class Consumer:
         return all(
             self._handed(lane) >= head and (not lane.queue or lane.queue[0].position > head)
             for lane in self._lanes.values()
-        ) and all(queue[0].dead or queue[0].position > head for queue in self._waiting.values())
+        ) and self._aside.passed(head)
 
     async def settled(self) -> None:
         """Wait until it has passed the head as it is now. Raises what stopped it."""
@@ -377,28 +343,28 @@ class Consumer:
             if slot in self._leaving:
                 return False
             await self._clock.sleep(_MOMENT)
-        while self._many[slot] >= _MOST_WAITING and entry.stream in self._waiting:
+        while self._aside.many(slot) >= _MOST_WAITING and self._aside.last(entry.stream) is not None:
             if slot in self._leaving:
                 return False
             if not lane.full:
                 lane.full = True
                 _log.error(
                     "%s: %d messages wait in slot %d, so it handles no more there: see cauce dead, and %s",
-                    self.name, self._many[slot], slot, entry.stream,
+                    self.name, self._aside.many(slot), slot, entry.stream,
                 )  # fmt: skip
             self._moved.clear()
             await self._moved.wait()
         lane.full = False
-        ahead, waiting = self._waiting.get(entry.stream), None
+        ahead, waiting = self._aside.last(entry.stream), None
         unit = Unit(lane.share)
         if ahead is not None:
-            if ahead[-1].position < entry.position:
+            if ahead.position < entry.position:
                 waiting = Waiting(entry.position, entry.stream, slot, error="waits behind an earlier one")
         elif lane.careful:
-            waiting = Waiting(entry.position, entry.stream, slot, due=-1, error=_DIED)
+            waiting = Waiting(entry.position, entry.stream, slot, due=-1, error=DIED)
             lane.careful = False
         else:
-            error = await self._handled(entry, unit)
+            error = await handled(self._handle, entry, unit)
             if error is not None:
                 waiting = self._wrong(entry, unit, slot, error)
             elif unit.is_empty:
@@ -410,55 +376,25 @@ class Consumer:
             unit.place = (self.name, domain, slot, self._log.id, entry.position)
             unit.parked = None if waiting is None else (self.name, waiting)
             try:
-                await self._commit(unit)
+                await self._aside.commit(unit)
                 break
             except BadStatement as error:
                 waiting, unit = Waiting(entry.position, entry.stream, slot, 1), Unit(lane.share)
-                self._failed(waiting, error, entry)
+                self._aside.failed(waiting, error, entry)
         lane.place = lane.written = entry.position
         if waiting is not None:
-            self._set_aside(waiting)
+            self._aside.add(waiting)
         return True
 
     def _wrong(self, entry: Entry, unit: Unit, slot: int, error: Exception) -> Waiting:
         unit.statements.clear()
         unit.said.clear()
         waiting = Waiting(entry.position, entry.stream, slot, 0 if isinstance(error, Unavailable) else 1)
-        self._failed(waiting, error, entry)
+        self._aside.failed(waiting, error, entry)
         return waiting
 
-    async def _handled(self, entry: Entry, unit: Unit) -> Exception | None:
-        """What the handler raised, if trying again may help. Raises `Damaged`, and what stops this task."""
-        failed: Exception | None = None
-        try:
-            await self._handle(entry, unit)
-        except Damaged:
-            raise
-        except asyncio.CancelledError as error:
-            # If nobody stops this task, something that the handler waited for was cancelled.
-            failed = RuntimeError(f"what it waited for was cancelled: {error!r}")
-        except Exception as error:
-            failed = error
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            # Whatever the handler made of that: its slot may be another's by now, who handles this again.
-            raise asyncio.CancelledError
-        return failed
-
-    async def _commit(self, unit: Unit) -> None:
-        """Write a unit, however long that takes. Raises `BadStatement`, `Fenced`."""
-        if unit.is_empty and unit.place is not None:
-            self._store.move(unit.share, *unit.place)
-            return
-        while True:
-            try:
-                await self._store.commit(unit)
-                if unit.committed is not None:
-                    unit.committed()
-                return
-            except Unavailable as error:
-                _log.warning("%s: its store takes nothing now, so it waits: %s", self.name, error)
-                await self._clock.sleep(1.0)
+    def _share(self, slot: int) -> Share | None:
+        return next((lane.share for lane in self._lanes.values() if lane.slot[1] == slot), None)
 
     def _note(self, lane: _Lane, position: int) -> None:
         if position > lane.written:
@@ -470,134 +406,6 @@ class Consumer:
         if not self.failed.done():
             self.failed.set_exception(error)
         self._moved.set()
-
-    # ---------------------------------------------------------------------------------------------- what must wait
-
-    def _failed(self, waiting: Waiting, error: Exception, entry: Entry | None, tries: int = 0) -> None:
-        """Delay it, or give it up. What is not the message's fault is delayed only."""
-        doublings = min(_DOUBLINGS, max(waiting.attempts - 1, tries))
-        delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2**doublings) * (0.5 + self._clock.random())
-        waiting.due = self._clock.now() + round(delay * 1_000_000)
-        waiting.error = f"{type(error).__name__}: {error}"
-        if self._attempts and waiting.attempts >= self._attempts and not isinstance(error, Unavailable):
-            self._bury(waiting, "".join(traceback.format_exception(error)), entry)
-            return
-        _log.warning(
-            "%s: position %d (%s) failed %d times and waits %.1f s: %s", self.name, waiting.position, waiting.stream, waiting.attempts, delay, waiting.error,
-            exc_info=None if isinstance(error, Unavailable) else error,
-        )  # fmt: skip
-
-    def _bury(self, waiting: Waiting, trace: str, entry: Entry | None) -> None:
-        waiting.dead, waiting.due, waiting.trace = True, 0, trace
-        if entry is not None:
-            waiting.raw = msgspec.json.encode(to_cloudevent(entry)) if entry.body is not None else b""
-        _log.error(
-            "%s: position %d (%s) is a dead letter after %d attempts, later ones of %s wait behind it: %s; see cauce dead",
-            self.name, waiting.position, waiting.stream, waiting.attempts, waiting.stream, waiting.error,
-        )  # fmt: skip
-
-    def _set_aside(self, waiting: Waiting) -> None:
-        queue = self._waiting.setdefault(waiting.stream, deque())
-        if queue and queue[-1].position >= waiting.position:
-            return
-        queue.append(waiting)
-        self._newer.add(waiting.stream)
-        self._many[waiting.slot] += 1
-        self._begin_retries(queue[0])
-
-    def _begin_retries(self, first: Waiting) -> None:
-        if not first.dead and first.stream not in self._retries:
-            self._newer.add(first.stream)
-            self._retries[first.stream] = asyncio.get_running_loop().create_task(self._retry(first.stream))
-
-    async def _retry(self, stream: str) -> None:
-        queue = self._waiting[stream]
-        slot, tries = queue[0].slot, 0
-        try:
-            while queue and not queue[0].dead and slot not in self._leaving:
-                waiting = queue[0]
-                # The wall clock may have been set back since.
-                left = (waiting.due - self._clock.now()) / 1_000_000
-                await self._clock.sleep(min(max(0.0, left), 2 * _LONGEST_DELAY))
-                if waiting.due < 0:
-                    done = await self._carefully(waiting, tries)
-                else:
-                    async with self._slots.setdefault(slot, asyncio.Semaphore(_RETRIES_AT_ONCE)):
-                        done = await self._again(waiting, tries)
-                tries = 0 if done else tries + 1
-                if done:
-                    queue.popleft()
-                    self._many[slot] -= 1
-                    self._moved.set()
-        except Exception as error:
-            self._stops(error)
-            return
-        finally:
-            self._retries.pop(stream, None)
-            if not queue and self._waiting.get(stream) is queue:
-                del self._waiting[stream]
-            self._moved.set()
-
-    async def _carefully(self, waiting: Waiting, tries: int) -> bool:
-        """One by one, so that whatever kills the process is known; but not for ever."""
-        try:
-            async with asyncio.timeout(_CAUTION):
-                await self._caution.acquire()
-        except TimeoutError:
-            return await self._again(waiting, tries)
-        try:
-            return await self._again(waiting, tries)
-        finally:
-            self._caution.release()
-
-    async def _again(self, waiting: Waiting, tries: int) -> bool:
-        """Try once more, counted before it is begun: if that kills the process, the next start knows."""
-        lanes = [lane for lane in self._lanes.values() if lane.slot[1] == waiting.slot]
-        share = lanes[0].share if lanes else None
-        died = waiting.due < 0
-        if self._attempts and died and waiting.attempts >= self._attempts:
-            waiting.error = _DIED
-            self._bury(waiting, "", await self._entry(waiting))
-            await self._park(share, waiting)
-            return False
-        while not self._may_begin():
-            await self._clock.sleep(_MOMENT)
-        self._in_hand.add(waiting.stream)
-        try:
-            waiting.attempts, waiting.due = waiting.attempts + 1, -1
-            await self._park(share, waiting)
-            unit = Unit(share)
-            unit.unparked = (self.name, waiting.position)
-            entry, error = None, None
-            try:
-                entry = await self._entry(waiting)
-                error = await self._handled(entry, unit)
-                if error is None:
-                    await self._commit(unit)
-                    return True
-            except (Unavailable, BadStatement) as failure:
-                error = failure
-            if isinstance(error, Unavailable):
-                waiting.attempts -= 1
-            self._failed(waiting, error, entry, tries + 1)
-            await self._park(share, waiting)
-            return False
-        finally:
-            self._in_hand.discard(waiting.stream)
-
-    async def _park(self, share: Share | None, waiting: Waiting) -> None:
-        unit = Unit(share)
-        unit.parked = (self.name, waiting)
-        await self._commit(unit)
-
-    async def _entry(self, waiting: Waiting) -> Entry:
-        page = await self._log.read(Filter(waiting.stream), after=waiting.position - 1, limit=1)
-        if not page.entries or page.entries[0].position != waiting.position:
-            raise Damaged(
-                f"position {waiting.position} ({waiting.stream}), which waits for {self.name}, is not in the log any more: run cauce "
-                "verify, and if an older log was put back, cauce reset"
-            )
-        return page.entries[0]
 
 
 class Tail:

@@ -26,9 +26,10 @@ from cauce.folding import fold_of, rules_of
 from cauce.history import page, stood
 from cauce.lease import Leases, identity
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
+from cauce.outbox import Outbox, packed
 from cauce.question import completed, read
 from cauce.schema import Schema, encode
-from cauce.service import ATTEMPTS, Bound, Service, bind
+from cauce.service import Bound, Service, bind
 from cauce.sql import Store as Sql
 from cauce.sql import spoken
 from cauce.store import Share, Store, Stores, Unit
@@ -50,12 +51,6 @@ DEFAULT_BUS = "sqlite:///.cauce/bus.db"
 _log = logging.getLogger("cauce")
 _encode = msgspec.json.Encoder().encode
 _decode_asked = msgspec.json.Decoder(Asked).decode
-_AT_ONCE = 500
-_PAUSE = 0.25
-_LONGEST_PAUSE = 30.0
-_HOPELESS_PAUSE = 60.0
-_REST = 1.0
-_MOST_UNDER_WAY = 5_000
 _LAST = 1.0
 """Seconds for each of the last steps of a stop, when handlers have used up their time."""
 
@@ -258,12 +253,8 @@ class _Running:
         self._store: Store | None = None
         self._shares: Shares | None = None
         self._running = False
-        self._said = asyncio.Event()
+        self._outbox: Outbox | None = None
         self._threads = Threads()
-        self._put_off: dict[str, _PutOff] = {}
-        self._under_way: dict[str, asyncio.Task[None]] = {}
-        self._stands: list[int] = []
-        self._looked, self._looked_for, self._look_anew = 0, set[int](), True
         self._leading: list[asyncio.Task[None]] = []
 
     # ------------------------------------------------------------------------------------------------------ starting
@@ -289,6 +280,7 @@ class _Running:
         await keep(bus.facts, name, store.id, store.place, store.is_fresh, bus.clock)
         self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose)
         shares.touched = self._touched
+        self._outbox = Outbox(name, store, bus, lambda: self._slots, self._record)
         caution = asyncio.Lock()
         self._consumers = [
             (consumer, tail)
@@ -357,12 +349,13 @@ class _Running:
         """React, and decide what was sent."""
         assert self._store is not None
         assert self._shares is not None
+        assert self._outbox is not None
         for consumer, tail in self._consumers:
             consumer.begin_now(tail.looked)
         self._running = True
         await self._hold(list(self._shares.held.values()))
         self._tasks.start("store", self._store.run())
-        self._tasks.start("outbox", self._relay())
+        self._tasks.start("outbox", self._outbox.run())
         if self._service.audit is not None and self._commanders:
             audit = Audit(
                 self._bus.commands, self._store, self._bus.clock, self._service.audit,
@@ -370,7 +363,7 @@ class _Running:
             )  # fmt: skip
             self._tasks.start("audit", audit.run())
         self._shares.go()
-        self._said.set()
+        self._outbox.look()
         _log.info("%s runs: %s", self._service.name, ", ".join(bound.name for bound in self._parts))
 
     # ---------------------------------------------------------------------------------------------- what it may work on
@@ -401,7 +394,8 @@ class _Running:
         if by_slot:
             for consumer, tail in self._consumers:
                 await consumer.hold(tail, by_slot)
-            self._said.set()
+            if self._outbox is not None:
+                self._outbox.look()
         for share in shares:
             if share.slot is None:
                 self._leading = [
@@ -440,7 +434,8 @@ class _Running:
 
     async def _touched(self) -> None:
         """Another process has changed the store: perhaps somebody decided about a dead letter."""
-        self._said.set()
+        assert self._outbox is not None
+        self._outbox.look()
         for consumer, _ in self._consumers:
             await consumer.reload()
 
@@ -459,7 +454,7 @@ class _Running:
         Parameters:
             left: the seconds that handlers still have.
         """
-        if not self._running:
+        if not self._running or self._outbox is None:
             return
         assert self._shares is not None
         self._left, self._state = left, "draining"
@@ -483,15 +478,11 @@ class _Running:
             consumer.stop()
         try:
             async with asyncio.timeout(max(_LAST, left())):
-                await self._relayed(patient=False)
+                await self._outbox.relayed(patient=False)
         except (CauceError, TimeoutError) as error:
             _log.warning("what %s said waits in its outbox for the next start: %r", self._service.name, error)
-        if self._put_off:
-            _log.warning(
-                "what %s said of %d things waits in its outbox for the next start",
-                self._service.name,
-                len(self._put_off),
-            )
+        if many := self._outbox.put_off:
+            _log.warning("what %s said of %d things waits in its outbox for the next start", self._service.name, many)
 
     def leave(self) -> None:
         """Answer no more."""
@@ -576,7 +567,7 @@ class _Running:
         shares = self._shares
         return Consumer(
             _deciding(domain), {domain: frozenset()}, handle, self._bus.commands, self._store, self._bus.clock,
-            attempts=ATTEMPTS, may_begin=lambda: shares.is_fresh, caution=caution,
+            may_begin=lambda: shares.is_fresh, caution=caution,
         )  # fmt: skip
 
     def _reaction(self, bound: Bound, caution: asyncio.Lock) -> Consumer:
@@ -607,7 +598,7 @@ class _Running:
 
         return Consumer(
             bound.name, _wants(bound), handle, log, store, bus.clock, bodies=not bound.notice,
-            attempts=bound.part.attempts, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
+            retry=bound.part.retry, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------- what it says
@@ -632,183 +623,33 @@ class _Running:
             kind = declared(message)
             meta = Meta(now, kind.version, cause.correlation, cause.id, cause.by, cause.trace, cause.tracestate)
             entry = seal(message, context.id_of(message), meta)
-            unit.said.append(
-                (
-                    bound.name,
-                    slot,
-                    _pack(_Said(kind.kind, entry.stream, entry.type, entry.id, entry.raw, entry.body or b"")),
-                )
-            )
-        if said:
-            unit.committed = self._said.set
+            unit.said.append((bound.name, slot, packed(kind.kind, entry)))
+        if said and self._outbox is not None:
+            unit.committed = self._outbox.look
 
     async def _settled(self) -> None:
         """Wait until its consumers have passed the heads as they are now, and what they said is in its log."""
         await asyncio.gather(
             *(consumer.settled() for consumer, tail in self._consumers if tail is not self._tails.records)
         )
-        await self._relayed()
+        assert self._outbox is not None
+        await self._outbox.relayed()
         # What was decided or recorded meanwhile has its record, too.
         await asyncio.gather(*(commander.settled() for commander in self._commanders.values()))
 
     async def _settled_behind(self) -> None:
         """The same of those that react to records, which are written behind."""
         await asyncio.gather(*(consumer.settled() for consumer, tail in self._consumers if tail is self._tails.records))
-        await self._relayed()
+        assert self._outbox is not None
+        await self._outbox.relayed()
 
-    async def _relayed(self, *, patient: bool = True) -> None:
-        """Wait until all that was said is in its log.
-
-        Parameters:
-            patient: wait for the things too that were put off because something of them failed.
-        """
-        while await self._unsaid(patient):
-            self._said.set()
-            await self._bus.clock.sleep(0.01)
-
-    async def _unsaid(self, patient: bool) -> bool:
-        """Whether something waits in the outbox for this instance."""
-        assert self._store is not None
-        after, mine = 0, set(self._slots)
-        while rows := await self._store.outbox(after, 10_000):
-            after = rows[-1][0]
-            if any(row[2] in mine and (patient or _unpack(row[3]).stream not in self._put_off) for row in rows):
-                return True
-        return False
-
-    async def _relay(self) -> None:
-        """Bring what was said to its log, in order per thing, once however often that is tried; for ever."""
-        try:
-            while True:
-                await self._due()
-                self._said.clear()
-                try:
-                    await self._relay_all()
-                except Unavailable as error:
-                    _log.warning("the outbox of %s waits: %s", self._service.name, error)
-                    self._look_anew = True
-                    await self._bus.clock.sleep(_REST)
-                    self._said.set()
-        finally:
-            under_way = list(self._under_way.values())
-            for task in under_way:
-                task.cancel()
-            await asyncio.gather(*under_way, return_exceptions=True)
-
-    async def _due(self) -> None:
-        """Wait until something was said, or what was put off is due."""
-        due = min((off.due for stream, off in self._put_off.items() if stream not in self._under_way), default=None)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(None if due is None else max(0.0, due - self._bus.clock.monotonic())):
-                await self._said.wait()
-
-    async def _relay_all(self) -> None:
-        """Relay what is new; and all from the beginning, where something behind may go on by now."""
-        assert self._store is not None
-        await self._strike_out()
-        now, mine = self._bus.clock.monotonic(), set(self._slots)
-        held_up = {stream for stream, off in self._put_off.items() if off.due > now}
-        whole = self._look_anew or len(held_up) < len(self._put_off) or not mine <= self._looked_for
-        held_up |= self._under_way.keys()
-        self._look_anew, met = False, set[str]()
-        after = 0 if whole else self._looked
-        while rows := await self._store.outbox(after, _AT_ONCE):
-            after = rows[-1][0]
-            # Of a slot that is gained meanwhile the earlier pages were passed by.
-            mine.intersection_update(self._slots)
-            streams: dict[str, list[tuple[int, _Said]]] = {}
-            for number, _, slot, packed in rows:
-                if slot in mine:
-                    said = _unpack(packed)
-                    met.add(said.stream)
-                    # What waits behind one that failed may be in a later page.
-                    if said.stream not in held_up:
-                        streams.setdefault(said.stream, []).append((number, said))
-            await self._relay_page(streams)
-            held_up |= streams.keys() & (self._under_way.keys() | self._put_off.keys())
-        if whole:
-            # What another instance relayed for a slot that was given away.
-            self._put_off = {stream: off for stream, off in self._put_off.items() if stream in met}
-        self._looked, self._looked_for = after, mine
-
-    async def _relay_page(self, streams: dict[str, list[tuple[int, _Said]]]) -> None:
-        """Each thing by itself: one that takes long, such as one whose instance is stopped, goes on behind."""
-        tasks = []
-        for stream, waiting in streams.items():
-            task = asyncio.get_running_loop().create_task(self._relay_stream(stream, waiting))
-            self._under_way[stream] = task
-            tasks.append(task)
-        if tasks:
-            _, slow = await asyncio.wait(tasks, timeout=_PAUSE)
-            for task in slow:
-                task.add_done_callback(self._went_on)
-        while len(self._under_way) > _MOST_UNDER_WAY:
-            await asyncio.wait(self._under_way.values(), return_when=asyncio.FIRST_COMPLETED)
-        await self._strike_out()
-
-    async def _strike_out(self) -> None:
-        assert self._store is not None
-        numbers, self._stands = self._stands, []
-        if numbers:
-            await self._store.relayed(numbers)
-
-    def _went_on(self, task: asyncio.Task[None]) -> None:
-        # What came behind it meanwhile was passed by.
-        self._look_anew = True
-        self._said.set()
-
-    async def _relay_stream(self, stream: str, waiting: list[tuple[int, _Said]]) -> None:
-        """One after the other; what comes behind one that failed waits for it."""
-        me = asyncio.current_task()
-        assert me is not None
-        try:
-            for number, said in waiting:
-                try:
-                    await self._relay_one(said)
-                except (Exception, asyncio.CancelledError) as error:
-                    if me.cancelling():
-                        raise
-                    self._delay(said, error)
-                    break
-                self._put_off.pop(stream, None)
-                self._stands.append(number)
-        finally:
-            del self._under_way[stream]
-
-    def _delay(self, said: _Said, error: BaseException) -> None:
-        """Try a thing again later, and leave all others alone."""
-        off = self._put_off.setdefault(said.stream, _PutOff())
-        off.pause = min(_LONGEST_PAUSE, off.pause * 2 or _PAUSE)
-        level, more = logging.WARNING, ""
-        if not isinstance(error, Unavailable):
-            off.failures += 1
-            level = logging.ERROR
-            if off.failures >= ATTEMPTS:
-                off.pause = _HOPELESS_PAUSE
-            if off.failures == ATTEMPTS:
-                level, more = logging.CRITICAL, f" (failed {ATTEMPTS} times, from now on tried once a minute)"
-        off.due = self._bus.clock.monotonic() + off.pause
-        _log.log(
-            level, "%s of %s waits in the outbox of %s%s: %s", said.type, said.stream, self._service.name, more,
-            error if isinstance(error, CauceError) else repr(error),
-            exc_info=error if off.failures in (1, ATTEMPTS) and not isinstance(error, CauceError) else None,
-        )  # fmt: skip
-
-    async def _relay_one(self, said: _Said) -> None:
-        entry = Entry(0, said.stream, 0, said.type, said.id, said.raw, None, said.body, 0)
-        if said.kind == "command":
-            await self._bus.commands.append(said.stream, [entry], repeat=True)
-            return
-        meta = entry.meta
-        ask = Ask(
-            "publish", said.type, said.id, entry.key, meta.schema, msgspec.Raw(said.body), False, meta.by,
-            meta.correlation, meta.causation, meta.trace, meta.tracestate,
-        )  # fmt: skip
-        commander = self._commanders[entry.domain]
-        if slot_of(entry.key) in commander.slots:
+    async def _record(self, domain: str, ask: Ask) -> None:
+        """Record an event that a handler said, here or where its slot is held."""
+        commander = self._commanders[domain]
+        if slot_of(ask.key) in commander.slots:
             await self._publish(commander, ask)
         else:
-            await self._bus.publish(entry.domain, ask)
+            await self._bus.publish(domain, ask)
 
     async def _publish(self, commander: Commander, ask: Ask) -> None:
         event = self._schemas[commander.domain].decode(commander.domain, ask.type, ask.schema, bytes(ask.body))
@@ -945,32 +786,6 @@ class _Running:
         what = f"the answer of {self._service.name}.{bound.name}"
         check_value(msgspec.to_builtins(answer), what)
         return Reply(body=msgspec.Raw(check_body(_encode(answer), what)))
-
-
-class _Said(msgspec.Struct, frozen=True, array_like=True):
-    """What a handler said, as it lies in the outbox: a command to send, or an event to record."""
-
-    kind: str
-    stream: str
-    type: str
-    id: str
-    raw: bytes
-    body: bytes
-
-
-class _PutOff(msgspec.Struct):
-    """A thing that the outbox tries again later.
-
-    When by monotonic time, after how many seconds, and how often it failed by somebody's fault.
-    """
-
-    due: float = 0.0
-    pause: float = 0.0
-    failures: int = 0
-
-
-_pack = msgspec.msgpack.Encoder().encode
-_unpack = msgspec.msgpack.Decoder(_Said).decode
 
 
 def _check_record(schema: Schema, ask: Ask, state: Record | None) -> None:

@@ -29,6 +29,7 @@ from cauce.messages import (
     copied,
     declared,
 )
+from cauce.retry import USUAL, Retries, check_retries
 from cauce.sql import Store, Tables
 
 __all__ = ["Bound", "Part", "Service", "bind", "bound_parts"]
@@ -42,9 +43,6 @@ AUDIT = 30 * 86_400.0
 
 _RULE_BYTES = 63
 
-ATTEMPTS = 12
-"""How often a message is tried when nothing else is said: with the delays between, for about ten minutes."""
-
 
 class Part(msgspec.Struct, frozen=True):
     """One function of a service, as the decorator found it; of a replica, its class. `view`: for which it works;
@@ -54,7 +52,7 @@ class Part(msgspec.Struct, frozen=True):
     function: Callable[..., Any]
     names: dict[str, Any]
     start: Start = "first"
-    attempts: int = ATTEMPTS
+    retry: Retries = USUAL
     seconds: float = 0.0
     view: str = ""
     most: int | Callable[[Any], int] = 1
@@ -139,8 +137,8 @@ class Service:
     @typing.overload
     def on(self, function: F) -> F: ...
     @typing.overload
-    def on(self, function: None = None, *, start: Start = "first", attempts: int = ATTEMPTS) -> Callable[[F], F]: ...
-    def on(self, function: F | None = None, *, start: Start = "first", attempts: int = ATTEMPTS) -> Any:
+    def on(self, function: None = None, *, start: Start = "first", retry: Retries = USUAL) -> Callable[[F], F]: ...
+    def on(self, function: F | None = None, *, start: Start = "first", retry: Retries = USUAL) -> Any:
         """Reacts, told by the type of the parameter: to events (`UserRegistered`), to their thin form
         (`Notice[UserRegistered]`), or to each change of a record (`User`; with `User | None` also to its deletion).
 
@@ -150,13 +148,13 @@ class Service:
         Parameters:
             start: where a reaction that never ran before begins: at the `first` event ever recorded, or with what
                 comes from `now` on.
-            attempts: how often a message is tried, with growing delay, before it is a dead letter; 0: without end.
+            retry: when a message is tried again, and how often before it is a dead letter: a `Retry`, or one for each
+                class of errors, as `{TimeoutError: Retry(attempts=50), ValueError: NEVER}`.
         """
-        if attempts < 0:
-            raise Refused(f"{self.name}: attempts={attempts}: say how often, or 0 for without end")
+        check_retries(retry, self.name)
         if function is None:
-            return lambda each: self._add("on", each, start, attempts)
-        return self._add("on", function, start, attempts)
+            return lambda each: self._add("on", each, start, retry)
+        return self._add("on", function, start, retry)
 
     def every(self, seconds: float) -> Callable[[F], F]:
         """Runs a function once in so many seconds, in one instance of the service; it takes a context, or nothing.
@@ -195,7 +193,7 @@ class Service:
         kind: Kind,
         function: F,
         start: Start = "first",
-        attempts: int = ATTEMPTS,
+        retry: Retries = USUAL,
         seconds: float = 0.0,
         view: str = "",
         most: int | Callable[[Any], int] = 1,
@@ -206,7 +204,7 @@ class Service:
             )
         frame = sys._getframe(2)
         names = {} if frame.f_locals is frame.f_globals else dict(frame.f_locals)
-        self.parts.append(Part(kind, function, names, start, attempts, seconds, view, most))
+        self.parts.append(Part(kind, function, names, start, retry, seconds, view, most))
         return function
 
 

@@ -6,11 +6,14 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
+
 from cauce.backends import Backend, open_backend
 from cauce.clock import SystemClock
+from cauce.retry import Retry
 from cauce.store import Store, Stores, Waiting
 
-__all__ = ["backend_at", "forget_places", "move_places", "rows", "store_of", "stores_of", "waiting"]
+__all__ = ["backend_at", "forget_places", "hurry", "move_places", "rows", "store_of", "stores_of", "waiting"]
 
 
 @asynccontextmanager
@@ -66,3 +69,9 @@ async def move_places(url: str, service: str, *consumers: str, to: int, log: str
             for domain, slot in places:
                 store.move(None, consumer, domain, slot, log or read.id, to)
         await store.flush()
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed is tried again after a tenth of the time, where time is real."""
+    delay = Retry.delay
+    monkeypatch.setattr(Retry, "delay", lambda self, tries, chance: delay(self, tries, chance) / 10)

@@ -15,7 +15,7 @@ import apsw
 import pytest
 from click.testing import CliRunner
 
-from cauce import Bus, Busy, CauceError, Damaged, Held, StorageFull, connect, running, runtime
+from cauce import Bus, Busy, CauceError, Damaged, Held, StorageFull, connect, running
 from cauce.accept import SLOTS
 from cauce.backends.sqlite.file import folder_of
 from cauce.backends.sqlite.log import SQLiteLog
@@ -24,6 +24,7 @@ from cauce.cli import main
 from cauce.clock import SystemClock
 from cauce.lease import Leases, identity
 from cauce.log import Filter
+from cauce.outbox import Outbox
 from cauce.records import written
 from cauce.runtime import _Running
 from cauce.shares import Shares
@@ -155,7 +156,7 @@ async def test_what_waits_behind_a_command_that_failed_waits_on_every_page_of_th
         return append(self, stream, entries, **how)
 
     monkeypatch.setattr(SQLiteLog, "append", fails_once)
-    monkeypatch.setattr(runtime, "_AT_ONCE", 1)
+    monkeypatch.setattr("cauce.outbox._AT_ONCE", 1)
     async with running(reacting("one"), bus=bus_url) as bus:
         await until(lambda: stored(bus_url, "select count(*) from cauce_outbox") == [(0,)])
         assert await said(bus) == [1, 2, 3]
@@ -166,7 +167,7 @@ async def test_a_slot_that_is_gained_while_the_outbox_is_relayed_is_relayed_from
 ) -> None:
     await left_in_the_outbox(bus_url, monkeypatch)
     held: Any = _Running._slots
-    relay, outbox = _Running._relay_all, Store.outbox
+    relay, outbox = Outbox._relay_all, Store.outbox
     pages = list[int]()
 
     def gained(self: _Running) -> Any:
@@ -176,15 +177,15 @@ async def test_a_slot_that_is_gained_while_the_outbox_is_relayed_is_relayed_from
         pages.append(after)
         return outbox(self, after, limit)
 
-    async def relayed(self: _Running) -> None:
+    async def relayed(self: Outbox) -> None:
         first = not pages
         await relay(self)
         if first:
             self._said.set()
 
-    monkeypatch.setattr(runtime, "_AT_ONCE", 1)
+    monkeypatch.setattr("cauce.outbox._AT_ONCE", 1)
     monkeypatch.setattr(_Running, "_slots", property(gained))
-    monkeypatch.setattr(_Running, "_relay_all", relayed)
+    monkeypatch.setattr(Outbox, "_relay_all", relayed)
     monkeypatch.setattr(Store, "outbox", page)
     async with running(reacting("one"), bus=bus_url) as bus:
         await until(lambda: stored(bus_url, "select count(*) from cauce_outbox") == [(0,)])

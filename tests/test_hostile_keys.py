@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from cauce import Bus, Command, Domain, Event, Record, Refused, Service, running
+from cauce import Bus, Command, Domain, Event, Record, Refused, Retry, Service, running
 from cauce.accept import slot_of
 from cauce.backends import open_backend
 from cauce.clock import SystemClock
@@ -66,7 +66,7 @@ async def test_no_key_is_taken_for_another_by_calls_reactions_and_dead_letters(e
     seen, well = dict[str, list[int]](), set[str]()
     watcher = Service("watcher")
 
-    @watcher.on(attempts=1)
+    @watcher.on(retry=Retry(attempts=1))
     async def watch(event: Grown) -> None:
         if event.n == 1 and event.name not in well:
             raise ValueError(event.name)

@@ -26,6 +26,7 @@ FLOORS = (
         "messages",
         "upcaster",
         "restored",
+        "retry",
         "schema",
         "compatible",
         "sample",
@@ -56,7 +57,9 @@ FLOORS = (
         "bus",
         "question",
         "shares",
+        "aside",
         "consumer",
+        "outbox",
         "reset",
     ),  # delivery
     (

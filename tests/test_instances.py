@@ -19,7 +19,7 @@ from typing import Any
 import apsw
 import pytest
 
-from cauce import Command, Context, Domain, Event, Record, Refused, Rejected, Service, connect, running
+from cauce import Command, Context, Domain, Event, Record, Refused, Rejected, Retry, Service, connect, running
 from cauce.accept import slot_of
 from cauce.backends.sqlite.file import folder_of
 from cauce.backends.sqlite.store import SQLiteStore
@@ -32,7 +32,7 @@ from cauce.log import Log
 from cauce.shares import Shares
 from cauce.store import Letter, Share, Store
 from cauce.testing import VirtualClock
-from tests.kept import rows, store_of, stores_of
+from tests.kept import hurry, rows, store_of, stores_of
 
 Run = Callable[[Callable[[], Any]], Any]
 Program = Callable[..., subprocess.Popen[str]]
@@ -133,7 +133,7 @@ async def letters_of(url: str, service: str = "") -> list[Letter]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What failed is tried again soon, and what a person decided is seen soon, where time is real."""
-    monkeypatch.setattr("cauce.consumer._FIRST_DELAY", 0.01)
+    hurry(monkeypatch)
     monkeypatch.setattr("cauce.shares.BEAT", 0.1)
 
 
@@ -181,7 +181,7 @@ async def test_what_a_reaction_stores_says_and_its_place_are_one(each_bus: str) 
 async def test_a_statement_that_fails_takes_only_its_own_message_with_it(each_bus: str) -> None:
     writer = Service("writer", schema=SEEN)
 
-    @writer.on(attempts=1)
+    @writer.on(retry=Retry(attempts=1))
     async def note(event: Added, ctx: Context) -> None:
         ctx.store.execute("insert into seen values (?, ?, '')", (event.name, event.n))
         if event.name == "bad":
@@ -217,7 +217,7 @@ async def test_a_statement_that_fails_takes_only_its_own_message_with_it(each_bu
 async def test_a_handler_may_not_touch_what_the_store_keeps_of_it(sql: str, bus_url: str) -> None:
     writer = Service("writer", schema=SEEN)
 
-    @writer.on(attempts=1)
+    @writer.on(retry=Retry(attempts=1))
     async def note(event: Added, ctx: Context) -> None:
         ctx.store.execute(sql)
 
@@ -367,7 +367,7 @@ async def test_what_failed_too_often_is_a_dead_letter_and_a_person_decides(each_
     handled, broken = list[tuple[str, int]](), {"a", "b"}
     reacting = Service("reacting")
 
-    @reacting.on(attempts=3)
+    @reacting.on(retry=Retry(attempts=3))
     async def handle(event: Added) -> None:
         if event.name in broken:
             raise ValueError(f"cannot do {event.name}")
@@ -406,7 +406,7 @@ async def test_a_dead_letter_waits_through_a_restart_with_those_behind_it(each_b
     tried = list[int]()
     reacting = Service("reacting")
 
-    @reacting.on(attempts=2)
+    @reacting.on(retry=Retry(attempts=2))
     async def handle(event: Added) -> None:
         tried.append(event.n)
         raise ValueError
@@ -427,10 +427,10 @@ async def test_a_dead_letter_waits_through_a_restart_with_those_behind_it(each_b
 KILLER = """
 import asyncio, os, signal, sys
 sys.path.insert(0, {tests!r})
-from test_instances import Added, Service, Context, SEEN, running
+from test_instances import Added, Retry, Service, Context, SEEN, running
 service = Service("killed", schema=SEEN)
 
-@service.on(attempts=2)
+@service.on(retry=Retry(attempts=2))
 async def handle(event: Added, ctx: Context) -> None:
     if event.name == "deadly":
         await asyncio.sleep(0.05)
@@ -1027,7 +1027,7 @@ async def test_too_many_behind_a_dead_letter_stop_its_slot_only(
     monkeypatch.setattr("cauce.consumer._MOST_WAITING", 20)
     service, handled = Service("stuck"), set[str]()
 
-    @service.on(attempts=1)
+    @service.on(retry=Retry(attempts=1))
     async def handle(event: Added) -> None:
         if event.name == "dead":
             raise ValueError
@@ -1158,7 +1158,7 @@ def test_who_gives_something_waits_for_one_beat_of_the_others_and_not_for_two(
         two.go()
         began = clock.monotonic()
         runs.append(asyncio.ensure_future(two.run()))
-        while len(two._slots) < 8:  # noqa: ASYNC110 - time is virtual
+        while len(two._slots) < 8:
             await clock.sleep(0.01)
         assert clock.monotonic() - began < BEAT + 1
         for run in runs:

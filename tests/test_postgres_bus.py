@@ -20,6 +20,7 @@ from cauce import (
     NotOwner,
     OutcomeUnknown,
     Rejected,
+    Retry,
     Service,
     connect,
     running,
@@ -51,7 +52,7 @@ def noting(broken: set[str], attempts: int = 5) -> Service:
     """A service that notes what it hears, and fails on what is broken."""
     service = Service("noting", schema=SEEN)
 
-    @service.on(attempts=attempts)
+    @service.on(retry=Retry(attempts=attempts))
     async def note(event: users.UserRegistered | users.EmailChanged, ctx: Context) -> None:
         if event.user_id in broken:
             raise ValueError(f"cannot do {event.user_id}")

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from cauce import Bus, Command, Context, Copy, Damaged, Domain, Event, Record, Service, Store, running
+from cauce import Bus, Command, Context, Copy, Damaged, Domain, Event, Record, Retry, Service, Store, running
 from cauce.accept import slot_of
 from cauce.cli import main
 from cauce.clock import SystemClock
@@ -73,7 +73,7 @@ def keeper(*broken: str) -> Service:
     """Reacts, and keeps a view and a replica. For some things its reaction fails."""
     service = Service("keeper", schema=[EFFECTS])
 
-    @service.on(attempts=1)
+    @service.on(retry=Retry(attempts=1))
     def react(event: Grown, ctx: Context) -> None:
         if event.name in broken:
             raise ZeroDivisionError(event.name)

@@ -27,6 +27,7 @@ from cauce import (
     OutcomeUnknown,
     Record,
     Refused,
+    Retry,
     Service,
     Unavailable,
     Unreadable,
@@ -124,11 +125,11 @@ def mails(now: SimpleNamespace, seen: list[Any], attempts: int = 12) -> Service:
     """Who hears of each user, in full and by notice."""
     service, registered = Service("mails"), now.UserRegistered
 
-    @service.on(attempts=attempts)
+    @service.on(retry=Retry(attempts=attempts))
     async def greet(event: registered) -> None:
         seen.append(event)
 
-    @service.on(attempts=attempts)
+    @service.on(retry=Retry(attempts=attempts))
     async def count(notice: Notice[registered]) -> None:
         seen.append(notice)
 

@@ -1,0 +1,292 @@
+"""What a consumer has set aside: messages that failed, and the later ones of their things, which wait behind in order.
+
+The first of each thing is tried again with growing, jittered delay, one thing beside the other. What has failed too
+often is a dead letter: a person decides, and until then its thing waits, and no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import traceback
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Collection
+
+import msgspec
+
+from cauce.accept import slot_of
+from cauce.clock import Clock
+from cauce.codec import Entry, to_cloudevent
+from cauce.errors import Damaged, Unavailable
+from cauce.log import Filter, Log
+from cauce.retry import Retries, longest, retry_for, usual
+from cauce.store import BadStatement, Share, Store, Unit, Waiting
+
+__all__ = ["DIED", "Aside", "Handle", "handled"]
+
+_log = logging.getLogger("cauce")
+
+_RETRIES_AT_ONCE = 4
+_MOMENT = 0.05
+_CAUTION = 10.0
+"""Seconds for which a message that may have killed the process keeps others of its kind from beginning."""
+
+DIED = "the process died while this was handled"
+
+Handle = Callable[[Entry, Unit], Awaitable[None]]
+
+
+async def handled(handle: Handle, entry: Entry, unit: Unit) -> Exception | None:
+    """What the handler raised, if trying again may help. Raises `Damaged`, and what stops this task."""
+    failed: Exception | None = None
+    try:
+        await handle(entry, unit)
+    except Damaged:
+        raise
+    except asyncio.CancelledError as error:
+        # If nobody stops this task, something that the handler waited for was cancelled.
+        failed = RuntimeError(f"what it waited for was cancelled: {error!r}")
+    except Exception as error:
+        failed = error
+    task = asyncio.current_task()
+    if task is None or task.cancelling():
+        # Whatever the handler made of that: its slot may be another's by now, who handles this again.
+        raise asyncio.CancelledError
+    return failed
+
+
+class Aside:
+    """The messages of one consumer that wait, by thing, and the tasks that try them again.
+
+    Parameters:
+        retry: when a message is tried again, and how often before it is a dead letter.
+        may_begin: whether the instance is sure enough of its slots to begin something new.
+        caution: held while what may have killed the process is tried.
+        share: by which a slot is held.
+        leaving: slots in which nothing more is begun.
+        moved: set when something of this changes.
+        stops: told what ends the consumer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        handle: Handle,
+        log: Log,
+        store: Store,
+        clock: Clock,
+        retry: Retries,
+        may_begin: Callable[[], bool],
+        caution: asyncio.Lock,
+        share: Callable[[int], Share | None],
+        leaving: Collection[int],
+        moved: asyncio.Event,
+        stops: Callable[[BaseException], None],
+    ) -> None:
+        self._name, self._handle, self._log, self._store, self._clock = name, handle, log, store, clock
+        self._retry, self._may_begin, self._caution = retry, may_begin, caution
+        self._usual, self._longest = usual(retry), longest(retry)
+        self._share, self._leaving, self._moved, self._stops = share, leaving, moved, stops
+        self._waiting: dict[str, deque[Waiting]] = {}
+        self._many: Counter[int] = Counter()
+        self._retries: dict[str, asyncio.Task[None]] = {}
+        self._in_hand: set[str] = set()
+        self._newer: set[str] = set()
+        self._slots: dict[int, asyncio.Semaphore] = {}
+
+    # ------------------------------------------------------------------------------------------ what waits
+
+    def last(self, stream: str) -> Waiting | None:
+        """The last message of a thing that waits."""
+        queue = self._waiting.get(stream)
+        return queue[-1] if queue else None
+
+    def many(self, slot: int) -> int:
+        """How many messages wait in a slot."""
+        return self._many[slot]
+
+    def passed(self, head: int) -> bool:
+        """Whether all that waits up to a position waits for a person."""
+        return all(queue[0].dead or queue[0].position > head for queue in self._waiting.values())
+
+    @property
+    def tasks(self) -> Collection[asyncio.Task[None]]:
+        """Those that try again."""
+        return self._retries.values()
+
+    def add(self, waiting: Waiting) -> None:
+        """Set a message aside, behind those of its thing."""
+        queue = self._waiting.setdefault(waiting.stream, deque())
+        if queue and queue[-1].position >= waiting.position:
+            return
+        queue.append(waiting)
+        self._newer.add(waiting.stream)
+        self._many[waiting.slot] += 1
+        self._begin_retries(queue[0])
+
+    def leave(self, slots: Collection[int]) -> set[asyncio.Task[None]]:
+        """Begin nothing more in these slots. Gives the tasks that have something in hand there."""
+        streams = {stream for stream in self._retries if slot_of(stream.partition("/")[2]) in slots}
+        for stream in streams - self._in_hand:
+            self._retries[stream].cancel()
+        return {self._retries[each] for each in streams}
+
+    def drop(self, slots: Collection[int]) -> None:
+        """Forget what waits in these slots: another instance has it."""
+        for stream in [each for each in self._waiting if slot_of(each.partition("/")[2]) in slots]:
+            self._many[slot_of(stream.partition("/")[2])] -= len(self._waiting.pop(stream))
+            self._retries.pop(stream, None)
+
+    async def reload(self) -> None:
+        """Look again at what waits for a person: one may have decided."""
+        if not self._waiting:
+            return
+        # What is tried or set aside while the store is asked is newer than the answer.
+        self._newer = set(self._retries)
+        rows: dict[str, deque[Waiting]] = {}
+        for waiting in await self._store.waiting(self._name):
+            rows.setdefault(waiting.stream, deque()).append(waiting)
+        for stream, queue in list(self._waiting.items()):
+            if stream in self._retries or stream in self._newer:
+                continue
+            now = rows.get(stream, deque())
+            self._many[slot_of(stream.partition("/")[2])] += len(now) - len(queue)
+            if now:
+                self._waiting[stream] = now
+                self._begin_retries(now[0])
+            else:
+                del self._waiting[stream]
+        self._moved.set()
+
+    async def commit(self, unit: Unit) -> None:
+        """Write a unit, however long that takes. Raises `BadStatement`, `Fenced`."""
+        if unit.is_empty and unit.place is not None:
+            self._store.move(unit.share, *unit.place)
+            return
+        while True:
+            try:
+                await self._store.commit(unit)
+                if unit.committed is not None:
+                    unit.committed()
+                return
+            except Unavailable as error:
+                _log.warning("%s: its store takes nothing now, so it waits: %s", self._name, error)
+                await self._clock.sleep(1.0)
+
+    # ---------------------------------------------------------------------------------------------- trying again
+
+    def failed(self, waiting: Waiting, error: Exception, entry: Entry | None, tries: int = 0) -> None:
+        """Delay it, or give it up. What is not the message's fault is delayed only."""
+        retry = retry_for(self._retry, error)
+        delay = retry.delay(max(waiting.attempts, tries), self._clock.random())
+        waiting.due = self._clock.now() + round(delay * 1_000_000)
+        waiting.error = f"{type(error).__name__}: {error}"
+        if retry.attempts and waiting.attempts >= retry.attempts and not isinstance(error, Unavailable):
+            self._bury(waiting, "".join(traceback.format_exception(error)), entry)
+            return
+        _log.warning(
+            "%s: position %d (%s) failed %d times and waits %.1f s: %s", self._name, waiting.position, waiting.stream, waiting.attempts, delay, waiting.error,
+            exc_info=None if isinstance(error, Unavailable) else error,
+        )  # fmt: skip
+
+    def _bury(self, waiting: Waiting, trace: str, entry: Entry | None) -> None:
+        waiting.dead, waiting.due, waiting.trace = True, 0, trace
+        if entry is not None:
+            waiting.raw = msgspec.json.encode(to_cloudevent(entry)) if entry.body is not None else b""
+        _log.error(
+            "%s: position %d (%s) is a dead letter after %d attempts, later ones of %s wait behind it: %s; see cauce dead",
+            self._name, waiting.position, waiting.stream, waiting.attempts, waiting.stream, waiting.error,
+        )  # fmt: skip
+
+    def _begin_retries(self, first: Waiting) -> None:
+        if not first.dead and first.stream not in self._retries:
+            self._newer.add(first.stream)
+            self._retries[first.stream] = asyncio.get_running_loop().create_task(self._try_again(first.stream))
+
+    async def _try_again(self, stream: str) -> None:
+        queue = self._waiting[stream]
+        slot, tries = queue[0].slot, 0
+        try:
+            while queue and not queue[0].dead and slot not in self._leaving:
+                waiting = queue[0]
+                # The wall clock may have been set back since.
+                left = (waiting.due - self._clock.now()) / 1_000_000
+                await self._clock.sleep(min(max(0.0, left), 2 * self._longest))
+                if waiting.due < 0:
+                    done = await self._carefully(waiting, tries)
+                else:
+                    async with self._slots.setdefault(slot, asyncio.Semaphore(_RETRIES_AT_ONCE)):
+                        done = await self._again(waiting, tries)
+                tries = 0 if done else tries + 1
+                if done:
+                    queue.popleft()
+                    self._many[slot] -= 1
+                    self._moved.set()
+        except Exception as error:
+            self._stops(error)
+            return
+        finally:
+            self._retries.pop(stream, None)
+            if not queue and self._waiting.get(stream) is queue:
+                del self._waiting[stream]
+            self._moved.set()
+
+    async def _carefully(self, waiting: Waiting, tries: int) -> bool:
+        """One by one, so that whatever kills the process is known; but not for ever."""
+        try:
+            async with asyncio.timeout(_CAUTION):
+                await self._caution.acquire()
+        except TimeoutError:
+            return await self._again(waiting, tries)
+        try:
+            return await self._again(waiting, tries)
+        finally:
+            self._caution.release()
+
+    async def _again(self, waiting: Waiting, tries: int) -> bool:
+        """Try once more, counted before it is begun: if that kills the process, the next start knows."""
+        share = self._share(waiting.slot)
+        died = waiting.due < 0
+        if self._usual.attempts and died and waiting.attempts >= self._usual.attempts:
+            waiting.error = DIED
+            self._bury(waiting, "", await self._entry(waiting))
+            await self._park(share, waiting)
+            return False
+        while not self._may_begin():
+            await self._clock.sleep(_MOMENT)
+        self._in_hand.add(waiting.stream)
+        try:
+            waiting.attempts, waiting.due = waiting.attempts + 1, -1
+            await self._park(share, waiting)
+            unit = Unit(share)
+            unit.unparked = (self._name, waiting.position)
+            entry, error = None, None
+            try:
+                entry = await self._entry(waiting)
+                error = await handled(self._handle, entry, unit)
+                if error is None:
+                    await self.commit(unit)
+                    return True
+            except (Unavailable, BadStatement) as failure:
+                error = failure
+            if isinstance(error, Unavailable):
+                waiting.attempts -= 1
+            self.failed(waiting, error, entry, tries + 1)
+            await self._park(share, waiting)
+            return False
+        finally:
+            self._in_hand.discard(waiting.stream)
+
+    async def _park(self, share: Share | None, waiting: Waiting) -> None:
+        unit = Unit(share)
+        unit.parked = (self._name, waiting)
+        await self.commit(unit)
+
+    async def _entry(self, waiting: Waiting) -> Entry:
+        page = await self._log.read(Filter(waiting.stream), after=waiting.position - 1, limit=1)
+        if not page.entries or page.entries[0].position != waiting.position:
+            raise Damaged(
+                f"position {waiting.position} ({waiting.stream}), which waits for {self._name}, is not in the log any more: run cauce "
+                "verify, and if an older log was put back, cauce reset"
+            )
+        return page.entries[0]
