@@ -1,6 +1,7 @@
 """The services of the chaos test: an owner that counts, one that reacts with effects and commands, one with copies.
 
-`main` is a program that is one instance of one of them, or of the first two: which, the address of the bus, and its own name.
+`main` is a program that is one instance of one of them, or of the first two ("both"): which, the address of the bus, its
+own name.
 """
 
 # mypy: disable-error-code="empty-body"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from random import Random
 import pytest
 
 from cauce import Bus, CauceError, OutcomeUnknown, connect
+from cauce.accept import slot_of
 from cauce.log import Filter
 from tests.chaos import EFFECTS, Add
 from tests.history import Effect, Fact, History, Said, Told, findings
@@ -24,10 +26,16 @@ from tests.test_instances import standing, until, until_shared
 
 ROOT = Path(__file__).parent.parent
 SEED = int(os.environ.get("CAUCE_CHAOS_SEED", "1"))
+CHURNING = float(os.environ.get("CAUCE_CHURN_SECONDS", "30"))
 SETTLING = 60.0
 MOVING = 5.0
 """Seconds a call takes at most while instances come and go in good order: it is measured at 0.3 to 1.7 here."""
 
+STANDING = 3.0
+"""Seconds between two calls for a thing whose slot stays where it is: measured at 0.2 to 1 on two busy cores."""
+
+# Who holds all slots and gives some away keeps the first ones.
+STAYING = next(f"stays{n}" for n in range(999) if slot_of(f"stays{n}") == 0)
 KEYS = [f"thing{n}" for n in range(32)]
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -154,3 +162,69 @@ async def test_a_rolling_restart_under_load_loses_nothing_and_no_caller_notices(
     assert len({name for name in by if name.startswith("first")}) == 3, "all of them were at it"
     for instance in instances:
         assert await terminated(instance) == 0
+
+
+# ------------------------------------------------------------------------------ joining and leaving, 5 times a second
+
+
+async def steady(bus: Bus, key: str, gaps: list[float]) -> None:
+    """Call for one thing without end; the longest time between two that were accepted, in seconds."""
+    last = time.monotonic()
+    while True:
+        with contextlib.suppress(CauceError):
+            await bus.call(Add(key), timeout=20)
+            now = time.monotonic()
+            gaps.append(now - last)
+            last = now
+        await asyncio.sleep(0.005)
+
+
+async def churning(start: Start, random: Random, seconds: float) -> tuple[int, int]:
+    """Let instances join and leave every 200 ms, some in good order and some killed; how many did each."""
+    there, leaving, began = list[subprocess.Popen[str]](), list[subprocess.Popen[str]](), time.monotonic()
+    killed = left = 0
+    due = began
+    while (now := time.monotonic()) < began + seconds:
+        if len(there) < 5 and (len(there) < 2 or random.random() < 0.5):
+            there.append(start("both", f"churn{killed + left + len(there)}"))
+        else:
+            process = there.pop(random.randrange(len(there)))
+            if random.random() < 0.5:
+                process.kill()
+                killed += 1
+            else:
+                process.terminate()
+                left += 1
+            leaving.append(process)
+        due = max(due + 0.2, now)
+        await asyncio.sleep(due - now)
+    for process in there:
+        process.terminate()
+    for process in (*there, *leaving):
+        await asyncio.to_thread(process.wait, 60)
+    return killed, left
+
+
+@pytest.mark.timeout(CHURNING + 3 * SETTLING)
+async def test_instances_that_join_and_leave_all_the_time_lose_nothing_and_do_not_stop_the_others(
+    each_bus: str, start: Start, tmp_path: Path
+) -> None:
+    history, failed, longest, gaps = History(), Counter[str](), [0.0], list[float]()
+    stays = start("both", "stays")
+    await ready(stays)
+    async with connect(each_bus) as bus:
+        clients = [
+            asyncio.ensure_future(calling(bus, history, failed, longest, Random(f"{SEED} {n}"))) for n in range(8)
+        ]
+        clients.append(asyncio.ensure_future(steady(bus, STAYING, gaps)))
+        killed, left = await churning(start, Random(SEED), CHURNING)
+        await ended(clients)
+        assert await quiet(bus, each_bus, history) == [], told_by(tmp_path)
+    assert stays.poll() is None
+    assert await terminated(stays) == 0
+    told = f"{killed} killed, {left} left, longest call {longest[0]:.2f} s, longest gap {max(gaps):.2f} s"
+    sys.stderr.write(told + "\n")
+    assert {effect.instance for effect in history.effects if effect.key == STAYING} == {"stays"}
+    assert max(gaps) < STANDING, "a slot that does not move does not wait for those that do"
+    assert min(killed, left) > 0
+    assert {each.partition(":")[0] for each in failed} <= {"NoAnswer", "OutcomeUnknown"}, "what may be repeated"
