@@ -145,6 +145,8 @@ class Aside:
         self._newer = set(self._retries)
         rows: dict[str, deque[Waiting]] = {}
         for waiting in await self._store.waiting(self._name):
+            if waiting.mark:
+                continue
             rows.setdefault(waiting.stream, deque()).append(waiting)
         for stream, queue in list(self._waiting.items()):
             if stream in self._retries or stream in self._newer:

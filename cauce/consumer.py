@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
+from cauce.abreast import Abreast
 from cauce.accept import slot_of
 from cauce.aside import DIED, Aside, Handle, handled
 from cauce.clock import Clock
 from cauce.codec import Entry
 from cauce.errors import Unavailable
+from cauce.lane import Lane, Slot
 from cauce.log import Log, filter_of
 from cauce.retry import USUAL, Retries
 from cauce.store import BadStatement, Share, Store, Unit, Waiting
@@ -36,42 +37,6 @@ _MOMENT = 0.05
 _DEAF = 1.0
 """Seconds that a handler gets to end once it is cancelled."""
 
-Slot = tuple[str, int]
-
-
-class _Lane:
-    """One slot of one domain: what waits to be handled, one after the other.
-
-    `handed` is the position up to which it was given all that it wants, `place` that of the last one handled. While it
-    is not `joined` it reads for itself, with the others of its `group`. `careful`: its first message may be the one
-    that killed the process. `full`: too much waits.
-    """
-
-    __slots__ = (
-        "careful",
-        "full",
-        "group",
-        "handed",
-        "joined",
-        "place",
-        "queue",
-        "room",
-        "share",
-        "slot",
-        "task",
-        "written",
-    )
-
-    def __init__(self, slot: Slot, share: Share | None, place: int) -> None:
-        self.slot, self.share = slot, share
-        self.handed = self.place = self.written = place
-        self.joined = self.full = False
-        self.careful = share is not None and not share.clean
-        self.queue: deque[Entry] = deque()
-        self.room = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
-        self.group: set[_Lane] = set()
-
 
 class Consumer:
     """A named reader of a log: one handler, its lanes, and what waits for it.
@@ -82,6 +47,7 @@ class Consumer:
         bodies: whether it needs more than envelopes.
         retry: when a message is tried again, and how often before it is a dead letter.
         may_begin: whether the instance is sure enough of its slots to begin something new.
+        concurrency: how many messages it handles at once; 0: one in each slot of each domain.
         caution: shared by all consumers of a service: held while what may have killed the process is tried.
     """
 
@@ -98,22 +64,31 @@ class Consumer:
         bodies: bool = True,
         retry: Retries = USUAL,
         may_begin: Callable[[], bool] = lambda: True,
+        concurrency: int = 0,
         caution: asyncio.Lock | None = None,
     ) -> None:
         self.name, self.wants, self.bodies = name, wants, bodies
+        self._leaving: set[int] = set()
+        self._moved = asyncio.Event()
+        self._abreast = None
+        if concurrency:
+            self._abreast = Abreast(
+                concurrency, name, log.id, store, clock, may_begin, self._has_room, self._leaving, self._moved, self._stops
+            )  # fmt: skip
+            handle = self._abreast.gate(handle)
         self._handle, self._log, self._store, self._clock = handle, log, store, clock
         self._now, self._begin = now, 0
         self._may_begin = may_begin
-        self._lanes: dict[Slot, _Lane] = {}
+        self._lanes: dict[Slot, Lane] = {}
         self._looked = 0
         self._tail: Tail | None = None
         self._readers: set[asyncio.Task[None]] = set()
-        self._leaving: set[int] = set()
-        self._moved = asyncio.Event()
         self._aside = Aside(
             name, handle, log, store, clock, retry, may_begin, caution or asyncio.Lock(), self._share, self._leaving,
             self._moved, self._stops,
         )  # fmt: skip
+        if self._abreast is not None:
+            self._abreast.beside(self._aside)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # ------------------------------------------------------------------------------------------ what it works on
@@ -133,20 +108,38 @@ class Consumer:
         head = await self._log.head()
         if any(place > head for place in places.values()):
             await self._store.places(self.name, self._log.id, head)
+        kept = [waiting for waiting in await self._store.waiting(self.name) if waiting.slot in shares]
         lanes = []
+        careful = 1 if self._abreast is None else self._abreast.most
         for domain in self.wants:
             for slot, share in shares.items():
                 place = places.get((domain, slot))
-                lane = _Lane((domain, slot), share, self._begin if place is None else place)
+                marks = {
+                    each.position: each.mark
+                    for each in kept
+                    if each.slot == slot and each.mark and each.stream.partition("/")[0] == domain
+                }
+                lane = Lane((domain, slot), share, self._begin if place is None else place, marks, careful)
+                await self._forget_marks(lane)
                 self._lanes[domain, slot] = lane
                 lanes.append(lane)
                 if place is None:
                     # Written down at once: what "now" meant must not change with a restart.
                     self._store.move(share, self.name, domain, slot, self._log.id, lane.place)
-        for waiting in await self._store.waiting(self.name):
-            if waiting.slot in shares:
+        for waiting in kept:
+            if not waiting.mark:
                 self._aside.add(waiting)
         self._catch_up(lanes)
+
+    async def _forget_marks(self, lane: Lane) -> None:
+        """Those that the place has passed without meeting them, such as of what is not wanted any more."""
+        passed = [position for position in lane.marks if position <= lane.place]
+        if passed:
+            unit = Unit(lane.share)
+            unit.passed = [(self.name, position) for position in passed]
+            await self._aside.commit(unit)
+            for position in passed:
+                del lane.marks[position]
 
     def begin_no_more(self, slots: Iterable[int]) -> None:
         """Finish what is in hand in these slots, and begin nothing more there."""
@@ -169,6 +162,7 @@ class Consumer:
             lane.group.discard(lane)
             lane.room.set()
         working = {lane.task for lane in lanes if lane.task is not None} | self._aside.leave(gone)
+        working.update(*(lane.tasks for lane in lanes))
         if working:
             _, late = await asyncio.wait(working, timeout=within)
             if late:
@@ -185,14 +179,17 @@ class Consumer:
         for lane in lanes:
             self._note(lane, lane.place if lane.queue else lane.handed)
             self._lanes.pop(lane.slot, None)
+            lane.gone = True
         self._aside.drop(gone)
         self._moved.set()
 
     def stop(self) -> None:
         """Stop at once; what is not finished is handled again after the next start."""
-        for task in (*(lane.task for lane in self._lanes.values()), *self._readers, *self._aside.tasks):
-            if task is not None:
+        for lane in self._lanes.values():
+            for task in (*lane.tasks, *([] if lane.task is None else [lane.task])):
                 task.cancel()
+        for task in (*self._readers, *self._aside.tasks):
+            task.cancel()
 
     async def reload(self) -> None:
         """Look again at what waits for a person: one may have decided."""
@@ -221,23 +218,25 @@ class Consumer:
                     self._note(lane, self._handed(lane))
         self._moved.set()
 
-    def _hand(self, lane: _Lane, entry: Entry) -> None:
+    def _hand(self, lane: Lane, entry: Entry) -> None:
         lane.handed = entry.position
         lane.queue.append(entry)
-        if lane.task is None:
+        if self._abreast is not None:
+            self._abreast.hand(lane, entry)
+        elif lane.task is None:
             lane.task = asyncio.get_running_loop().create_task(self._run(lane))
 
-    def _handed(self, lane: _Lane) -> int:
+    def _handed(self, lane: Lane) -> int:
         return max(lane.handed, self._looked) if lane.joined else lane.handed
 
-    def _catch_up(self, lanes: Sequence[_Lane]) -> None:
+    def _catch_up(self, lanes: Sequence[Lane]) -> None:
         """Let these lanes read for themselves until they are where the tail is. Who is far behind hinders nobody."""
         assert self._tail is not None
         near = self._tail.looked - _OFTEN
         self._read_apart({each for each in lanes if each.handed >= near})
         self._read_apart({each for each in lanes if each.handed < near})
 
-    def _read_apart(self, group: set[_Lane]) -> None:
+    def _read_apart(self, group: set[Lane]) -> None:
         if group and self._tail is not None:
             for lane in group:
                 lane.group = group
@@ -245,7 +244,7 @@ class Consumer:
             self._readers.add(task)
             task.add_done_callback(self._readers.discard)
 
-    async def _read(self, group: set[_Lane], tail: Tail) -> None:
+    async def _read(self, group: set[Lane], tail: Tail) -> None:
         """Read for a group, which lanes may leave meanwhile: the full ones to read alone, others with their slot."""
         wanted = filter_of([self.wants])
         try:
@@ -280,7 +279,7 @@ class Consumer:
         except Exception as error:
             self._stops(error)
 
-    async def _part(self, group: set[_Lane]) -> None:
+    async def _part(self, group: set[Lane]) -> None:
         """Let the full lanes go their own way; one that is alone waits until there is room."""
         for lane in [each for each in group if len(each.queue) >= _LANE // 2]:
             if len(group) > 1:
@@ -323,7 +322,7 @@ class Consumer:
 
     # ------------------------------------------------------------------------------------------------- one lane
 
-    async def _run(self, lane: _Lane) -> None:
+    async def _run(self, lane: Lane) -> None:
         try:
             while lane.queue and lane.slot[1] not in self._leaving:
                 if not await self._one(lane, lane.queue[0]):
@@ -336,33 +335,26 @@ class Consumer:
             lane.task = None
             self._moved.set()
 
-    async def _one(self, lane: _Lane, entry: Entry) -> bool:
+    async def _one(self, lane: Lane, entry: Entry) -> bool:
         """Handle an entry, or set it aside. False: its slot was given up before it began."""
         domain, slot = lane.slot
         while not self._may_begin():
             if slot in self._leaving:
                 return False
             await self._clock.sleep(_MOMENT)
-        while self._aside.many(slot) >= _MOST_WAITING and self._aside.last(entry.stream) is not None:
-            if slot in self._leaving:
-                return False
-            if not lane.full:
-                lane.full = True
-                _log.error(
-                    "%s: %d messages wait in slot %d, so it handles no more there: see cauce dead, and %s",
-                    self.name, self._aside.many(slot), slot, entry.stream,
-                )  # fmt: skip
-            self._moved.clear()
-            await self._moved.wait()
-        lane.full = False
+        if self._aside.many(slot) >= _MOST_WAITING and not await self._has_room(lane, entry):
+            return False
         ahead, waiting = self._aside.last(entry.stream), None
         unit = Unit(lane.share)
-        if ahead is not None:
+        if lane.marks and lane.marks.pop(entry.position, "") == entry.id:
+            # Several were handled at once before.
+            unit.passed = [(self.name, entry.position)]
+        elif ahead is not None:
             if ahead.position < entry.position:
                 waiting = Waiting(entry.position, entry.stream, slot, error="waits behind an earlier one")
         elif lane.careful:
             waiting = Waiting(entry.position, entry.stream, slot, due=-1, error=DIED)
-            lane.careful = False
+            lane.careful = 0
         else:
             error = await handled(self._handle, entry, unit)
             if error is not None:
@@ -386,6 +378,23 @@ class Consumer:
             self._aside.add(waiting)
         return True
 
+    async def _has_room(self, lane: Lane, entry: Entry) -> bool:
+        """Wait while too much waits in its slot to set this aside, too. False: the slot was given up meanwhile."""
+        slot = lane.slot[1]
+        while self._aside.many(slot) >= _MOST_WAITING and self._aside.last(entry.stream) is not None:
+            if slot in self._leaving:
+                return False
+            if not lane.full:
+                lane.full = True
+                _log.error(
+                    "%s: %d messages wait in slot %d, so it handles no more there: see cauce dead, and %s",
+                    self.name, self._aside.many(slot), slot, entry.stream,
+                )  # fmt: skip
+            self._moved.clear()
+            await self._moved.wait()
+        lane.full = False
+        return True
+
     def _wrong(self, entry: Entry, unit: Unit, slot: int, error: Exception) -> Waiting:
         unit.statements.clear()
         unit.said.clear()
@@ -396,7 +405,7 @@ class Consumer:
     def _share(self, slot: int) -> Share | None:
         return next((lane.share for lane in self._lanes.values() if lane.slot[1] == slot), None)
 
-    def _note(self, lane: _Lane, position: int) -> None:
+    def _note(self, lane: Lane, position: int) -> None:
         if position > lane.written:
             lane.place = lane.written = position
             self._store.move(lane.share, self.name, *lane.slot, self._log.id, position)

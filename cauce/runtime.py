@@ -599,6 +599,7 @@ class _Running:
         return Consumer(
             bound.name, _wants(bound), handle, log, store, bus.clock, bodies=not bound.notice,
             retry=bound.part.retry, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
+            concurrency=bound.part.concurrency,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------- what it says

@@ -42,11 +42,12 @@ Start = Literal["first", "now"]
 AUDIT = 30 * 86_400.0
 
 _RULE_BYTES = 63
+_MOST_AT_ONCE = 10_000
 
 
 class Part(msgspec.Struct, frozen=True):
     """One function of a service, as the decorator found it; of a replica, its class. `view`: for which it works;
-    `most`: how many may bear what it finds."""
+    `most`: how many may bear what it finds; `concurrency`: how many it handles at once, 0: as many as slots."""
 
     kind: Kind
     function: Callable[..., Any]
@@ -56,6 +57,7 @@ class Part(msgspec.Struct, frozen=True):
     seconds: float = 0.0
     view: str = ""
     most: int | Callable[[Any], int] = 1
+    concurrency: int = 0
 
     @property
     def name(self) -> str:
@@ -137,8 +139,12 @@ class Service:
     @typing.overload
     def on(self, function: F) -> F: ...
     @typing.overload
-    def on(self, function: None = None, *, start: Start = "first", retry: Retries = USUAL) -> Callable[[F], F]: ...
-    def on(self, function: F | None = None, *, start: Start = "first", retry: Retries = USUAL) -> Any:
+    def on(
+        self, function: None = None, *, start: Start = "first", retry: Retries = USUAL, concurrency: int = 0
+    ) -> Callable[[F], F]: ...
+    def on(
+        self, function: F | None = None, *, start: Start = "first", retry: Retries = USUAL, concurrency: int = 0
+    ) -> Any:
         """Reacts, told by the type of the parameter: to events (`UserRegistered`), to their thin form
         (`Notice[UserRegistered]`), or to each change of a record (`User`; with `User | None` also to its deletion).
 
@@ -150,11 +156,17 @@ class Service:
                 comes from `now` on.
             retry: when a message is tried again, and how often before it is a dead letter: a `Retry`, or one for each
                 class of errors, as `{TimeoutError: Retry(attempts=50), ValueError: NEVER}`.
+            concurrency: how many messages an instance handles at once at most, never two of one thing; 1 to 10,000. 0:
+                one in each slot of each domain, so at most 16 of a domain.
         """
         check_retries(retry, self.name)
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or not 0 <= concurrency <= _MOST_AT_ONCE:
+            raise Refused(
+                f"{self.name}: concurrency={concurrency!r}: say how many messages at once, 1 to {_MOST_AT_ONCE:,}, or 0 for one in each slot"
+            )
         if function is None:
-            return lambda each: self._add("on", each, start, retry)
-        return self._add("on", function, start, retry)
+            return lambda each: self._add("on", each, start, retry, concurrency=concurrency)
+        return self._add("on", function, start, retry, concurrency=concurrency)
 
     def every(self, seconds: float) -> Callable[[F], F]:
         """Runs a function once in so many seconds, in one instance of the service; it takes a context, or nothing.
@@ -197,6 +209,7 @@ class Service:
         seconds: float = 0.0,
         view: str = "",
         most: int | Callable[[Any], int] = 1,
+        concurrency: int = 0,
     ) -> F:
         if not (inspect.isfunction(function) or inspect.ismethod(function)):
             raise Refused(
@@ -204,7 +217,7 @@ class Service:
             )
         frame = sys._getframe(2)
         names = {} if frame.f_locals is frame.f_globals else dict(frame.f_locals)
-        self.parts.append(Part(kind, function, names, start, retry, seconds, view, most))
+        self.parts.append(Part(kind, function, names, start, retry, seconds, view, most, concurrency))
         return function
 
 

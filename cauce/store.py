@@ -33,6 +33,7 @@ __all__ = [
     "Unit",
     "Waiting",
     "check_places",
+    "mark_of",
     "write_places",
 ]
 
@@ -65,6 +66,20 @@ class Waiting(msgspec.Struct):
     trace: str = ""
     raw: bytes = b""
 
+    @property
+    def mark(self) -> str:
+        """The id of the message, if it does not wait at all but was handled ahead of the place."""
+        return msgspec.json.decode(self.raw, type=_Marked).id if self.attempts < 0 else ""
+
+
+class _Marked(msgspec.Struct, frozen=True):
+    id: str
+
+
+def mark_of(position: int, stream: str, slot: int, id: str) -> Waiting:
+    """What is kept, among what waits, of a message that was handled ahead of the place: until the place passes it."""
+    return Waiting(position, stream, slot, -1, error="handled ahead of the place", raw=msgspec.json.encode(_Marked(id)))
+
 
 class Share(msgspec.Struct, frozen=True):
     """A name that this instance holds. `clean`: who held it before let go of it in good order."""
@@ -91,9 +106,9 @@ class Standing(msgspec.Struct, frozen=True):
 
 
 class Unit:
-    """What one message changes, gathered while it is handled."""
+    """What one message changes, gathered while it is handled. `passed`: marks that go, of a consumer and a position."""
 
-    __slots__ = ("committed", "parked", "place", "said", "share", "statements", "timer", "unparked")
+    __slots__ = ("committed", "parked", "passed", "place", "said", "share", "statements", "timer", "unparked")
 
     def __init__(self, share: Share | None) -> None:
         self.share = share
@@ -101,6 +116,7 @@ class Unit:
         self.said: list[tuple[str, int, bytes]] = []
         self.parked: tuple[str, Waiting] | None = None
         self.unparked: tuple[str, int] | None = None
+        self.passed: Sequence[tuple[str, int]] = ()
         self.place: tuple[str, str, int, str, int] | None = None
         self.timer: tuple[str, int] | None = None
         self.committed: Callable[[], None] | None = None
@@ -108,7 +124,7 @@ class Unit:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing but a place to write."""
-        return not (self.statements or self.said or self.parked or self.unparked or self.timer)
+        return not (self.statements or self.said or self.parked or self.unparked or self.timer or self.passed)
 
 
 class Place(msgspec.Struct, frozen=True):

@@ -1,6 +1,6 @@
 """The services of the chaos test: an owner that counts, one that reacts with effects and commands, one with copies.
 
-`main` is a program that is one instance of one of them, or of the first two ("both"): which, the address of the bus, its
+`main` is a program that is one instance of one of them, or of two ("both"): which, the address of the bus, its
 own name.
 """
 

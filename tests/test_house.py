@@ -58,6 +58,8 @@ FLOORS = (
         "question",
         "shares",
         "aside",
+        "lane",
+        "abreast",
         "consumer",
         "outbox",
         "reset",
