@@ -137,7 +137,7 @@ class Abreast:
         """Write what was handled, with the place if that is here by now. Whether a mark was written instead."""
         if unit.is_empty:
             return False
-        first = lane.queue[0] is entry
+        first = bool(lane.queue) and lane.queue[0] is entry
         if first:
             unit.place = (self._name, *lane.slot, self._log, entry.position)
         else:
@@ -220,9 +220,8 @@ class Abreast:
         return True
 
     def _pop(self, lane: Lane) -> None:
-        entry = lane.queue.popleft()
-        lane.bytes -= len(entry.body or b"")
-        lane.place = lane.written = entry.position
-        lane.done.pop(entry.position, None)
-        lane.marks.pop(entry.position, None)
-        lane.room.set()
+        position = lane.queue[0].position
+        lane.place = lane.written = position
+        lane.done.pop(position, None)
+        lane.marks.pop(position, None)
+        lane.pop()

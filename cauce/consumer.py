@@ -22,6 +22,7 @@ from cauce.codec import Entry
 from cauce.errors import Unavailable
 from cauce.lane import Lane, Slot
 from cauce.log import Log, filter_of
+from cauce.portion import Load, Portion
 from cauce.retry import USUAL, Retries
 from cauce.store import BadStatement, Share, Store, Unit, Waiting
 
@@ -31,6 +32,9 @@ _log = logging.getLogger("cauce")
 
 _PAGE = 500
 _LANE = 500
+_BYTES = 16 * 1024 * 1024
+"""What waits for a consumer weighs about so much at most; beyond that each lane has the one it works on."""
+
 _MOST_WAITING = 10_000
 _OFTEN = 10_000
 _MOMENT = 0.05
@@ -82,6 +86,7 @@ class Consumer:
         self._lanes: dict[Slot, Lane] = {}
         self._looked = 0
         self._tail: Tail | None = None
+        self._load, self._portion = Load(), Portion(_LANE // 2)
         self._readers: set[asyncio.Task[None]] = set()
         self._aside = Aside(
             name, handle, log, store, clock, retry, may_begin, caution or asyncio.Lock(), self._share, self._leaving,
@@ -119,7 +124,7 @@ class Consumer:
                     for each in kept
                     if each.slot == slot and each.mark and each.stream.partition("/")[0] == domain
                 }
-                lane = Lane((domain, slot), share, self._begin if place is None else place, marks, careful)
+                lane = Lane((domain, slot), share, self._begin if place is None else place, self._load, marks, careful)
                 await self._forget_marks(lane)
                 self._lanes[domain, slot] = lane
                 lanes.append(lane)
@@ -179,7 +184,7 @@ class Consumer:
         for lane in lanes:
             self._note(lane, lane.place if lane.queue else lane.handed)
             self._lanes.pop(lane.slot, None)
-            lane.gone = True
+            lane.close()
         self._aside.drop(gone)
         self._moved.set()
 
@@ -202,7 +207,7 @@ class Consumer:
         lane = self._lanes.get(slot)
         if lane is None or not lane.joined or entry.position <= lane.handed:
             return
-        if len(lane.queue) >= _LANE:
+        if self._is_full(lane, _LANE):
             # Whoever is slow must not keep the others waiting.
             lane.joined, lane.handed = False, entry.position - 1
             self._catch_up([lane])
@@ -219,12 +224,14 @@ class Consumer:
         self._moved.set()
 
     def _hand(self, lane: Lane, entry: Entry) -> None:
-        lane.handed = entry.position
-        lane.queue.append(entry)
+        lane.add(entry)
         if self._abreast is not None:
             self._abreast.hand(lane, entry)
         elif lane.task is None:
             lane.task = asyncio.get_running_loop().create_task(self._run(lane))
+
+    def _is_full(self, lane: Lane, many: int) -> bool:
+        return len(lane.queue) >= many or (self._load.bytes >= _BYTES and bool(lane.queue))
 
     def _handed(self, lane: Lane) -> int:
         return max(lane.handed, self._looked) if lane.joined else lane.handed
@@ -255,11 +262,12 @@ class Consumer:
                 after = min(lane.handed for lane in group)
                 filter = msgspec.structs.replace(wanted, slots=frozenset(lane.slot[1] for lane in group))
                 try:
-                    page = await self._log.read(filter, after=after, limit=_LANE // 2, bodies=self.bodies)
+                    page = await self._log.read(filter, after=after, limit=self._portion.limit, bodies=self.bodies)
                 except Unavailable as error:
                     _log.warning("%s: reading waits: %s", self.name, error)
                     await self._clock.sleep(1.0)
                     continue
+                self._portion.met(page.entries)
                 for entry in page.entries:
                     lane = self._lanes.get((entry.domain, slot_of(entry.key)))
                     if lane in group and entry.position > lane.handed and self.has(entry.domain, entry.type):
@@ -281,12 +289,12 @@ class Consumer:
 
     async def _part(self, group: set[Lane]) -> None:
         """Let the full lanes go their own way; one that is alone waits until there is room."""
-        for lane in [each for each in group if len(each.queue) >= _LANE // 2]:
+        for lane in [each for each in group if self._is_full(each, _LANE // 2)]:
             if len(group) > 1:
                 group.discard(lane)
                 self._read_apart({lane})
             else:
-                while lane in group and len(lane.queue) >= _LANE // 2:
+                while lane in group and self._is_full(lane, _LANE // 2):
                     lane.room.clear()
                     await lane.room.wait()
 
@@ -327,8 +335,7 @@ class Consumer:
             while lane.queue and lane.slot[1] not in self._leaving:
                 if not await self._one(lane, lane.queue[0]):
                     break
-                lane.queue.popleft()
-                lane.room.set()
+                lane.pop()
         except Exception as error:
             self._stops(error)
         finally:
@@ -431,17 +438,18 @@ class Tail:
 
     async def run(self) -> None:
         """Read and hand out, for ever."""
-        consumers = self.consumers
+        consumers, portion = self.consumers, Portion(_PAGE)
         table: dict[tuple[str, str], list[Consumer]] = {}
         wanted = filter_of(each.wants for each in consumers)
         bodies = any(consumer.bodies for consumer in consumers)
         while True:
             try:
-                page = await self._log.read(wanted, after=self.looked, limit=_PAGE, wait=5.0, bodies=bodies)
+                page = await self._log.read(wanted, after=self.looked, limit=portion.limit, wait=5.0, bodies=bodies)
             except Unavailable as error:
                 _log.warning("reading waits: %s", error)
                 await self._clock.sleep(1.0)
                 continue
+            portion.met(page.entries)
             for entry in page.entries:
                 domain, _, key = entry.stream.partition("/")
                 found = table.get((domain, entry.type))

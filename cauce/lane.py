@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 
 from cauce.codec import Entry
+from cauce.portion import Load
 from cauce.store import Share, Waiting
 
 __all__ = ["Lane", "Slot"]
@@ -27,7 +28,6 @@ class Lane:
     """
 
     __slots__ = (
-        "bytes",
         "careful",
         "done",
         "failed",
@@ -37,6 +37,7 @@ class Lane:
         "handed",
         "held",
         "joined",
+        "load",
         "marks",
         "place",
         "queue",
@@ -50,14 +51,15 @@ class Lane:
         "written",
     )
 
-    def __init__(self, slot: Slot, share: Share | None, place: int, marks: dict[int, str], careful: int = 1) -> None:
+    def __init__(
+        self, slot: Slot, share: Share | None, place: int, load: Load, marks: dict[int, str], careful: int = 1
+    ) -> None:
         self.slot, self.share = slot, share
         self.handed = self.place = self.written = place
         self.joined = self.full = self.gone = False
         self.careful = careful if share is not None and not share.clean else 0
-        self.marks = marks
+        self.marks, self.load = marks, load
         self.queue: deque[Entry] = deque()
-        self.bytes = 0
         self.room = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         self.group: set[Lane] = set()
@@ -67,3 +69,20 @@ class Lane:
         self.failed: dict[int, Waiting] = {}
         self.held: set[str] = set()
         self.turn = asyncio.Lock()
+
+    def add(self, entry: Entry) -> None:
+        """An entry waits."""
+        self.handed = entry.position
+        self.queue.append(entry)
+        self.load.bytes += len(entry.body or b"")
+
+    def pop(self) -> None:
+        """The first is handled."""
+        self.load.bytes -= len(self.queue.popleft().body or b"")
+        self.room.set()
+
+    def close(self) -> None:
+        """It is given away, with what waits in it."""
+        self.gone = True
+        while self.queue:
+            self.pop()

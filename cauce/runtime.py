@@ -51,6 +51,7 @@ DEFAULT_BUS = "sqlite:///.cauce/bus.db"
 _log = logging.getLogger("cauce")
 _encode = msgspec.json.Encoder().encode
 _decode_asked = msgspec.json.Decoder(Asked).decode
+_MOMENT = 0.05
 _LAST = 1.0
 """Seconds for each of the last steps of a stop, when handlers have used up their time."""
 
@@ -663,6 +664,7 @@ class _Running:
     async def _interval(self, bound: Bound, share: Share) -> None:
         """Run a function every so often, for ever; when it is due is kept in the store."""
         assert self._store is not None
+        assert self._shares is not None
         clock, store, name, step = self._bus.clock, self._store, bound.name, round(bound.part.seconds * 1_000_000)
         due = await store.timer(name)
         if not due:
@@ -672,6 +674,8 @@ class _Running:
             await store.commit(unit)
         while True:
             await clock.sleep(max(0.0, (due - clock.now()) / 1_000_000))
+            while not self._shares.is_fresh:
+                await clock.sleep(_MOMENT)
             id = derive_id(uuid7(due * 4096 // 1000, 0), self._service.name, name)
             correlation.set(id)
             context = Context(self._bus, self._service.name, name, None, Cause(id, id), Sql(store.fetch))

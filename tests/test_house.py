@@ -58,6 +58,7 @@ FLOORS = (
         "question",
         "shares",
         "aside",
+        "portion",
         "lane",
         "abreast",
         "consumer",
