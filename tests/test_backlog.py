@@ -8,7 +8,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -18,10 +18,10 @@ from cauce.backends.sqlite.store import SQLiteStore
 from cauce.clock import SystemClock
 from cauce.codec import Entry, Meta, sealed
 from cauce.consumer import Consumer, Tail
-from cauce.log import EVERYTHING, Filter, Page
+from cauce.log import EVERYTHING, Filter, Log, Page
 from cauce.store import Unit
 from tests.kept import store_of
-from tests.test_instances import seen, until
+from tests.test_instances import schema_of, seen, until
 
 TESTS = Path(__file__).parent
 Program = Callable[..., subprocess.Popen[str]]
@@ -71,15 +71,9 @@ async def test_what_waits_for_a_slow_handler_is_bounded_by_its_weight(concurrenc
         handled[entry.id] += 1
 
     consumer = Consumer(
-        "grow",
-        {"things": frozenset()},
-        handle,
-        log,
-        store,
-        clock,
-        concurrency=concurrency,  # type: ignore[arg-type]
+        "grow", {"things": frozenset()}, handle, cast("Log", log), store, clock, concurrency=concurrency
     )
-    tail = Tail(log, clock)  # type: ignore[arg-type]
+    tail = Tail(cast("Log", log), clock)
     await tail.start()
     await consumer.hold(tail, dict.fromkeys(range(16)))
     waits, before = log, -1
@@ -161,7 +155,7 @@ async def test_a_backlog_of_200_000_costs_no_memory_is_counted_exactly_and_keeps
         told = await said(process)
         assert told["grown"] < 48 * MIB, told
         await asyncio.to_thread(process.wait, 60)
-        async with store_of(each_bus, "behind", [await schema(each_bus)]) as store:
+        async with store_of(each_bus, "behind", [schema_of(each_bus)]) as store:
             places = await store.places("slow", bus.facts.id, await bus.facts.head())
         handled = len(await seen(each_bus, "behind"))
         assert handled > 1000
@@ -178,9 +172,3 @@ async def said(process: subprocess.Popen[str]) -> Any:
     assert process.stdout is not None
     async with asyncio.timeout(60):
         return json.loads(await asyncio.to_thread(process.stdout.readline))
-
-
-async def schema(url: str) -> str:
-    from tests.test_instances import schema_of
-
-    return schema_of(url)
