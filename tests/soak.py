@@ -1,6 +1,6 @@
 """`make soak`: the tests of faults, round after round, each with a seed of its own, until the time is over.
 
-`CAUCE_SOAK_SECONDS` says for how long, 600 if it is not said; `CAUCE_SOAK_SEED` with which seed to begin. At a failure it
+`CAUCE_SOAK_SECONDS` says for how long, 600 if not said; `CAUCE_SOAK_SEED` with which seed to begin. At a failure it
 prints the line that repeats it, and ends with 1.
 """
 
@@ -44,7 +44,7 @@ def rounds(seed: int) -> Iterator[tuple[int, list[str], dict[str, str]]]:
 def main() -> int:
     """Run rounds until the time is over; 1 at the first that fails."""
     seconds = float(os.environ.get("CAUCE_SOAK_SECONDS", "600"))
-    seed = int(os.environ.get("CAUCE_SOAK_SEED") or Random().randrange(1, 1_000_000))  # noqa: S311 - to begin with any
+    seed = int(os.environ.get("CAUCE_SOAK_SEED") or Random().randrange(1, 1_000_000))
     until = time.monotonic() + seconds
     say(f"soaking for {seconds:g} s from CAUCE_SOAK_SEED={seed}")
     for mine, command, settings in rounds(seed):
