@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cauce.bus import Bus, Context
     from cauce.clock import Clock, SystemClock
+    from cauce.duration import days, hours, minutes
     from cauce.errors import (
         BreakerOpen,
         Busy,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
         Unreachable,
         Unreadable,
     )
+    from cauce.guards.breaker import Limits
+    from cauce.guards.guard import Guards
     from cauce.messages import Command, Copy, Domain, Event, Notice, Query, Record, field, replace
     from cauce.past import Change
     from cauce.receipt import Receipt
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from cauce.sql import Store
     from cauce.undone import Fact, Undone
     from cauce.upcaster import upcast
+    from cauce.wire import Instance
 else:
     # A command line that only prints its help must not pay for asyncio and all messages: names are loaded when used.
     import importlib
@@ -48,6 +52,7 @@ else:
     _HOMES = {
         "bus": ("Bus", "Context"),
         "clock": ("Clock", "SystemClock"),
+        "duration": ("days", "hours", "minutes"),
         "errors": (
             "BreakerOpen",
             "Busy",
@@ -71,6 +76,8 @@ else:
             "Unreachable",
             "Unreadable",
         ),
+        "guards.breaker": ("Limits",),
+        "guards.guard": ("Guards",),
         "messages": ("Command", "Copy", "Domain", "Event", "Notice", "Query", "Record", "field", "replace"),
         "past": ("Change",),
         "receipt": ("Receipt",),
@@ -81,6 +88,7 @@ else:
         "sql": ("Store",),
         "undone": ("Fact", "Undone"),
         "upcaster": ("upcast",),
+        "wire": ("Instance",),
     }
     _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -113,9 +121,12 @@ __all__ = [
     "Fact",
     "Fenced",
     "Gone",
+    "Guards",
     "Held",
     "IdReused",
     "Inconsistent",
+    "Instance",
+    "Limits",
     "NoAnswer",
     "NotOwner",
     "NotPermitted",
@@ -138,7 +149,10 @@ __all__ = [
     "Unreachable",
     "Unreadable",
     "connect",
+    "days",
     "field",
+    "hours",
+    "minutes",
     "replace",
     "running",
     "upcast",

@@ -12,17 +12,15 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection
 
-import msgspec
-
-from cauce.accept import slot_of
 from cauce.clock import Clock
-from cauce.codec import Entry, to_cloudevent
-from cauce.errors import Damaged, Unavailable
+from cauce.codec import Entry
+from cauce.errors import Damaged, Refused, Unavailable
+from cauce.letter import letter_of, mended, mending_of
 from cauce.log import Filter, Log
 from cauce.retry import Retries, longest, retry_for, usual
-from cauce.store import BadStatement, Share, Store, Unit, Waiting
+from cauce.store import Share, Store, Unit, Waiting
 
-__all__ = ["DIED", "Aside", "Handle", "handled"]
+__all__ = ["DIED", "Aside", "Handle", "entry_of", "handled"]
 
 _log = logging.getLogger("cauce")
 
@@ -55,10 +53,27 @@ async def handled(handle: Handle, entry: Entry, unit: Unit) -> Exception | None:
     return failed
 
 
+async def entry_of(log: Log, consumer: str, waiting: Waiting) -> Entry:
+    """What waits, from its log, with the body that a person gave it if one did. Raises `Damaged` if it is not there."""
+    page = await log.read(Filter(waiting.stream), after=waiting.position - 1, limit=1)
+    if not page.entries or page.entries[0].position != waiting.position:
+        raise Damaged(
+            f"position {waiting.position} ({waiting.stream}), which waits for {consumer}, is not in the log any more: run cauce "
+            "verify, and if an older log was put back, cauce reset"
+        )
+    entry = page.entries[0]
+    if type(entry) is not Entry or mending_of(waiting.raw) is None:
+        # What is given in the place of another is not what was mended.
+        return entry
+    # Damage must be found before a new digest hides it.
+    return mended(entry.checked(), waiting.raw)
+
+
 class Aside:
     """The messages of one consumer that wait, by thing, and the tasks that try them again.
 
     Parameters:
+        read: what waits.
         retry: when a message is tried again, and how often before it is a dead letter.
         may_begin: whether the instance is sure enough of its slots to begin something new.
         caution: held while what may have killed the process is tried.
@@ -72,7 +87,7 @@ class Aside:
         self,
         name: str,
         handle: Handle,
-        log: Log,
+        read: Callable[[Waiting], Awaitable[Entry]],
         store: Store,
         clock: Clock,
         retry: Retries,
@@ -83,7 +98,7 @@ class Aside:
         moved: asyncio.Event,
         stops: Callable[[BaseException], None],
     ) -> None:
-        self._name, self._handle, self._log, self._store, self._clock = name, handle, log, store, clock
+        self._name, self._handle, self._read, self._store, self._clock = name, handle, read, store, clock
         self._retry, self._may_begin, self._caution = retry, may_begin, caution
         self._usual, self._longest = usual(retry), longest(retry)
         self._share, self._leaving, self._moved, self._stops = share, leaving, moved, stops
@@ -126,15 +141,16 @@ class Aside:
 
     def leave(self, slots: Collection[int]) -> set[asyncio.Task[None]]:
         """Begin nothing more in these slots. Gives the tasks that have something in hand there."""
-        streams = {stream for stream in self._retries if slot_of(stream.partition("/")[2]) in slots}
+        streams = {stream for stream in self._retries if self._waiting[stream][0].slot in slots}
         for stream in streams - self._in_hand:
             self._retries[stream].cancel()
         return {self._retries[each] for each in streams}
 
     def drop(self, slots: Collection[int]) -> None:
         """Forget what waits in these slots: another instance has it."""
-        for stream in [each for each in self._waiting if slot_of(each.partition("/")[2]) in slots]:
-            self._many[slot_of(stream.partition("/")[2])] -= len(self._waiting.pop(stream))
+        for stream in [each for each, queue in self._waiting.items() if queue[0].slot in slots]:
+            queue = self._waiting.pop(stream)
+            self._many[queue[0].slot] -= len(queue)
             self._retries.pop(stream, None)
 
     async def reload(self) -> None:
@@ -143,16 +159,17 @@ class Aside:
             return
         # What is tried or set aside while the store is asked is newer than the answer.
         self._newer = set(self._retries)
-        rows: dict[str, deque[Waiting]] = {}
+        rows: dict[tuple[int, str], deque[Waiting]] = {}
         for waiting in await self._store.waiting(self._name):
             if waiting.mark:
                 continue
-            rows.setdefault(waiting.stream, deque()).append(waiting)
+            rows.setdefault((waiting.slot, waiting.stream), deque()).append(waiting)
         for stream, queue in list(self._waiting.items()):
             if stream in self._retries or stream in self._newer:
                 continue
-            now = rows.get(stream, deque())
-            self._many[slot_of(stream.partition("/")[2])] += len(now) - len(queue)
+            slot = queue[0].slot
+            now = rows.get((slot, stream), deque())
+            self._many[slot] += len(now) - len(queue)
             if now:
                 self._waiting[stream] = now
                 self._begin_retries(now[0])
@@ -184,17 +201,18 @@ class Aside:
         waiting.due = self._clock.now() + round(delay * 1_000_000)
         waiting.error = f"{type(error).__name__}: {error}"
         if retry.attempts and waiting.attempts >= retry.attempts and not isinstance(error, Unavailable):
-            self._bury(waiting, "".join(traceback.format_exception(error)), entry)
+            self.bury(waiting, "".join(traceback.format_exception(error)), entry)
             return
         _log.warning(
             "%s: position %d (%s) failed %d times and waits %.1f s: %s", self._name, waiting.position, waiting.stream, waiting.attempts, delay, waiting.error,
             exc_info=None if isinstance(error, Unavailable) else error,
         )  # fmt: skip
 
-    def _bury(self, waiting: Waiting, trace: str, entry: Entry | None) -> None:
-        waiting.dead, waiting.due, waiting.trace = True, 0, trace
-        if entry is not None:
-            waiting.raw = msgspec.json.encode(to_cloudevent(entry)) if entry.body is not None else b""
+    def bury(self, waiting: Waiting, trace: str, entry: Entry | None) -> None:
+        """Let a person decide. `due` of what is dead is when it died."""
+        waiting.dead, waiting.due, waiting.trace = True, self._clock.now(), trace
+        if entry is not None and not waiting.raw:
+            waiting.raw = letter_of(entry)
         _log.error(
             "%s: position %d (%s) is a dead letter after %d attempts, later ones of %s wait behind it: %s; see cauce dead",
             self._name, waiting.position, waiting.stream, waiting.attempts, waiting.stream, waiting.error,
@@ -251,7 +269,7 @@ class Aside:
         died = waiting.due < 0
         if self._usual.attempts and died and waiting.attempts >= self._usual.attempts:
             waiting.error = DIED
-            self._bury(waiting, "", await self._entry(waiting))
+            self.bury(waiting, "", await self._read(waiting))
             await self._park(share, waiting)
             return False
         while not self._may_begin():
@@ -264,12 +282,21 @@ class Aside:
             unit.unparked = (self._name, waiting.position)
             entry, error = None, None
             try:
-                entry = await self._entry(waiting)
+                entry = await self._read(waiting)
                 error = await handled(self._handle, entry, unit)
                 if error is None:
                     await self.commit(unit)
+                    if (by := mending_of(waiting.raw)) is not None:
+                        _log.info(
+                            "%s: position %d (%s) was handled as %s mended it at %s",
+                            self._name,
+                            waiting.position,
+                            waiting.stream,
+                            by.by or "somebody",
+                            by.time,
+                        )
                     return True
-            except (Unavailable, BadStatement) as failure:
+            except (Unavailable, Refused) as failure:
                 error = failure
             if isinstance(error, Unavailable):
                 waiting.attempts -= 1
@@ -283,12 +310,3 @@ class Aside:
         unit = Unit(share)
         unit.parked = (self._name, waiting)
         await self.commit(unit)
-
-    async def _entry(self, waiting: Waiting) -> Entry:
-        page = await self._log.read(Filter(waiting.stream), after=waiting.position - 1, limit=1)
-        if not page.entries or page.entries[0].position != waiting.position:
-            raise Damaged(
-                f"position {waiting.position} ({waiting.stream}), which waits for {self._name}, is not in the log any more: run cauce "
-                "verify, and if an older log was put back, cauce reset"
-            )
-        return page.entries[0]

@@ -5,29 +5,47 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
-from datetime import datetime
-from typing import Any, Generic, Protocol, TypeVar, cast
+from datetime import datetime, timedelta
+from functools import partial
+from math import inf
+from typing import Any, Generic, Protocol, TypeVar, cast, overload
 
 import msgspec
 
 from cauce import errors
 from cauce.accept import check_key, slot_of
+from cauce.agenda import Agenda
 from cauce.clock import Clock
 from cauce.codec import Entry, Meta, derive_id, micros, moment, sealed
-from cauce.errors import CauceError, Conflict, Gone, NoAnswer, NotOwner, OutcomeUnknown, Refused, Unreadable
+from cauce.deadline import ending, share
+from cauce.errors import (
+    CauceError,
+    Conflict,
+    Gone,
+    NoAnswer,
+    NotOwner,
+    OutcomeUnknown,
+    Refused,
+    Unavailable,
+    Unreadable,
+)
+from cauce.fallback import or_else
+from cauce.guarded import Bounded, Guarded
 from cauce.log import Filter, Log
 from cauce.messages import Command, Copy, Declared, Event, Message, Query, Record, declared
+from cauce.meter import Meter
 from cauce.past import Change, Changes, Standing, Stood, check_count, moment_or_version
 from cauce.receipt import Receipt
 from cauce.schema import Schema, encode, key_of
 from cauce.sql import Store
 from cauce.undone import Asked, Fact, ToldUndo, Undone, undo_of
-from cauce.wire import Wire
+from cauce.wire import Instance, Wire, healthy_first, located
 
 __all__ = [
     "NOTHING",
     "After",
     "Ask",
+    "Asking",
     "Bus",
     "Cause",
     "Context",
@@ -38,6 +56,7 @@ __all__ = [
     "check_line",
     "correlation",
     "error_name",
+    "handling",
     "keep",
     "other_record",
     "own",
@@ -47,14 +66,21 @@ __all__ = [
 R = TypeVar("R", bound=Record)
 C = TypeVar("C", bound=Copy)
 Answer = TypeVar("Answer")
+F = TypeVar("F")
 
 TIMEOUT = 30.0
 """Seconds a `call`, `ask` or `fetch` waits when nothing else is said."""
 
 _LINE = 256
 
+_SAFE = frozenset({"ask", "fetch", "state", "history", "states"})
+"""Questions that change nothing: they may be asked of two."""
+
 correlation: ContextVar[str] = ContextVar("cauce.correlation", default="")
 """The id with which it all began, of what is being handled here: for whoever writes a log."""
+
+handling: ContextVar[Context | None] = ContextVar("cauce.handling", default=None)
+"""What the handler at work here was told beside its message: for whoever writes a log."""
 
 
 class After(msgspec.Struct, frozen=True):
@@ -119,6 +145,9 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     schema: int = 0
 
 
+Asking = Callable[[str, Ask, float], Awaitable[Reply]]
+"""Puts a question at an address, with a deadline, as the wire does; raises as the wire, and what the reply says."""
+
 _encode = msgspec.json.Encoder().encode
 _decode_reply = msgspec.json.Decoder(Reply).decode
 _decode_changes = msgspec.json.Decoder(Changes).decode
@@ -164,7 +193,9 @@ class Copies(Protocol):
 class Bus:
     """Three logs and a wire.
 
-    Made by `running` and `connect`. All times are in seconds. `failed` is done when a service has stopped by itself.
+    Made by `running` and `connect`. All times are in seconds. `failed` is done when a service has stopped by itself;
+    `guards` tells what stands before each callee, `bulkheads` what before each function that answers here. Every
+    question goes through `asking`, before which guards are put. `meter` counts what is done here, if there is one.
     """
 
     def __init__(self, id: str, facts: Log, commands: Log, records: Log, wire: Wire, clock: Clock) -> None:
@@ -177,6 +208,10 @@ class Bus:
             clock,
         )
         self.copies: dict[str, Copies] = {}
+        self.meter: Meter | None = None
+        self.asking: Asking = self._over_the_wire
+        self.guards: Mapping[str, Guarded] = {}
+        self.bulkheads: dict[str, Bounded] = {}
         self._settled: list[Callable[[], Awaitable[None]]] = []
         self._settled_behind: list[Callable[[], Awaitable[None]]] = []
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -234,17 +269,42 @@ class Bus:
         )
         return asked
 
+    @overload
     async def ask(
-        self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT, cause: Cause = NOTHING
-    ) -> Answer:
+        self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT,
+        cause: Cause = NOTHING, fallback: None = None,
+    ) -> Answer: ...  # fmt: skip
+    @overload
+    async def ask(
+        self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT,
+        cause: Cause = NOTHING, fallback: Callable[[], Awaitable[F]],
+    ) -> Answer | F: ...  # fmt: skip
+    @overload
+    async def ask(
+        self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT,
+        cause: Cause = NOTHING, fallback: Callable[[], F],
+    ) -> Answer | F: ...  # fmt: skip
+    async def ask(
+        self, query: Query[Any], *, after: Receipt | None = None, timeout: float = TIMEOUT, cause: Cause = NOTHING,
+        fallback: Callable[[], Any] | None = None,
+    ) -> Any:  # fmt: skip
         """The answer of the service that owns the query's domain, within so many seconds.
+
+        It comes from one instance that is well: one in this process if there is one, else by turns and by how much is
+        under way. A query changes nothing, so it may be asked of two: when who was asked went away, or is silent.
 
         Parameters:
             after: answered when all views and replicas of that service have passed this receipt.
+            fallback: gives what is returned instead of raising `Unavailable`: a function without parameters, async, or
+                plain, and then it must not block.
 
-        Raises `NoAnswer` if nobody serves it, the time is over, or who was asked went away.
+        Raises `NoAnswer` if nobody serves it, the time is over, or who was asked went away and there is no other;
+        `BreakerOpen` and `Overloaded` at once, where it is not asked at all.
         """
         kind = _declared(query, "query")
+        if fallback is not None:
+            work: Callable[[], Awaitable[Any]] = partial(self.ask, query, after=after, timeout=timeout, cause=cause)
+            return await or_else(work, fallback, kind.name)
         ask = Ask(
             "ask", kind.name, self.clock.id(), "", kind.version, msgspec.Raw(encode(query)), False,
             cause.by, cause.correlation, cause.id, cause.trace, cause.tracestate,
@@ -252,20 +312,42 @@ class Bus:
         )  # fmt: skip
         try:
             reply = await self._ask(kind.domain.name, ask, timeout)
-        except TimeoutError:
+        except TimeoutError as error:
             raise NoAnswer(
-                f"{kind.domain.name} did not answer {kind.name} within {timeout:g} s: look whether it is blocked"
+                f"{kind.domain.name} did not answer {kind.name} {error}: look whether it is blocked"
             ) from None
         except ConnectionError as error:
             raise NoAnswer(f"{kind.domain.name} did not answer {kind.name}: {error}; ask again") from None
         try:
-            answer: Answer = msgspec.json.decode(reply.body, type=reply_type(type(query)))
+            return msgspec.json.decode(reply.body, type=reply_type(type(query)))
         except msgspec.MsgspecError as error:
             raise Unreadable(f"the answer to {kind.name} of {kind.domain.name} is not what it says: {error}") from None
-        return answer
 
-    async def fetch(self, record: type[R], key: str, *, timeout: float = TIMEOUT, cause: Cause = NOTHING) -> R:
-        """How a thing stands now, by its owner: at least as new as anything seen before. Raises `Gone`, `NoAnswer`."""
+    @overload
+    async def fetch(
+        self, record: type[R], key: str, *, timeout: float = TIMEOUT, cause: Cause = NOTHING, fallback: None = None
+    ) -> R: ...
+    @overload
+    async def fetch(
+        self, record: type[R], key: str, *, timeout: float = TIMEOUT, cause: Cause = NOTHING,
+        fallback: Callable[[], Awaitable[F]],
+    ) -> R | F: ...  # fmt: skip
+    @overload
+    async def fetch(
+        self, record: type[R], key: str, *, timeout: float = TIMEOUT, cause: Cause = NOTHING, fallback: Callable[[], F]
+    ) -> R | F: ...
+    async def fetch(
+        self, record: type[Any], key: str, *, timeout: float = TIMEOUT, cause: Cause = NOTHING,
+        fallback: Callable[[], Any] | None = None,
+    ) -> Any:  # fmt: skip
+        """How a thing stands now, by its owner: at least as new as anything seen before.
+
+        A `fallback` is as that of `ask`, and may be older. Raises `Gone`, `NoAnswer`, `BreakerOpen`, `Overloaded`.
+        """
+        if fallback is not None:
+            return await or_else(
+                partial(self.fetch, record, key, timeout=timeout, cause=cause), fallback, f"{record.__name__} {key}"
+            )
         found = await self._state("fetch", record, key, timeout, cause, None)
         if found is None:
             raise Gone(f"{declared(record).domain.name}/{key} does not stand: it was deleted, or never was")
@@ -426,6 +508,16 @@ class Bus:
             records.found(_decode_stood(before)), records.found(_decode_stood(after)),
         )  # fmt: skip
 
+    async def locate(self, name: str = "") -> list[Instance]:
+        """Who runs: the instances of a service, or of whoever answers in a domain, by its name; all if none is given.
+
+        Those that are well come first, and of these the one with the least to do. To ask them no address of theirs is
+        needed, only the bus. When the registry cannot be read these are who ran when that was last possible, `stale`.
+
+        Raises `Unavailable` if it cannot be read and never could.
+        """
+        return healthy_first(located(await self.wire.instances(), name), self.clock.now())
+
     async def settled(self, timeout: float = TIMEOUT) -> None:
         """Wait until every consumer of this process has passed the heads as they are now, and records are written.
 
@@ -448,8 +540,8 @@ class Bus:
         what = f"{ask.type} for {domain}/{ask.key}"
         try:
             return await self._ask(f"{domain}/{slot_of(ask.key)}", ask, timeout)
-        except TimeoutError:
-            raise OutcomeUnknown(ask.id, f"{what} had no verdict within {timeout:g} s") from None
+        except TimeoutError as error:
+            raise OutcomeUnknown(ask.id, f"{what} had no verdict {error}") from None
         except ConnectionError as error:
             raise OutcomeUnknown(ask.id, f"{what} had no verdict: {error}") from None
 
@@ -457,8 +549,10 @@ class Bus:
         """Let the instance of the owner that holds the slot record an event that another instance's handler made."""
         try:
             await self._ask(f"{domain}/{slot_of(ask.key)}", ask, TIMEOUT)
-        except (TimeoutError, ConnectionError) as error:
-            raise NoAnswer(f"{domain} did not record {ask.type} of {ask.key}: {error!r}") from None
+        except TimeoutError as error:
+            raise NoAnswer(f"{domain} did not record {ask.type} of {ask.key} {error}") from None
+        except ConnectionError as error:
+            raise NoAnswer(f"{domain} did not record {ask.type} of {ask.key}: {error}") from None
 
     async def _all_settled(self) -> None:
         await asyncio.gather(*(each() for each in self._settled))
@@ -490,13 +584,22 @@ class Bus:
         """What an owner folds. Raises `NoAnswer`."""
         try:
             return await self._ask(domain, ask, timeout)
-        except TimeoutError:
-            raise NoAnswer(f"{domain} did not answer within {timeout:g} s: look whether it is blocked") from None
+        except TimeoutError as error:
+            raise NoAnswer(f"{domain} did not answer {error}: look whether it is blocked") from None
         except ConnectionError as error:
             raise NoAnswer(f"{domain} did not answer: {error}; ask again") from None
 
     async def _ask(self, address: str, ask: Ask, timeout: float) -> Reply:
-        payload = await self.wire.ask(address, _encode(ask), self.clock.monotonic() + timeout)
+        seconds = share(timeout)
+        if not seconds and timeout > 0:
+            raise NoAnswer(f"{address} is not asked {ask.type}: no time is left of the question because of which it is")
+        try:
+            return await self.asking(address, ask, self.clock.monotonic() + seconds)
+        except TimeoutError:
+            raise TimeoutError(f"within {round(seconds, 3):g} s") from None
+
+    async def _over_the_wire(self, address: str, ask: Ask, deadline: float) -> Reply:
+        payload = await self.wire.ask(address, _encode(ask), deadline, safe=ask.kind in _SAFE)
         reply = _decode_reply(payload)
         if reply.error == OutcomeUnknown.__name__:
             # To the asker it is as if the owner had gone away: it knows no more.
@@ -510,10 +613,22 @@ class Context:
     """What a handler is told beside its message, and the bus from there: all that it says is because of the message."""
 
     def __init__(
-        self, bus: Bus, service: str, handler: str, entry: Entry | None, cause: Cause, store: Store | None = None
+        self,
+        bus: Bus,
+        service: str,
+        handler: str,
+        entry: Entry | None,
+        cause: Cause,
+        store: Store | None = None,
+        *,
+        timers: Callable[[str], Awaitable[int]] | None = None,
+        due: datetime | None = None,
     ) -> None:
         self.bus, self.service, self.cause = bus, service, cause
+        self.planned: Agenda | None = None
+        self._timers, self._due = timers, due
         self._handler, self._entry, self._store = handler, entry, store
+        self._end = ending.get()
         self._said: dict[tuple[str, str, str], int] = {}
 
     @property
@@ -529,9 +644,44 @@ class Context:
         return self._store
 
     @property
+    def left(self) -> float | None:
+        """Seconds for which somebody still waits for what this handler does; None: nobody does.
+
+        What it asks of others is given no more than that, and a little less, so that there is time to fall back.
+        """
+        at = self._end.at
+        return None if at == inf else max(0.0, at - self.bus.failed.get_loop().time())
+
+    @property
+    def _agenda(self) -> Agenda:
+        if self._timers is None:
+            raise Refused(f"{self.service}.{self._handler} may not set timers: reactions and intervals may")
+        if self.planned is None:
+            # Most handlers say nothing for later.
+            self.planned = Agenda(self.bus.clock, self._timers)
+        return self.planned
+
+    @property
+    def due(self) -> datetime:
+        """For which time an interval runs: the same when that run is made again. By its zone, or in UTC."""
+        if self._due is None:
+            raise Refused(f"{self.service}.{self._handler} is due at no time: intervals are")
+        return self._due
+
+    @property
     def correlation(self) -> str:
         """The id of the message with which it all began."""
         return self.cause.correlation
+
+    @property
+    def handler(self) -> str:
+        """The name of this handler."""
+        return self._handler
+
+    @property
+    def stream(self) -> str:
+        """The thing that the message is about, as domain/key; empty for a question."""
+        return "" if self._entry is None else self._entry.stream
 
     @property
     def key(self) -> str:
@@ -556,13 +706,76 @@ class Context:
         """As `Bus.send`; made again for the same message, it is the same command."""
         return await self.bus.send(command, id=self.id_of(command), expires=expires, cause=self.cause)
 
-    async def ask(self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT) -> Answer:
-        """As `Bus.ask`."""
-        return await self.bus.ask(query, after=after, timeout=timeout, cause=self.cause)
+    def after(self, delay: float | timedelta, message: Command | Event, *, name: str = "") -> str:
+        """Send a command, or record an event of an own domain, so much later; set with the unit, or not at all.
 
-    async def fetch(self, record: type[R], key: str, *, timeout: float = TIMEOUT) -> R:
-        """As `Bus.fetch`."""
-        return await self.bus.fetch(record, key, timeout=timeout, cause=self.cause)
+        It survives restarts and take-overs, and comes once in effect, because of the message that is handled now.
+
+        Parameters:
+            delay: seconds, or a timedelta, from now on, by the wall clock when it fires.
+            name: what cancels it, and of which there is one in the service: set again, it is moved. Else its own id.
+
+        Returns what cancels it.
+        """
+        return self._agenda.after(delay, message, check_line(name, "name"), self.id_of(message))
+
+    def at(self, time: datetime, message: Command | Event, *, name: str = "") -> str:
+        """As `after`, at a moment, told with its time zone; one that is past is due at once."""
+        return self._agenda.at(time, message, check_line(name, "name"), self.id_of(message))
+
+    async def cancel(self, timer: str) -> bool:
+        """Let a timer of this service never fire, from the moment on when the unit is committed.
+
+        False if none waits by this name or id: it has fired, or was cancelled, or never was; then nothing is done.
+        """
+        return await self._agenda.cancel(timer)
+
+    @overload
+    async def ask(
+        self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT, fallback: None = None
+    ) -> Answer: ...
+    @overload
+    async def ask(
+        self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT,
+        fallback: Callable[[], Awaitable[F]],
+    ) -> Answer | F: ...  # fmt: skip
+    @overload
+    async def ask(
+        self, query: Query[Answer], *, after: Receipt | None = None, timeout: float = TIMEOUT, fallback: Callable[[], F]
+    ) -> Answer | F: ...
+    async def ask(
+        self, query: Query[Any], *, after: Receipt | None = None, timeout: float = TIMEOUT, fallback: Any = None
+    ) -> Any:
+        """As `Bus.ask`."""
+        return await self.bus.ask(query, after=after, timeout=timeout, cause=self.cause, fallback=fallback)
+
+    @overload
+    async def fetch(self, record: type[R], key: str, *, timeout: float = TIMEOUT, fallback: None = None) -> R: ...
+    @overload
+    async def fetch(self, record: type[R], key: str, *, timeout: float = TIMEOUT, fallback: type[C]) -> R | C: ...
+    @overload
+    async def fetch(
+        self, record: type[R], key: str, *, timeout: float = TIMEOUT, fallback: Callable[[], Awaitable[F]]
+    ) -> R | F: ...
+    @overload
+    async def fetch(
+        self, record: type[R], key: str, *, timeout: float = TIMEOUT, fallback: Callable[[], F]
+    ) -> R | F: ...
+    async def fetch(self, record: type[Any], key: str, *, timeout: float = TIMEOUT, fallback: Any = None) -> Any:
+        """As `Bus.fetch`; the `fallback` may be a copy that the service keeps.
+
+        Where the copy does not hold the thing, which may only be late, what the owner did not say is raised.
+        """
+        if not (isinstance(fallback, type) and issubclass(fallback, Copy)):
+            return await self.bus.fetch(record, key, timeout=timeout, cause=self.cause, fallback=fallback)
+        copies = self._copies()
+        try:
+            return await self.bus.fetch(record, key, timeout=timeout, cause=self.cause)
+        except Unavailable:
+            found = await copies.get(fallback, key)
+            if found is None:
+                raise
+            return found
 
     def view(self, name: str) -> Reading:
         """A view of the own service: `fetch` reads it, `wait` waits until it has passed a receipt."""

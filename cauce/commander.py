@@ -361,6 +361,9 @@ class Commander:
                 self._audit(entry.stream, entry.type, meta.schema, body, cause, "expired")
             else:
                 command = self._schema.decode(self.domain, entry.type, meta.schema, body)
+                if not is_about(command, entry.key):
+                    # As a person may have mended it: another slot's thing is not decided here.
+                    raise Refused(f"{entry.type} is about another thing than {entry.key!r}: leave the key as it was")
                 self._doubts.add(entry.position)
                 await self._decide(command, cause, msgspec.Raw(body), meta.schema)
         except Rejected:

@@ -8,6 +8,7 @@ has failed too often is a dead letter: a person decides.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +17,7 @@ import msgspec
 
 from cauce.abreast import Abreast
 from cauce.accept import slot_of
-from cauce.aside import DIED, Aside, Handle, handled
+from cauce.aside import DIED, Aside, Handle, entry_of, handled
 from cauce.clock import Clock
 from cauce.codec import Entry
 from cauce.errors import Unavailable
@@ -89,8 +90,8 @@ class Consumer:
         self._load, self._portion = Load(), Portion(_LANE // 2)
         self._readers: set[asyncio.Task[None]] = set()
         self._aside = Aside(
-            name, handle, log, store, clock, retry, may_begin, caution or asyncio.Lock(), self._share, self._leaving,
-            self._moved, self._stops,
+            name, handle, functools.partial(entry_of, log, name), store, clock, retry, may_begin,
+            caution or asyncio.Lock(), self._share, self._leaving, self._moved, self._stops,
         )  # fmt: skip
         if self._abreast is not None:
             self._abreast.beside(self._aside)
@@ -199,6 +200,11 @@ class Consumer:
     async def reload(self) -> None:
         """Look again at what waits for a person: one may have decided."""
         await self._aside.reload()
+
+    @property
+    def held(self) -> int:
+        """How many messages are in hand, or wait in memory for their turn; without those that are set aside."""
+        return sum(len(lane.queue) for lane in self._lanes.values())
 
     # ---------------------------------------------------------------------------------------------- what comes in
 

@@ -1,14 +1,43 @@
-"""Deadlines by the thousand: one timer for all that wait, instead of one for each."""
+"""Deadlines: those that travel from question to question, and one timer for all that wait instead of one for each."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from contextvars import ContextVar
+from math import inf
 from typing import TypeVar
 
-__all__ = ["Deadlines"]
+__all__ = ["Deadlines", "End", "ending", "share"]
 
 T = TypeVar("T")
+
+
+class End:
+    """When nobody waits any more for what is done here: `at`, on the loop's clock; `inf`: nobody waits, or for ever."""
+
+    __slots__ = ("at",)
+
+    def __init__(self, at: float) -> None:
+        self.at = at
+
+
+ending: ContextVar[End] = ContextVar("cauce.ending", default=End(inf))  # noqa: B039 - the default is never changed
+"""The end of what is done here. What it began beside itself may outlive it, and is then bound by it no more."""
+
+_TENTH = 0.1
+_MOST_KEPT = 0.1
+"""Of what is left a question leaves a tenth to who asks it, at most so many seconds: to hear of the time-out, to fall
+back, and to answer."""
+
+
+def share(seconds: float) -> float:
+    """How long a question may take that is asked here and now, of the seconds that it is given; 0: not at all."""
+    at = ending.get().at
+    if at == inf:
+        return seconds
+    left = at - asyncio.get_running_loop().time()
+    return max(0.0, min(seconds, left - min(_MOST_KEPT, left * _TENTH)))
 
 
 class Deadlines:
@@ -24,14 +53,19 @@ class Deadlines:
         self._over: set[object] = set()
 
     async def within(self, seconds: float, work: Awaitable[T]) -> T:
-        """The result of the work; after so many seconds it is cancelled and `TimeoutError` raised."""
+        """The result of the work; after so many seconds it is cancelled and `TimeoutError` raised.
+
+        What the work asks of others meanwhile is given no more time than is left of it.
+        """
         task = asyncio.current_task()
         assert task is not None
         me = object()
-        until = self._loop.time() + seconds
-        self._waiting[me] = until, task
-        if self._timer is None or until < self._timer.when():
-            self._arm(until)
+        end = self._loop.time() + seconds
+        self._waiting[me] = end, task
+        if self._timer is None or end < self._timer.when():
+            self._arm(end)
+        bound = End(min(end, ending.get().at))
+        before = ending.set(bound)
         try:
             return await work
         except asyncio.CancelledError:
@@ -39,6 +73,8 @@ class Deadlines:
                 raise TimeoutError from None
             raise
         finally:
+            ending.reset(before)
+            bound.at = inf
             del self._waiting[me]
             self._over.discard(me)
 
@@ -50,10 +86,10 @@ class Deadlines:
     def _ring(self) -> None:
         now = self._loop.time()
         self._timer = None
-        for me, (until, task) in self._waiting.items():
-            if until <= now and me not in self._over:
+        for me, (end, task) in self._waiting.items():
+            if end <= now and me not in self._over:
                 self._over.add(me)
                 task.cancel()
-        left = [until for me, (until, _) in self._waiting.items() if me not in self._over]
+        left = [end for me, (end, _) in self._waiting.items() if me not in self._over]
         if left:
             self._arm(min(left))

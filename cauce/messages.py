@@ -38,7 +38,7 @@ __all__ = [
 field = msgspec.field
 """A field with a default made anew each time: `tags: list[str] = field(default_factory=list)`."""
 
-Reply = TypeVar("Reply")
+Reply = TypeVar("Reply", covariant=True)
 E = TypeVar("E", bound="Event")
 M = TypeVar("M", bound="Message")
 

@@ -1,35 +1,39 @@
 """Bringing what handlers said to its log: in order per thing, once however often that is tried.
 
 What a handler said lies in the store, committed with the place of its message. One thing that takes long, or fails,
-holds up no other: it is tried again by itself, and what comes behind it waits.
+holds up no other: it is tried again by itself, and what comes behind it waits. What its log refuses too often is a dead
+letter of the consumer `SAID`, like any other: a person decides, and until then its thing waits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from cauce.bus import Ask, Bus
-from cauce.codec import Entry
-from cauce.errors import CauceError, Unavailable
+from cauce.codec import Entry, from_cloudevent
+from cauce.errors import CauceError, Fenced, Unavailable
+from cauce.letter import letter_of, mended
+from cauce.retry import Retry
 
 if TYPE_CHECKING:
-    from cauce.store import Store
+    from cauce.aside import Aside
+    from cauce.store import Share, Store, Unit, Waiting
 
-__all__ = ["Outbox", "packed"]
+__all__ = ["Outbox", "packed", "unpacked"]
 
 _log = logging.getLogger("cauce")
 
 _AT_ONCE = 500
 _PAUSE = 0.25
-_LONGEST_PAUSE = 30.0
-_HOPELESS_PAUSE = 60.0
-_ATTEMPTS = 12
+_RETRY = Retry(first=0.25, longest=30.0)
 _REST = 1.0
 _MOST_UNDER_WAY = 5_000
 
@@ -46,14 +50,38 @@ class _Said(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _PutOff(msgspec.Struct):
-    """A thing that the outbox tries again later.
-
-    When by monotonic time, after how many seconds, and how often it failed by somebody's fault.
-    """
+    """A thing that the outbox tries again later: when by monotonic time, how often it was tried, and failed by
+    somebody's fault."""
 
     due: float = 0.0
-    pause: float = 0.0
+    tries: int = 0
     failures: int = 0
+
+
+class _Row(msgspec.Struct, frozen=True):
+    """A row of the outbox: its number, which handler said it, in which slot, and what."""
+
+    number: int
+    handler: str
+    slot: int
+    said: _Said
+
+
+class _Spoken(Entry, frozen=True, gc=False):
+    """What was said, ready for its log, and whether it is a command or an event."""
+
+    kind: str = ""
+
+
+class _SaidAs(msgspec.Struct):
+    """What a kept message tells of that, beside itself."""
+
+    kind: str
+    handler: str = ""
+
+
+class _Kept(msgspec.Struct):
+    said: _SaidAs
 
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -65,12 +93,20 @@ def packed(kind: str, entry: Entry) -> bytes:
     return _pack(_Said(kind, entry.stream, entry.type, entry.id, entry.raw, entry.body or b""))
 
 
+def unpacked(said: bytes) -> Entry:
+    """The message that a handler said, as it goes to its log."""
+    each = _unpack(said)
+    return Entry(0, each.stream, 0, each.type, each.id, each.raw, None, each.body, 0)
+
+
 class Outbox:
     """What one instance of a service relays: that of the slots it holds.
 
     Parameters:
         slots: those that it holds now.
         record: records an event of a domain.
+        may_begin: whether the instance is sure enough of its slots to begin something new.
+        stops: told what ends the service.
     """
 
     def __init__(
@@ -80,9 +116,15 @@ class Outbox:
         bus: Bus,
         slots: Callable[[], Iterable[int]],
         record: Callable[[str, Ask], Awaitable[None]],
+        may_begin: Callable[[], bool],
+        stops: Callable[[BaseException], None],
     ) -> None:
         self._service, self._store, self._bus = service, store, bus
-        self._slots, self._record = slots, record
+        self._slots, self._record, self._may_begin, self._stops = slots, record, may_begin, stops
+        self._asides: dict[int, Aside] = {}
+        self._shares: dict[int, Share] = {}
+        self._leaving: set[int] = set()
+        self._moved, self._caution = asyncio.Event(), asyncio.Lock()
         self._said = asyncio.Event()
         self._put_off: dict[str, _PutOff] = {}
         self._under_way: dict[str, asyncio.Task[None]] = {}
@@ -98,15 +140,100 @@ class Outbox:
         """Something was said, or a slot was gained."""
         self._said.set()
 
+    # ---------------------------------------------------------------------------------------- what a person decides
+
+    async def hold(self, shares: dict[int, Share]) -> None:
+        """Work on these slots from now on."""
+        from cauce.store import SAID
+
+        self._leaving.difference_update(shares)
+        self._shares.update(shares)
+        for waiting in await self._store.waiting(SAID):
+            if waiting.slot in shares:
+                self._aside(waiting.slot).add(waiting)
+        self._said.set()
+
+    async def drop(self, slots: Iterable[int], within: float) -> None:
+        """Begin no more in these slots of what waits, and forget it.
+
+        Parameters:
+            within: seconds for what is in hand.
+        """
+        gone = set(slots)
+        self._leaving.update(gone)
+        asides = [(slot, aside) for slot, aside in self._asides.items() if slot in gone]
+        tasks = {task for _, aside in asides for task in aside.leave(gone)}
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=within)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late)
+        for slot, aside in asides:
+            aside.drop(gone)
+            del self._asides[slot]
+
+    async def reload(self) -> None:
+        """Look again: a person may have decided, or another instance have said something."""
+        self._said.set()
+        for aside in list(self._asides.values()):
+            await aside.reload()
+
+    def _aside(self, slot: int) -> Aside:
+        from cauce.aside import Aside
+        from cauce.store import SAID
+
+        found = self._asides.get(slot)
+        if found is None:
+            found = self._asides[slot] = Aside(
+                SAID, self._handle, self._read, self._store, self._bus.clock, _RETRY, self._may_begin, self._caution,
+                self._shares.get, self._leaving, self._moved, self._stops,
+            )  # fmt: skip
+        return found
+
+    async def _read(self, waiting: Waiting) -> Entry:
+        entry = mended(from_cloudevent(waiting.raw), waiting.raw)
+        kind = msgspec.json.decode(waiting.raw, type=_Kept).said.kind
+        return _spoken(_Said(kind, entry.stream, entry.type, entry.id, entry.raw, entry.body or b""))
+
+    async def _handle(self, entry: Entry, unit: Unit) -> None:
+        assert isinstance(entry, _Spoken)
+        await self._relay_one(entry)
+
+    async def _set_aside(self, row: _Row, aside: Aside, error: BaseException | None = None, failures: int = 0) -> None:
+        """Let a person decide about what failed for good; without an error, about what is before it."""
+        from cauce.store import SAID, Unit, Waiting
+
+        spoken = _spoken(row.said)
+        waiting = Waiting(row.number, row.said.stream, row.slot, failures, error="waits behind an earlier one")
+        waiting.raw = letter_of(spoken, said={"kind": spoken.kind, "handler": row.handler})
+        if error is not None:
+            waiting.error = f"{type(error).__name__}: {error}"
+            aside.bury(waiting, "".join(traceback.format_exception(error)), None)
+        last = aside.last(row.said.stream)
+        if last is None or last.position < row.number:
+            unit = Unit(self._shares.get(row.slot))
+            unit.parked = SAID, waiting
+            await aside.commit(unit)
+            aside.add(waiting)
+        # At once: what a person discards must not come back from here.
+        await self._store.relayed([row.number])
+
+    # ------------------------------------------------------------------------------------------------ what is relayed
+
     async def relayed(self, *, patient: bool = True) -> None:
         """Wait until all that was said is in its log.
 
         Parameters:
             patient: wait for the things too that were put off because something of them failed.
         """
-        while await self._unsaid(patient):
+        while await self._unsaid(patient) or (patient and not self._are_decided()):
             self._said.set()
             await self._bus.clock.sleep(0.01)
+
+    def _are_decided(self) -> bool:
+        """Whether nothing of what was set aside is being tried again."""
+        return all(aside.passed(sys.maxsize) for aside in self._asides.values())
 
     async def _unsaid(self, patient: bool) -> bool:
         """Whether something waits in the outbox for this instance."""
@@ -156,14 +283,14 @@ class Outbox:
             after = rows[-1][0]
             # Of a slot that is gained meanwhile the earlier pages were passed by.
             mine.intersection_update(self._slots())
-            streams: dict[str, list[tuple[int, _Said]]] = {}
-            for number, _, slot, packed in rows:
+            streams: dict[str, list[_Row]] = {}
+            for number, handler, slot, packed in rows:
                 if slot in mine:
                     said = _unpack(packed)
                     met.add(said.stream)
                     # What waits behind one that failed may be in a later page.
                     if said.stream not in held_up:
-                        streams.setdefault(said.stream, []).append((number, said))
+                        streams.setdefault(said.stream, []).append(_Row(number, handler, slot, said))
             await self._relay_page(streams)
             held_up |= streams.keys() & (self._under_way.keys() | self._put_off.keys())
         if whole:
@@ -171,7 +298,7 @@ class Outbox:
             self._put_off = {stream: off for stream, off in self._put_off.items() if stream in met}
         self._looked, self._looked_for = after, mine
 
-    async def _relay_page(self, streams: dict[str, list[tuple[int, _Said]]]) -> None:
+    async def _relay_page(self, streams: dict[str, list[_Row]]) -> None:
         """Each thing by itself: one that takes long, such as one whose instance is stopped, goes on behind."""
         tasks = []
         for stream, waiting in streams.items():
@@ -196,51 +323,68 @@ class Outbox:
         self._look_anew = True
         self._said.set()
 
-    async def _relay_stream(self, stream: str, waiting: list[tuple[int, _Said]]) -> None:
+    async def _relay_stream(self, stream: str, rows: Sequence[_Row]) -> None:
         """One after the other; what comes behind one that failed waits for it."""
         me = asyncio.current_task()
         assert me is not None
         try:
-            for number, said in waiting:
-                try:
-                    await self._relay_one(said)
-                except (Exception, asyncio.CancelledError) as error:
-                    if me.cancelling():
-                        raise
-                    self._delay(said, error)
+            for row in rows:
+                if not await self._relay_row(row, me):
                     break
                 self._put_off.pop(stream, None)
-                self._stands.append(number)
         finally:
             del self._under_way[stream]
 
-    def _delay(self, said: _Said, error: BaseException) -> None:
+    async def _relay_row(self, row: _Row, me: asyncio.Task[None]) -> bool:
+        """Whether it is in its log, or a person decides. False: it is tried again later."""
+        aside = self._aside(row.slot)
+        try:
+            if aside.last(row.said.stream) is not None:
+                await self._set_aside(row, aside)
+                return True
+            await self._relay_one(_spoken(row.said))
+        except (Exception, asyncio.CancelledError) as error:
+            if me.cancelling():
+                raise
+            off = self._delay(row.said, error)
+            if off.failures < _RETRY.attempts:
+                return False
+            try:
+                await self._set_aside(row, aside, error, off.failures)
+            except (Fenced, Unavailable):
+                return False
+            return True
+        self._stands.append(row.number)
+        return True
+
+    def _delay(self, said: _Said, error: BaseException) -> _PutOff:
         """Try a thing again later, and leave all others alone."""
         off = self._put_off.setdefault(said.stream, _PutOff())
-        off.pause = min(_LONGEST_PAUSE, off.pause * 2 or _PAUSE)
-        level, more = logging.WARNING, ""
-        if not isinstance(error, Unavailable):
-            off.failures += 1
-            level = logging.ERROR
-            if off.failures >= _ATTEMPTS:
-                off.pause = _HOPELESS_PAUSE
-            if off.failures == _ATTEMPTS:
-                level, more = logging.CRITICAL, f" (failed {_ATTEMPTS} times, from now on tried once a minute)"
-        off.due = self._bus.clock.monotonic() + off.pause
+        off.tries += 1
+        # A slot that another instance has by now is nobody's fault.
+        fault = not isinstance(error, (Unavailable, Fenced))
+        off.failures += fault
+        pause = _RETRY.delay(off.tries, self._bus.clock.random())
+        off.due = self._bus.clock.monotonic() + pause
         _log.log(
-            level, "%s of %s waits in the outbox of %s%s: %s", said.type, said.stream, self._service, more,
-            error if isinstance(error, CauceError) else repr(error),
-            exc_info=error if off.failures in (1, _ATTEMPTS) and not isinstance(error, CauceError) else None,
+            logging.ERROR if fault else logging.WARNING, "%s of %s waits %.1f s in the outbox of %s: %s", said.type,
+            said.stream, pause, self._service, error if isinstance(error, CauceError) else repr(error),
+            exc_info=error if off.failures == 1 and not isinstance(error, CauceError) else None,
         )  # fmt: skip
+        return off
 
-    async def _relay_one(self, said: _Said) -> None:
-        entry = Entry(0, said.stream, 0, said.type, said.id, said.raw, None, said.body, 0)
-        if said.kind == "command":
-            await self._bus.commands.append(said.stream, [entry], repeat=True)
+    async def _relay_one(self, spoken: _Spoken) -> None:
+        if spoken.kind == "command":
+            entry = Entry(*msgspec.structs.astuple(spoken)[:9])
+            await self._bus.commands.append(spoken.stream, [entry], repeat=True)
             return
-        meta = entry.meta
+        meta = spoken.meta
         ask = Ask(
-            "publish", said.type, said.id, entry.key, meta.schema, msgspec.Raw(said.body), False, meta.by,
+            "publish", spoken.type, spoken.id, spoken.key, meta.schema, msgspec.Raw(spoken.body or b""), False, meta.by,
             meta.correlation, meta.causation, meta.trace, meta.tracestate,
         )  # fmt: skip
-        await self._record(entry.domain, ask)
+        await self._record(spoken.domain, ask)
+
+
+def _spoken(said: _Said) -> _Spoken:
+    return _Spoken(0, said.stream, 0, said.type, said.id, said.raw, None, said.body, 0, kind=said.kind)

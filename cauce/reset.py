@@ -19,7 +19,7 @@ from cauce.lease import BEAT, TTL
 from cauce.log import Filter, Log
 from cauce.shares import NAMES
 from cauce.shelf import Builds, Shelf, Unusable
-from cauce.store import Inventory, Place, Share, Store, Unit, Waiting
+from cauce.store import SAID, Inventory, Place, Share, Store, Unit, Waiting
 from cauce.verify import LOGS
 
 __all__ = ["Dropped", "Logs", "Move", "Plan", "planned", "reset"]
@@ -67,7 +67,8 @@ async def planned(service: str, logs: Logs, store: Store, shelf: Shelf, *, from_
     kept, heads = await store.inventory(), {name: await log.head() for name, log in logs.items()}
     moves = [move for place in kept.places if (move := _move(place, logs, heads, from_first)) is not None]
     lost = [(consumer, each) for consumer, each in kept.waiting if not await _stands(consumer, each, kept, logs)]
-    dropped = kept.waiting if from_first else lost
+    # What was said waits for its log, not from it: as the rest of the outbox, it is left as it is.
+    dropped = [each for each in kept.waiting if each[0] != SAID] if from_first else lost
     names = await shelf.names()
     stray = [name for name in names if not await _are_sound(shelf.builds(name, name), logs, heads)]
     return Plan(
@@ -114,7 +115,9 @@ def _kind(log: str) -> str:
 
 
 async def _stands(consumer: str, waiting: Waiting, kept: Inventory, logs: Logs) -> bool:
-    """Whether what waits is in its log still."""
+    """Whether what waits is in its log still, or was never to be."""
+    if consumer == SAID:
+        return True
     name = next((_kind(each.log) for each in kept.places if each.consumer == consumer), "facts")
     page = await logs[name].read(Filter(waiting.stream), after=waiting.position - 1, limit=1, bodies=False)
     if not page.entries:

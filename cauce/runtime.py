@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,7 +17,7 @@ from cauce.accept import SLOTS, check_body, check_value, slot_of
 from cauce.audit import Audit
 from cauce.backends import Backend, open_backend, stores_at
 from cauce.backends.health import warn
-from cauce.bus import Ask, Bus, Cause, Context, Reply, correlation, error_name, keep, other_record, own, owned
+from cauce.bus import Ask, Bus, Cause, Context, Reply, correlation, error_name, handling, keep, other_record, own, owned
 from cauce.carried import LastOfEach, Superseded, carried
 from cauce.clock import Clock, SystemClock, uuid7
 from cauce.codec import Entry, Meta, derive_id, seal
@@ -23,23 +25,31 @@ from cauce.commander import Commander, Decider
 from cauce.errors import CauceError, Gone, NoAnswer, NotOwner, Refused, Unavailable, Unreadable
 from cauce.fold import Folder, messages_of
 from cauce.folding import fold_of, rules_of
+from cauce.guards.bulkhead import Bulkhead
+from cauce.guards.guard import Callees, Guards
 from cauce.history import page, stood
 from cauce.lease import Leases, identity
+from cauce.letter import Mended
 from cauce.messages import Command, Domain, Event, Message, Notice, Record, declared
+from cauce.meter import Meter
 from cauce.outbox import Outbox, packed
 from cauce.question import completed, read
-from cauce.schema import Schema, encode
+from cauce.schedule import LATE, behind
+from cauce.schema import Schema, encode, is_about
 from cauce.service import Bound, Service, bind
 from cauce.sql import Store as Sql
 from cauce.sql import spoken
-from cauce.store import Share, Store, Stores, Unit
+from cauce.store import Share, Store, Stores, Timer, Unit
 from cauce.takes import Takes, enter
 from cauce.threads import Threads
+from cauce.timers import Timers, until
 from cauce.undo import part
 from cauce.undone import Asked
-from cauce.wire import Instance, State
+from cauce.wanted import reads_of
+from cauce.wire import Handler, Instance, Load, State
 
 if TYPE_CHECKING:
+    from cauce.aside import Handle
     from cauce.consumer import Consumer, Tail
     from cauce.copies import Copies
     from cauce.shares import Shares
@@ -54,20 +64,27 @@ _decode_asked = msgspec.json.Decoder(Asked).decode
 _MOMENT = 0.05
 _LAST = 1.0
 """Seconds for each of the last steps of a stop, when handlers have used up their time."""
+_GUARDS = Guards()
+_WISHES_AT_ONCE = 10_000
+_LOOKS_AT_ONCE = 2_000
+"""How much a domain is wished, and how often its things are looked at, at a time in one instance."""
 
 
 @asynccontextmanager
-async def connect(bus: str = DEFAULT_BUS, *, clock: Clock | None = None) -> AsyncIterator[Bus]:
+async def connect(
+    bus: str = DEFAULT_BUS, *, clock: Clock | None = None, guards: Guards = _GUARDS
+) -> AsyncIterator[Bus]:
     """A client that serves nothing: it calls, sends, asks and reads.
 
     Parameters:
         bus: the address, `sqlite:///shop.db` for a relative and `sqlite:////var/shop.db` for an absolute path,
             `postgresql://host/database` or `nats://host:4222`.
+        guards: what stands before each callee, so that one that is blocked is not waited for again and again.
     """
     clock = clock or SystemClock()
     backend = await open_backend(bus, clock)
     try:
-        yield _bus(backend, clock)
+        yield _bus(backend, clock, guards)
     finally:
         await backend.close()
 
@@ -79,6 +96,8 @@ async def running(
     store: str | None = None,
     clock: Clock | None = None,
     drain: float = 10.0,
+    guards: Guards = _GUARDS,
+    meter: Meter | None = None,
 ) -> AsyncIterator[Bus]:
     """Run services in this process, and a bus to talk to them. They are drained when the block is left.
 
@@ -88,6 +107,8 @@ async def running(
         store: where these services keep what is their own, `sqlite:///folder` or `postgresql://host/database`; None: at
             the bus. All instances of a service must be given the same.
         drain: seconds that handlers get to finish at the end.
+        guards: what stands before each callee, so that one that is blocked is not waited for again and again.
+        meter: counts what these services do.
 
     The same service may run in any number of processes: its instances share its slots out among themselves.
 
@@ -103,7 +124,7 @@ async def running(
         stack.push_async_callback(backend.close)
         await warn(backend)
         stores = backend.stores if store is None else await stack.enter_async_context(stores_at(store, clock))
-        face = _bus(backend, clock)
+        face = _bus(backend, clock, guards, meter)
         tasks = _Tasks(face.failed)
         tails = Tails(face)
         each = [_Running(service, parts, stores, face, tasks, tails, drain) for service, parts in bounds]
@@ -151,8 +172,15 @@ async def _stop(services: Sequence[_Running], tasks: _Tasks, clock: Clock, drain
         await service.close()
 
 
-def _bus(backend: Backend, clock: Clock) -> Bus:
-    return Bus(backend.id, backend.facts, backend.commands, backend.records, backend.wire, clock)
+def _bus(backend: Backend, clock: Clock, guards: Guards, meter: Meter | None = None) -> Bus:
+    wire = backend.wire if meter is None else meter.wire(backend.wire)
+    bus = Bus(backend.id, backend.facts, backend.commands, backend.records, wire, clock)
+    bus.guards = callees = Callees(clock, guards, bus.asking)
+    bus.asking = callees.ask
+    bus.meter = meter
+    if meter is not None:
+        meter.guards, meter.bulkheads = bus.guards, bus.bulkheads
+    return bus
 
 
 def _check(services: Sequence[Service]) -> None:
@@ -244,7 +272,8 @@ class _Running:
         self._commanders: dict[str, Commander] = {}
         self._folders: dict[str, Folder] = {}
         self._schemas: dict[str, Schema] = {}
-        self._handlers: dict[str, Callable[[bytes], Coroutine[Any, Any, bytes]]] = {}
+        self._handlers: dict[str, Handler] = {}
+        self._bulkheads: dict[str, Bulkhead] = {}
         self._consumers: list[tuple[Consumer, Tail]] = []
         self._served: dict[str, Callable[[], None]] = {}
         self._copies: Copies | None = None
@@ -257,6 +286,7 @@ class _Running:
         self._outbox: Outbox | None = None
         self._threads = Threads()
         self._leading: list[asyncio.Task[None]] = []
+        self._timers: Timers | None = None
 
     # ------------------------------------------------------------------------------------------------------ starting
 
@@ -277,11 +307,15 @@ class _Running:
         bus, name = self._bus, self._service.name
         migrations = [spoken(each, self._stores.dialect, f"service {name}") for each in self._service.schema]
         keeps = bool(migrations or self._copies is not None)
-        self._store = store = await self._stores.open(name, migrations, keeps=keeps)
+        store = await self._stores.open(name, migrations, keeps=keeps)
+        self._store = store = store if bus.meter is None else bus.meter.store(name, store)
         await keep(bus.facts, name, store.id, store.place, store.is_fresh, bus.clock)
         self._shares = shares = Shares(store, self._owner, bus.clock, self._gain, self._lose)
         shares.touched = self._touched
-        self._outbox = Outbox(name, store, bus, lambda: self._slots, self._record)
+        self._outbox = outbox = Outbox(
+            name, store, bus, lambda: self._slots, self._record, lambda: shares.is_fresh, self._tasks.fail
+        )
+        self._timers = Timers(name, store, bus.clock, lambda: list(shares.held.values()), outbox.look)
         caution = asyncio.Lock()
         self._consumers = [
             (consumer, tail)
@@ -301,7 +335,7 @@ class _Running:
         bus.settles(self._settled_behind, behind=True)
 
     async def own(self) -> None:
-        await enter(self._bus.facts, self._service.name, _takes(self._parts), self._bus.clock)
+        await enter(self._bus.facts, self._service.name, _takes(self._parts), self._bus.clock, reads_of(self._parts))
         for domain in self._service.owns:
             await own(self._bus.facts, domain.name, self._service.name, self._bus.clock)
 
@@ -333,7 +367,10 @@ class _Running:
     async def serve(self) -> None:
         """Answer from now on."""
         for domain in self._service.owns:
-            self._handlers[domain.name] = handler = self._answer(domain)
+            handler = self._answer(domain)
+            if self._bus.meter is not None:
+                handler = self._bus.meter.answers(self._service.name, domain.name, domain.messages, handler)
+            self._handlers[domain.name] = handler
             self._served[domain.name] = await self._bus.wire.serve(domain.name, handler)
         await self._serve_slots(self._slots)
         await self._announce("running")
@@ -343,20 +380,34 @@ class _Running:
         domains = tuple(domain.name for domain in self._service.owns)
         slots = tuple(address for address in self._served if "/" in address)
         self._served[""] = await self._bus.wire.announce(
-            Instance(self._service.name, self._owner, domains + slots, os.getpid(), state, self._since)
-        )
+            Instance(
+                self._service.name, self._owner, domains + slots, os.getpid(), state, self._since,
+                version=self._service.version, host=socket.gethostname(), answers=self._names("answer"),
+                decides=self._names("decide"),
+            ),
+            self._load,
+        )  # fmt: skip
+
+    def _names(self, kind: str) -> tuple[str, ...]:
+        """The messages that it has functions of a kind for."""
+        return tuple(sorted({declared(cls).name for cls in self._functions(kind)}))
+
+    def _load(self) -> Load:
+        return Load(self._in_hand, sum(consumer.held for consumer, _ in self._consumers))
 
     async def consume(self) -> None:
         """React, and decide what was sent."""
         assert self._store is not None
         assert self._shares is not None
         assert self._outbox is not None
+        assert self._timers is not None
         for consumer, tail in self._consumers:
             consumer.begin_now(tail.looked)
         self._running = True
         await self._hold(list(self._shares.held.values()))
         self._tasks.start("store", self._store.run())
         self._tasks.start("outbox", self._outbox.run())
+        self._tasks.start("timers", self._timers.run())
         if self._service.audit is not None and self._commanders:
             audit = Audit(
                 self._bus.commands, self._store, self._bus.clock, self._service.audit,
@@ -395,13 +446,15 @@ class _Running:
         if by_slot:
             for consumer, tail in self._consumers:
                 await consumer.hold(tail, by_slot)
-            if self._outbox is not None:
-                self._outbox.look()
+            assert self._outbox is not None
+            await self._outbox.hold({share.slot: share for share in shares if share.slot is not None})
         for share in shares:
             if share.slot is None:
                 self._leading = [
                     asyncio.get_running_loop().create_task(self._interval(bound, share)) for bound in self._of("every")
                 ]
+        assert self._timers is not None
+        self._timers.look()
 
     async def _lose(self, shares: Sequence[Share]) -> None:
         """Finish what is in hand, for another instance to go on."""
@@ -409,6 +462,8 @@ class _Running:
         within = max(0.0, self._left())
         # Handlers may take long, and meanwhile wishes are still decided here.
         await asyncio.gather(*(consumer.drop(slots, within) for consumer, _ in self._consumers))
+        if self._outbox is not None:
+            await self._outbox.drop(slots, max(_LAST, self._left()))
         for domain in self._handlers:
             for slot in slots:
                 self._leave(f"{domain}/{slot}")
@@ -436,7 +491,9 @@ class _Running:
     async def _touched(self) -> None:
         """Another process has changed the store: perhaps somebody decided about a dead letter."""
         assert self._outbox is not None
-        self._outbox.look()
+        assert self._timers is not None
+        await self._outbox.reload()
+        self._timers.look()
         for consumer, _ in self._consumers:
             await consumer.reload()
 
@@ -482,6 +539,7 @@ class _Running:
                 await self._outbox.relayed(patient=False)
         except (CauceError, TimeoutError) as error:
             _log.warning("what %s said waits in its outbox for the next start: %r", self._service.name, error)
+        await self._outbox.drop(range(SLOTS), max(_LAST, left()))
         if many := self._outbox.put_off:
             _log.warning("what %s said of %d things waits in its outbox for the next start", self._service.name, many)
 
@@ -567,7 +625,7 @@ class _Running:
         assert self._shares is not None
         shares = self._shares
         return Consumer(
-            _deciding(domain), {domain: frozenset()}, handle, self._bus.commands, self._store, self._bus.clock,
+            _deciding(domain), {domain: frozenset()}, self._metered(_deciding(domain), handle), self._bus.commands, self._store, self._bus.clock,
             may_begin=lambda: shares.is_fresh, caution=caution,
         )  # fmt: skip
 
@@ -581,53 +639,76 @@ class _Running:
         assert self._shares is not None
         store, shares = self._store, self._shares
 
+        name, is_record = bound.name, _is_record(bound)
+
         async def handle(entry: Entry, unit: Unit) -> None:
             meta = entry.meta if bound.notice else entry.checked().meta
+            domain, _, key = entry.stream.partition("/")
             message: Any
             if bound.notice:
-                message = Notice(schema.today(entry.domain, entry.type), entry.key, entry.version)
-            elif _is_record(bound):
+                message = Notice(schema.today(domain, entry.type), key, entry.version)
+            elif is_record:
                 message = carried(bound.messages[0], schema, entry)
                 if isinstance(entry, Superseded) or (message is None and not bound.gone):
                     return
             else:
-                message = schema.decode(entry.domain, entry.type, meta.schema, entry.body or b"")
-            cause = Cause(entry.id, meta.correlation or entry.id, "", meta.trace, meta.tracestate)
-            correlation.set(cause.correlation)
-            context = Context(bus, service, bound.name, entry, cause, Sql(store.fetch))
-            self._say(bound, context, unit, slot_of(entry.key), await _run(bound, (message,), context, self._threads))
+                message = schema.decode(domain, entry.type, meta.schema, entry.body or b"")
+            if isinstance(entry, Mended) and isinstance(message, Message):
+                _check_key(message, key)
+            began = meta.correlation or entry.id
+            correlation.set(began)
+            cause = Cause(entry.id, began, "", meta.trace, meta.tracestate)
+            context = Context(bus, service, name, entry, cause, Sql(store.fetch), timers=store.due)
+            handling.set(context)
+            result = await _run(bound, (message,), context, self._threads)
+            if result is not None or bound.context is not None:
+                self._say(bound, context, unit, slot_of(key), result)
 
         return Consumer(
-            bound.name, _wants(bound), handle, log, store, bus.clock, bodies=not bound.notice,
+            bound.name, _wants(bound), self._metered(bound.name, handle), log, store, bus.clock, bodies=not bound.notice,
             retry=bound.part.retry, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
             concurrency=bound.part.concurrency,
         )  # fmt: skip
+
+    def _metered(self, name: str, handle: Handle) -> Handle:
+        meter = self._bus.meter
+        return handle if meter is None else meter.handle(self._service.name, name, handle)
 
     # ------------------------------------------------------------------------------------------------- what it says
 
     def _say(self, bound: Bound, context: Context, unit: Unit, slot: int, result: Any) -> None:
         """Let what a handler did and returned be stored as one: statements, commands to send, own events to record."""
         unit.statements += context.store.queued
-        if result is None:
+        later = {} if context.planned is None else context.planned.later
+        unit.cancelled += () if context.planned is None else context.planned.cancelled
+        if result is None and not later:
             return
         where = f"{self._service.name}.{bound.name}"
         said = messages_of(result, where, "commands, own events, or None")
-        for message in said:
+        for message in (*said, *(message for _, message, _ in later.values())):
             # All are looked at before any is said.
             if isinstance(message, Event) and declared(message).domain.name not in self._commanders:
                 raise NotOwner(
-                    f"{where} returned {type(message).__name__}, which only the owner of {declared(message).domain.name!r} records; send it a command"
+                    f"{where} said {type(message).__name__}, which only the owner of {declared(message).domain.name!r} records; send it a command"
                 )
             if not isinstance(message, (Command, Event)):
                 raise Refused(f"{where} returned {message!r}: return commands, own events, or None")
         now, cause = self._bus.clock.now(), context.cause
         for message in said:
-            kind = declared(message)
-            meta = Meta(now, kind.version, cause.correlation, cause.id, cause.by, cause.trace, cause.tracestate)
-            entry = seal(message, context.id_of(message), meta)
-            unit.said.append((bound.name, slot, packed(kind.kind, entry)))
-        if said and self._outbox is not None:
-            unit.committed = self._outbox.look
+            unit.said.append((bound.name, slot, _sealed(message, context.id_of(message), cause, now)))
+        for timer, (due, message, id) in later.items():
+            assert unit.share is not None
+            unit.later.append(Timer(timer, unit.share.name, bound.name, due, _sealed(message, id, cause, due)))
+        unit.committed = partial(self._stored, bool(said), [timer.due for timer in unit.later])
+
+    def _stored(self, said: bool, later: Sequence[int]) -> None:
+        """A unit was committed that said something, or for later."""
+        assert self._outbox is not None
+        assert self._timers is not None
+        if said:
+            self._outbox.look()
+        for due in later:
+            self._timers.note(due)
 
     async def _settled(self) -> None:
         """Wait until its consumers have passed the heads as they are now, and what they said is in its log."""
@@ -635,6 +716,8 @@ class _Running:
             *(consumer.settled() for consumer, tail in self._consumers if tail is not self._tails.records)
         )
         assert self._outbox is not None
+        assert self._timers is not None
+        await self._timers.fire()
         await self._outbox.relayed()
         # What was decided or recorded meanwhile has its record, too.
         await asyncio.gather(*(commander.settled() for commander in self._commanders.values()))
@@ -643,6 +726,8 @@ class _Running:
         """The same of those that react to records, which are written behind."""
         await asyncio.gather(*(consumer.settled() for consumer, tail in self._consumers if tail is self._tails.records))
         assert self._outbox is not None
+        assert self._timers is not None
+        await self._timers.fire()
         await self._outbox.relayed()
 
     async def _record(self, domain: str, ask: Ask) -> None:
@@ -656,6 +741,7 @@ class _Running:
     async def _publish(self, commander: Commander, ask: Ask) -> None:
         event = self._schemas[commander.domain].decode(commander.domain, ask.type, ask.schema, bytes(ask.body))
         assert isinstance(event, Event)
+        _check_key(event, ask.key)
         cause = Cause(ask.causation, ask.correlation, ask.by, ask.trace, ask.tracestate)
         kind = declared(event)
         older = (ask.type, ask.schema) != (kind.name, kind.version)
@@ -665,29 +751,39 @@ class _Running:
         """Run a function every so often, for ever; when it is due is kept in the store."""
         assert self._store is not None
         assert self._shares is not None
-        clock, store, name, step = self._bus.clock, self._store, bound.name, round(bound.part.seconds * 1_000_000)
+        assert bound.part.schedule is not None
+        clock, store, schedule, missed = self._bus.clock, self._store, bound.part.schedule, bound.part.missed
+        name = schedule.name_of(bound.name)
         due = await store.timer(name)
-        if not due:
-            due = clock.now() + step
-            unit = Unit(share)
-            unit.timer = name, due
-            await store.commit(unit)
         while True:
-            await clock.sleep(max(0.0, (due - clock.now()) / 1_000_000))
+            if not due or (missed == "skip" and clock.now() - due > LATE * 1_000_000):
+                due = schedule.following(clock.now())
+                unit = Unit(share)
+                unit.timer = name, due
+                await store.commit(unit)
+            due = await until(due, schedule, clock)
+            if missed == "skip" and clock.now() - due > LATE * 1_000_000:
+                # The clock was set forward, or this machine slept.
+                continue
             while not self._shares.is_fresh:
                 await clock.sleep(_MOMENT)
             id = derive_id(uuid7(due * 4096 // 1000, 0), self._service.name, name)
             correlation.set(id)
-            context = Context(self._bus, self._service.name, name, None, Cause(id, id), Sql(store.fetch))
+            context = Context(
+                self._bus, self._service.name, bound.name, None, Cause(id, id), Sql(store.fetch),
+                timers=store.due, due=schedule.shown(due),
+            )  # fmt: skip
+            handling.set(context)
             unit = Unit(share)
             try:
                 self._say(bound, context, unit, 0, await _run(bound, (), context, self._threads))
-                # What was missed is made up for once.
-                unit.timer = name, due + step if due + step > clock.now() else clock.now() + step
+                unit.timer = name, behind(due, clock.now(), schedule, missed)
                 await store.commit(unit)
             except Exception as error:
-                _log.exception("%s.%s failed and is run again: %s", self._service.name, name, error)
-                await clock.sleep(min(bound.part.seconds, 10.0))
+                _log.exception("%s.%s failed and is run again: %s", self._service.name, bound.name, error)
+                # One that is due more often would not have to wait for long either.
+                pause = (schedule.following(due) - due) / 1_000_000
+                await clock.sleep(min(pause, 10.0))
                 continue
             if unit.committed is not None:
                 unit.committed()
@@ -697,8 +793,10 @@ class _Running:
         if not consumer.cancelled() and (error := consumer.exception()) is not None:
             self._tasks.fail(error)
 
-    def _answer(self, domain: Domain) -> Callable[[bytes], Coroutine[Any, Any, bytes]]:
-        answers = {cls: bound for cls, bound in self._functions("answer").items() if declared(cls).domain is domain}
+    def _answer(self, domain: Domain) -> Handler:
+        wishes = self._bulkhead(f"{domain.name}: wishes", _WISHES_AT_ONCE, "run more instances")
+        looks = self._bulkhead(f"{domain.name}: looks", _LOOKS_AT_ONCE, "run more instances")
+        answers = {cls: each for cls, each in self._answers().items() if declared(cls).domain is domain}
 
         async def handler(payload: bytes) -> bytes:
             try:
@@ -707,7 +805,15 @@ class _Running:
                 return _encode(Reply("Refused", str(error)))
             self._in_hand += 1
             try:
-                reply = await self._reply(domain, ask, answers)
+                by_hand = not ask.kind
+                if by_hand:
+                    ask = completed(ask, domain, self._schemas[domain.name], self._bus.clock)
+                if ask.kind == "ask":
+                    reply = await self._answered(domain, ask, answers)
+                elif ask.kind in ("call", "undo", "publish"):
+                    reply = await wishes.call(self._granted, domain, ask, by_hand)
+                else:
+                    reply = await looks.call(self._looked_up, domain, ask, by_hand)
             except CauceError as error:
                 reply = Reply(error_name(error), str(error))
             except Exception as error:
@@ -721,10 +827,22 @@ class _Running:
 
         return handler
 
-    async def _reply(self, domain: Domain, ask: Ask, answers: dict[type[Message], Bound]) -> Reply:
-        by_hand = not ask.kind
-        if by_hand:
-            ask = completed(ask, domain, self._schemas[domain.name], self._bus.clock)
+    def _answers(self) -> _Answers:
+        """Its answer functions by query, each behind its own bulkhead."""
+        return {
+            cls: (bound, self._bulkhead(f"{self._service.name}.{bound.name}", bound.part.at_once, "raise its at_once"))
+            for bound in self._of("answer")
+            for cls in bound.messages
+        }
+
+    def _bulkhead(self, name: str, most: int, cure: str) -> Bulkhead:
+        """The bulkhead of this name, made when it is first wanted, and seen from then on."""
+        bulkhead = self._bulkheads.get(name)
+        if bulkhead is None:
+            self._bus.bulkheads[name] = bulkhead = self._bulkheads[name] = Bulkhead(name, most, cure)
+        return bulkhead
+
+    async def _granted(self, domain: Domain, ask: Ask, by_hand: bool) -> Reply:
         if ask.kind == "call":
             commander = self._commanders.get(domain.name)
             if commander is None:
@@ -738,11 +856,10 @@ class _Running:
             return await self._bus.wish(domain.name, ask)
         if ask.kind == "undo":
             return await self._undo(domain, ask)
-        if ask.kind == "publish":
-            await self._publish(self._commanders[domain.name], ask)
-            return Reply()
-        if ask.kind == "ask":
-            return await self._answered(domain, ask, answers)
+        await self._publish(self._commanders[domain.name], ask)
+        return Reply()
+
+    async def _looked_up(self, domain: Domain, ask: Ask, by_hand: bool) -> Reply:
         folder, facts, records = self._folders[domain.name], self._bus.facts, self._bus.records
         if ask.kind in ("history", "states"):
             return await page(folder, facts, records, ask)
@@ -774,23 +891,47 @@ class _Running:
         told = await self._commanders[domain.name].undo(ask, asked, record)
         return Reply(body=msgspec.Raw(_encode(part(told, ask.since))))
 
-    async def _answered(self, domain: Domain, ask: Ask, answers: dict[type[Message], Bound]) -> Reply:
+    async def _answered(self, domain: Domain, ask: Ask, answers: _Answers) -> Reply:
         query = self._schemas[domain.name].decode(domain.name, ask.type, ask.schema, bytes(ask.body))
-        bound = answers.get(type(query))
-        if bound is None:
+        if type(query) not in answers:
             raise NoAnswer(f"service {self._service.name!r} does not answer {ask.type}: add an answer function for it")
+        bound, bulkhead = answers[type(query)]
+        return await bulkhead.call(self._answered_by, bound, query, ask)
+
+    async def _answered_by(self, bound: Bound, query: Message, ask: Ask) -> Reply:
         if ask.after is not None and self._copies is not None:
             await self._copies.passed(ask.after)
         cause = Cause(ask.id, ask.correlation or ask.id, ask.by, ask.trace, ask.tracestate)
         before = correlation.set(cause.correlation)
+        context = Context(self._bus, self._service.name, bound.name, None, cause)
+        before_it = handling.set(context)
         try:
-            context = Context(self._bus, self._service.name, bound.name, None, cause)
             answer = await _run(bound, (query,), context, self._threads)
         finally:
             correlation.reset(before)
+            handling.reset(before_it)
         what = f"the answer of {self._service.name}.{bound.name}"
         check_value(msgspec.to_builtins(answer), what)
         return Reply(body=msgspec.Raw(check_body(_encode(answer), what)))
+
+
+_Answers = dict[type[Message], tuple[Bound, Bulkhead]]
+"""By query, who answers it."""
+
+
+def _sealed(message: Command | Event, id: str, cause: Cause, time: int) -> bytes:
+    """What is said, as it lies in the outbox, or waits for the time when it is."""
+    kind = declared(message)
+    meta = Meta(time, kind.version, cause.correlation, cause.id, cause.by, cause.trace, cause.tracestate)
+    return packed(kind.kind, seal(message, id, meta))
+
+
+def _check_key(message: Message, key: str) -> None:
+    """Raises `Refused` for what was mended to be about another thing: that one's order would be broken."""
+    if not is_about(message, key):
+        raise Refused(
+            f"{declared(message).name} is about another thing than {key!r}: leave the key as it was, or discard it"
+        )
 
 
 def _check_record(schema: Schema, ask: Ask, state: Record | None) -> None:

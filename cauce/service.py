@@ -6,13 +6,14 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from cauce.accept import check_domain
 from cauce.audit import SHORTEST
-from cauce.bus import Context, reply_type
+from cauce.bus import Context, check_line, reply_type
 from cauce.errors import Refused
 from cauce.messages import (
     Command,
@@ -30,6 +31,7 @@ from cauce.messages import (
     declared,
 )
 from cauce.retry import USUAL, Retries, check_retries
+from cauce.schedule import Missed, Schedule, schedule_of
 from cauce.sql import Store, Tables
 
 __all__ = ["Bound", "Part", "Service", "bind", "bound_parts"]
@@ -45,19 +47,26 @@ _RULE_BYTES = 63
 _MOST_AT_ONCE = 10_000
 
 
+AT_ONCE = 2_000
+"""Questions that one answer function has in hand at a time: twice what 1,000 callers ask at once."""
+
+
 class Part(msgspec.Struct, frozen=True):
     """One function of a service, as the decorator found it; of a replica, its class. `view`: for which it works;
-    `most`: how many may bear what it finds; `concurrency`: how many it handles at once, 0: as many as slots."""
+    `most`: how many may bear what it finds; `at_once`: how many questions it has in hand at a time; `concurrency`: how
+    many messages it handles at once, 0: as many as slots."""
 
     kind: Kind
     function: Callable[..., Any]
     names: dict[str, Any]
     start: Start = "first"
     retry: Retries = USUAL
-    seconds: float = 0.0
+    schedule: Schedule | None = None
+    missed: Missed = "once"
     view: str = ""
     most: int | Callable[[Any], int] = 1
     concurrency: int = 0
+    at_once: int = AT_ONCE
 
     @property
     def name(self) -> str:
@@ -75,6 +84,7 @@ class Service:
             is run on is given for each: `{"sqlite": "…", "postgresql": "…"}`.
         audit: seconds for which commands of its domains are kept once they are decided, with those that were rejected
             or changed nothing; at least an hour, 30 days if not said, None: for ever. Facts are kept for ever.
+        version: of the service's code, as the registry is to show it, such as "1.4.2"; nothing hangs on it.
     """
 
     def __init__(
@@ -84,6 +94,7 @@ class Service:
         owns: Domain | Iterable[Domain] = (),
         schema: Tables | Iterable[Tables] = (),
         audit: float | None = AUDIT,
+        version: str = "",
     ) -> None:
         if audit is not None and not SHORTEST <= audit < 1e11:
             raise Refused(f"{name}: audit={audit}: say a number of seconds, {SHORTEST:g} or more, or None for ever")
@@ -92,6 +103,7 @@ class Service:
         self.owns = (owns,) if isinstance(owns, Domain) else tuple(owns)
         self.schema: tuple[Tables, ...] = (schema,) if isinstance(schema, (str, Mapping)) else tuple(schema)
         self.audit = audit
+        self.version = check_line(version, "version")
         self.parts: list[Part] = []
         self.views: dict[str, Tables | None] = {}
 
@@ -132,9 +144,21 @@ class Service:
             return lambda each: self._add("unique", each, most=most)
         return self._add("unique", function, most=most)
 
-    def answer(self, function: F) -> F:
-        """Answers a query of an own domain."""
-        return self._add("answer", function)
+    @typing.overload
+    def answer(self, function: F) -> F: ...
+    @typing.overload
+    def answer(self, function: None = None, *, at_once: int = AT_ONCE) -> Callable[[F], F]: ...
+    def answer(self, function: F | None = None, *, at_once: int = AT_ONCE) -> Any:
+        """Answers a query of an own domain.
+
+        Parameters:
+            at_once: questions that it has in hand at a time in one instance; who asks beyond is told `Overloaded`.
+        """
+        if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
+            raise Refused(f"{self.name}: at_once={at_once!r}: say a number of questions, 1 or more")
+        if function is None:
+            return lambda each: self._add("answer", each, at_once=at_once)
+        return self._add("answer", function, at_once=at_once)
 
     @typing.overload
     def on(self, function: F) -> F: ...
@@ -165,17 +189,26 @@ class Service:
                 f"{self.name}: concurrency={concurrency!r}: say how many messages at once, 1 to {_MOST_AT_ONCE:,}, or 0 for one in each slot"
             )
         if function is None:
-            return lambda each: self._add("on", each, start, retry, concurrency=concurrency)
-        return self._add("on", function, start, retry, concurrency=concurrency)
+            return lambda each: self._add("on", each, start=start, retry=retry, concurrency=concurrency)
+        return self._add("on", function, start=start, retry=retry, concurrency=concurrency)
 
-    def every(self, seconds: float) -> Callable[[F], F]:
-        """Runs a function once in so many seconds, in one instance of the service; it takes a context, or nothing.
+    def every(self, when: float | timedelta | str, *, zone: str = "", missed: Missed = "once") -> Callable[[F], F]:
+        """Runs a function every so often, in one instance of the service; it takes a context, or nothing.
 
-        What it returns is sent or recorded like what a reaction returns. A run that was missed is made up for once.
+        What it returns is sent or recorded like what a reaction returns. A run that was not committed, because its
+        process died or it failed, is run again: `ctx.due` tells which one it is.
+
+        Parameters:
+            when: seconds or a timedelta from one run to the next, or a cron text such as `"0 3 * * *"`, which needs
+                `pip install 'cauce[cron]'`.
+            zone: whose times a cron text tells, such as `"Europe/Madrid"`; UTC if not said.
+            missed: of runs that were missed, because nobody ran, `once` makes up for one, `all` for each, and `skip`
+                for none that could not begin within a minute of its time.
         """
-        if not 0 < seconds < 1e9:
-            raise Refused(f"{self.name}: every({seconds}): say a number of seconds above 0")
-        return lambda function: self._add("every", function, seconds=seconds)
+        schedule = schedule_of(when, zone, f"{self.name}: every({when!r})")
+        if missed not in typing.get_args(Missed):
+            raise Refused(f"{self.name}: missed={missed!r}: say once, all or skip")
+        return lambda function: self._add("every", function, schedule=schedule, missed=missed)
 
     def view(self, name: str, *, schema: Tables | None = None) -> Callable[[F], F]:
         """Builds a view: `function(event, db)` queues statements on the `Store` that it gets. Several may build one.
@@ -200,24 +233,14 @@ class Service:
         self.parts.append(Part("replica", copy, {}))
         return copy
 
-    def _add(
-        self,
-        kind: Kind,
-        function: F,
-        start: Start = "first",
-        retry: Retries = USUAL,
-        seconds: float = 0.0,
-        view: str = "",
-        most: int | Callable[[Any], int] = 1,
-        concurrency: int = 0,
-    ) -> F:
+    def _add(self, kind: Kind, function: F, **settings: Any) -> F:
         if not (inspect.isfunction(function) or inspect.ismethod(function)):
             raise Refused(
                 f"{self.name}: {function!r} is no function: write it with def or async def, and decorate that"
             )
         frame = sys._getframe(2)
         names = {} if frame.f_locals is frame.f_globals else dict(frame.f_locals)
-        self.parts.append(Part(kind, function, names, start, retry, seconds, view, most, concurrency))
+        self.parts.append(Part(kind, function, names, **settings))
         return function
 
 

@@ -67,6 +67,7 @@ class Shares:
         self._joined, self._is_settled, self._still = False, True, True
         self._apart = False
         self._leaving: Share | None = None
+        self._news = False
         self.touched: Callable[[], Awaitable[None]] = _nothing
 
     @property
@@ -200,8 +201,11 @@ class Shares:
             )
         self._joined, self._beaten = True, began
         self._watch(standing, began)
-        if standing.touched:
+        self._news = self._news or standing.touched
+        if self._news:
+            # The store tells it once; what fails now is looked at again at the next beat.
             await self.touched()
+            self._news = False
         return standing
 
     async def _moved(self) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -22,18 +22,25 @@ from cauce.errors import Damaged, Refused, Unavailable
 from cauce.shelf import Shelf
 
 __all__ = [
+    "SAID",
     "BadStatement",
     "Inventory",
     "Letter",
+    "Outline",
+    "Pending",
     "Place",
     "Share",
     "Standing",
     "Store",
     "Stores",
+    "Timer",
     "Unit",
     "Waiting",
     "check_places",
     "mark_of",
+    "no_letter",
+    "no_timer",
+    "pending_of",
     "write_places",
 ]
 
@@ -44,6 +51,9 @@ _PAUSE = 0.02
 
 _RETRY = 1.0
 
+SAID = "the outbox"
+"""The consumer of what handlers said, as which it waits when its log refuses it. No handler has a space in its name."""
+
 
 class BadStatement(Refused):
     """SQL of a handler that cannot be carried out; nothing of its message was stored."""
@@ -52,8 +62,8 @@ class BadStatement(Refused):
 class Waiting(msgspec.Struct):
     """A message set aside.
 
-    Where it stands, how often it failed, when it is due (microseconds since 1970), whether a person must decide, why,
-    the traceback, and for a dead one the whole entry as it came.
+    Where it stands, how often it failed, when it is due, or died (microseconds since 1970), whether a person must
+    decide, why, the traceback, and for a dead one the whole entry as it came (`cauce.letter`).
     """
 
     position: int
@@ -105,10 +115,36 @@ class Standing(msgspec.Struct, frozen=True):
     touched: bool
 
 
+class Timer(msgspec.Struct, frozen=True):
+    """A message that waits for its time, or with nothing `said` the next run of an interval.
+
+    One of each `id`: a later one takes the place of an earlier one. `share` names what its handler worked on when it
+    was set: whoever holds that lets it go. `due` is in microseconds since 1970, by the wall clock.
+    """
+
+    id: str
+    share: str
+    handler: str
+    due: int
+    said: bytes = b""
+
+
 class Unit:
     """What one message changes, gathered while it is handled. `passed`: marks that go, of a consumer and a position."""
 
-    __slots__ = ("committed", "parked", "passed", "place", "said", "share", "statements", "timer", "unparked")
+    __slots__ = (
+        "cancelled",
+        "committed",
+        "later",
+        "parked",
+        "passed",
+        "place",
+        "said",
+        "share",
+        "statements",
+        "timer",
+        "unparked",
+    )
 
     def __init__(self, share: Share | None) -> None:
         self.share = share
@@ -119,12 +155,28 @@ class Unit:
         self.passed: Sequence[tuple[str, int]] = ()
         self.place: tuple[str, str, int, str, int] | None = None
         self.timer: tuple[str, int] | None = None
+        self.later: list[Timer] = []
+        self.cancelled: list[str] = []
         self.committed: Callable[[], None] | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing but a place to write."""
-        return not (self.statements or self.said or self.parked or self.unparked or self.timer or self.passed)
+        return not (
+            self.statements
+            or self.said
+            or self.parked
+            or self.unparked
+            or self.passed
+            or self.timer
+            or self.later
+            or self.cancelled
+        )
+
+    @property
+    def size(self) -> int:
+        """About how many bytes wait with it."""
+        return 200 + sum(len(said) for _, _, said in self.said) + sum(len(each.said) + 100 for each in self.later)
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -138,7 +190,10 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class Inventory(msgspec.Struct, frozen=True):
-    """What is kept beside tables: all places, what waits for each consumer, how much is said and not in its log yet."""
+    """What is kept beside tables: all places, what waits for each consumer, how much is said and not in its log yet.
+
+    `timers` counts the messages that wait for their time, and the intervals.
+    """
 
     places: list[Place]
     waiting: list[tuple[str, Waiting]]
@@ -146,10 +201,40 @@ class Inventory(msgspec.Struct, frozen=True):
     timers: int
 
 
+class Pending(msgspec.Struct, frozen=True):
+    """What waits of one consumer, in numbers.
+
+    `retrying` are tried again by themselves, with what waits behind such a one; `dead` wait for a person, and `behind`
+    for those. `position` and `stream` are of the first that is tried again, 0 if there is none.
+    """
+
+    consumer: str
+    retrying: int = 0
+    dead: int = 0
+    behind: int = 0
+    position: int = 0
+    stream: str = ""
+
+
+class Outline(msgspec.Struct, frozen=True):
+    """What a store says of how far its service is.
+
+    All places, what waits by consumer, how much is said and not in its log yet, how many timers there are, and how
+    many of them are due.
+    """
+
+    places: list[Place]
+    pending: list[Pending]
+    outbox: int
+    timers: int
+    due: int
+
+
 class Letter(msgspec.Struct, frozen=True):
     """One dead letter: whose it is, where the message stands, how often it was tried, why it failed, and how it came.
 
-    `behind` counts the later messages of the same thing that wait for the decision.
+    `behind` counts the later messages of the same thing that wait for the decision, `died` is when it was given up, in
+    microseconds since 1970; 0 if that is not known.
     """
 
     service: str
@@ -161,6 +246,7 @@ class Letter(msgspec.Struct, frozen=True):
     trace: str
     message: msgspec.Raw
     behind: int
+    died: int = 0
 
 
 class Store(Protocol):
@@ -233,6 +319,22 @@ class Store(Protocol):
         """When something is due, in microseconds since 1970; 0 if that was never said."""
         ...
 
+    async def due(self, id: str) -> int:
+        """When the message of a timer is due, in microseconds since 1970; 0 if no such timer waits."""
+        ...
+
+    async def fire(self, shares: Sequence[Share], now: int, limit: int) -> tuple[int, int]:
+        """Let go what is due by now, the oldest of each share first: it is said in the same transaction.
+
+        Nothing of a share that has another holder by now. Gives how many were let go, and when to look again: no timer
+        of these shares is due before; 0 if none waits.
+
+        Parameters:
+            now: microseconds since 1970.
+            limit: at most so many.
+        """
+        ...
+
     async def inventory(self) -> Inventory:
         """All that hangs on logs, whoever it is for."""
         ...
@@ -270,6 +372,20 @@ class Stores(Protocol):
         """Where the views and replicas of a service lie."""
         ...
 
+    async def services(self) -> list[str]:
+        """Whose stores are here."""
+        ...
+
+    async def outline(self, service: str, now: int) -> Outline:
+        """How far a service is, read beside its instances without getting in their way, and while there are none.
+
+        Parameters:
+            now: microseconds since 1970: what is due by then.
+
+        Raises `Refused` for a service without a store.
+        """
+        ...
+
     async def letters(self, service: str = "") -> list[Letter]:
         """The dead letters of one service, or of one after the other, oldest first.
 
@@ -284,12 +400,47 @@ class Stores(Protocol):
         """
         ...
 
+    async def edit(self, service: str, consumer: str, position: int, before: bytes, after: bytes) -> None:
+        """Keep a dead letter's message otherwise (`cauce.letter`). Raises `Refused` if it is not as it was before.
+
+        It is given to the handler when it is tried again.
+        """
+        ...
+
     async def discard(self, service: str, consumer: str, position: int) -> None:
         """Give a dead letter up: the consumer goes on behind it. The message stays in its log.
 
         Raises `Refused` if there is none.
         """
         ...
+
+    async def timers(self, service: str = "", limit: int = 1_000) -> list[tuple[str, Timer]]:
+        """What waits for its time, by service: its intervals, then up to so many messages of each, the next one first.
+
+        Raises `Refused` for a service without a store.
+        """
+        ...
+
+    async def cancel(self, service: str, id: str) -> None:
+        """Let a timer never fire. Raises `Refused` if there is none: it fired, or was cancelled, or never was."""
+        ...
+
+
+def pending_of(rows: Iterable[tuple[str, int, str, bool]]) -> list[Pending]:
+    """What waits of each consumer, from consumer, position, stream and whether it is dead, in order per consumer."""
+    found, blocked = dict[str, list[Any]](), set[tuple[str, str]]()
+    for consumer, position, stream, dead in rows:
+        counts = found.setdefault(consumer, [0, 0, 0, 0, ""])
+        if dead:
+            blocked.add((consumer, stream))
+            counts[1] += 1
+        elif (consumer, stream) in blocked:
+            counts[2] += 1
+        else:
+            counts[0] += 1
+            if not counts[3]:
+                counts[3:] = position, stream
+    return [Pending(consumer, *counts) for consumer, counts in sorted(found.items())]
 
 
 async def write_places(
@@ -312,6 +463,18 @@ async def write_places(
             _log.warning("places wait: %s", error)
             await clock.sleep(_RETRY)
             moved.set()
+
+
+def no_letter(service: str, consumer: str, position: int) -> Refused:
+    """What is told who would decide about a dead letter that is not there, or not as it was seen."""
+    return Refused(
+        f"{service} has no dead letter {position} of {consumer}, or it has changed meanwhile: see cauce dead list"
+    )
+
+
+def no_timer(service: str, id: str) -> Refused:
+    """What is told where a timer is to be cancelled that does not wait."""
+    return Refused(f"{service} has no timer {id}: it has fired, or was cancelled, or never was; see cauce timers list")
 
 
 def check_places(

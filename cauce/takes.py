@@ -1,8 +1,9 @@
-"""Which events the views and reactions of every service take, also of those that do not run: kept in the catalogue."""
+"""What views, reactions and replicas of every service take, also of those that do not run: kept in the catalogue."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Literal
 
 import msgspec
 
@@ -11,7 +12,7 @@ from cauce.codec import Meta, sealed
 from cauce.errors import Conflict, Refused, Unreadable
 from cauce.log import Filter, Log, entries_of
 
-__all__ = ["Takes", "check_told", "enter"]
+__all__ = ["Reads", "Takes", "check_told", "enter", "readers"]
 
 Takes = dict[str, dict[str, tuple[str, ...]]]
 """By domain and handler all names of the types of events. The reactions of a service are one handler."""
@@ -20,21 +21,40 @@ _STREAM = "_takes/services"
 _encode = msgspec.json.Encoder(order="sorted").encode
 
 
-class _Entry(msgspec.Struct, frozen=True):
+class Reads(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one reader of a service wants of which log: by domain all names of the types, none means all.
+
+    `now`: where it never was it begins with what comes from then on.
+    """
+
+    kind: Literal["on", "decide", "view", "replica"]
+    name: str
+    log: Literal["facts", "commands", "records"]
+    wants: dict[str, tuple[str, ...]]
+    now: bool = False
+
+
+class _Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     service: str
     takes: Takes
+    reads: tuple[Reads, ...] = ()
 
 
 _decode = msgspec.json.Decoder(_Entry).decode
 
 
-async def enter(facts: Log, service: str, takes: Takes, clock: Clock) -> None:
-    """Enter what a service takes, if that is not what the catalogue says already."""
+async def enter(facts: Log, service: str, takes: Takes, clock: Clock, reads: tuple[Reads, ...] = ()) -> None:
+    """Enter what a service takes, if that is not what the catalogue says already.
+
+    Parameters:
+        reads: the same, reader by reader: by this one sees from outside how far each is behind.
+    """
+    entered = _Entry(service, takes, reads)
     while True:
         all_of_them, version = await _read(facts)
-        if all_of_them.get(service, {}) == takes:
+        if all_of_them.get(service, _Entry(service, {})) == entered:
             return
-        body = _encode(_Entry(service, takes))
+        body = _encode(entered)
         try:
             await facts.append(_STREAM, [sealed(_STREAM, "Takes", clock.id(), Meta(clock.now()), body)], expect=version)
         except Conflict:
@@ -52,8 +72,8 @@ async def check_told(
     """
     services, _ = await _read(facts)
     deaf = list[str]()
-    for service, takes in sorted(services.items()):
-        for handler, taken in sorted(takes.get(domain, {}).items()):
+    for service, entered in sorted(services.items()):
+        for handler, taken in sorted(entered.takes.get(domain, {}).items()):
             missed = sorted(name for name, names in types.items() if not set(taken).isdisjoint(names))
             if missed and event not in taken and service not in without:
                 deaf.append(f"{handler} of {service}, taking {' and '.join(missed)}")
@@ -68,9 +88,17 @@ def _typed(event: str) -> str:
     return f"Restored[{event.removeprefix('Restored')}]"
 
 
-async def _read(facts: Log) -> tuple[Mapping[str, Takes], int]:
+async def readers(facts: Log) -> dict[str, tuple[Reads, ...]]:
+    """By service what each of its readers wants, as the code said that was started last.
+
+    Raises `Unreadable`.
+    """
+    return {service: entered.reads for service, entered in (await _read(facts))[0].items()}
+
+
+async def _read(facts: Log) -> tuple[Mapping[str, _Entry], int]:
     """What each service takes, and the version of the stream that says so."""
-    found, version = dict[str, Takes](), 0
+    found, version = dict[str, _Entry](), 0
     async for entry in entries_of(facts, Filter(_STREAM)):
         try:
             each = _decode(entry.checked().body or b"")
@@ -78,5 +106,5 @@ async def _read(facts: Log) -> tuple[Mapping[str, Takes], int]:
             raise Unreadable(
                 f"position {entry.position} ({entry.stream} version {entry.version}) does not say what a service takes: {error}: deploy the code that wrote it"
             ) from None
-        found[each.service], version = each.takes, entry.version
+        found[each.service], version = each, entry.version
     return found, version

@@ -151,6 +151,9 @@ PROMISES: tuple[Promise, ...] = (
             "test_history::test_services_that_are_killed_at_random_lose_nothing_and_do_nothing_twice",
             "test_store_faults::test_a_server_that_crashes_under_load_and_comes_back_lost_nothing_and_doubled_nothing",
             "test_calls::test_what_was_sent_is_decided_once_though_it_is_read_again_after_a_crash",
+            "test_timers::test_a_message_for_later_is_sent_once_when_its_time_has_come_because_of_what_set_it",
+            "test_timers::test_of_processes_that_are_killed_at_any_moment_each_timer_comes_once",
+            "test_store_promises::test_of_two_who_let_go_at_once_each_timer_is_let_go_by_one",
         ],
         {
             "nats": "Tables of a service lie in files of its machine or in PostgreSQL, since a bucket has none.",
@@ -180,28 +183,45 @@ PROMISES: tuple[Promise, ...] = (
             "test_instances::test_a_dead_letter_waits_through_a_restart_with_those_behind_it",
             "test_instances::test_a_message_that_kills_the_process_is_parked_and_no_other",
             "test_store_promises::test_dead_letters_of_all_services_are_listed_and_decided",
+            "test_store_promises::test_a_dead_letter_is_edited_if_it_is_as_it_was_seen_and_nothing_else_of_it_changes",
+            "test_store_promises::test_of_many_who_decide_about_a_dead_letter_at_once_one_does",
+            "test_failure::test_one_poison_among_a_hundred_delays_only_its_own_thing",
+            "test_failure::test_five_hundred_that_fail_together_do_not_come_back_together",
+            "test_failure::test_while_a_callee_is_down_for_ten_minutes_nothing_is_parked_and_then_all_is_handled_in_order",
+            "test_failure::test_what_is_not_the_messages_fault_waits_with_growing_delay_and_never_parks",
+            "test_failure::test_an_event_that_its_log_refuses_for_good_is_a_dead_letter_with_the_later_ones_behind_it",
+            "test_failure::test_a_mended_body_is_given_to_the_handler_and_log_and_original_stay_as_they_were",
+            "test_failure::test_a_message_that_cannot_be_decoded_is_a_dead_letter_with_its_raw_bytes_that_can_be_mended",
+            "test_failure::test_a_bulk_retry_by_two_terminals_at_once_drains_each_thing_once_and_in_order_over_two_instances",
+            "test_failure::test_while_the_store_takes_no_dead_letter_its_lane_waits_and_says_so_and_then_goes_on",
         ],
-        {
-            "": "An event in the outbox that fails for good does not become a dead letter yet: it is tried once a minute "
-            "until the code is mended, and a line `CRITICAL` says so."
-        },
     ),
     Promise(
         "A blocked service hurts nobody else",
-        "Every call has a deadline that travels. Work of an instance that hangs goes to another.",
+        "Every call has a deadline that travels and shrinks; every callee has a breaker and a bulkhead. Work of an instance that hangs "
+        "goes to another.",
         [
+            "test_guards::test_a_frozen_callee_is_soon_left_alone_and_asked_again_when_it_is_well",
+            "test_guards::test_of_many_who_ask_when_the_rest_is_over_one_is_let_through_in_each_process",
+            "test_guards::test_a_callee_that_flaps_is_left_alone_again_and_again_and_asked_soon_after_it_has_settled",
+            "test_guards::test_a_reaction_waits_ten_minutes_for_a_callee_that_is_blocked_and_nothing_is_parked",
+            "test_guards::test_more_questions_than_may_be_under_way_are_turned_away_at_once_and_nothing_ran",
+            "test_guards::test_an_answer_function_has_so_many_in_hand_and_no_more_and_the_others_answer_on",
+            "test_guards::test_a_fallback_answers_where_the_callee_cannot_be_asked_and_only_there",
+            "test_guards::test_what_is_asked_because_of_a_question_gets_less_time_than_is_left_of_it",
+            "test_guards::test_a_thousand_callers_of_a_healthy_system_meet_no_guard",
+            "test_guards_apart::*",
+            "test_blocked::test_the_example_of_a_stopped_service_shows_breaker_fallback_steady_others_and_recovery",
             "test_wire_promises::test_a_deadline_travels_and_cancels_what_it_was_for",
             "test_wire_promises::test_one_that_stands_still_is_a_timeout_and_when_it_goes_on_begins_nothing_that_is_over",
+            "test_wire_promises::test_of_three_of_which_one_stands_still_all_questions_that_change_nothing_are_answered",
             "test_calls::test_an_answer_that_never_comes_is_no_answer_when_the_time_is_over",
             "test_calls::test_nobody_who_serves_is_no_answer_at_once_and_nothing_is_stored",
             "test_instances::test_a_stopped_instance_loses_its_slots_and_cannot_write_when_it_wakes_up",
             "test_reactions::test_a_plain_reaction_may_block_without_holding_up_the_others",
             "test_services::test_a_handler_that_is_too_slow_is_handed_back_and_handled_again_after_the_next_start",
         ],
-        {
-            "": "Not there yet: the breaker and the bulkhead of each callee, and the report, with its stack, of a handler that "
-            "blocks the loop or outlives its lease."
-        },
+        {"": "Not there yet: the report, with its stack, of a handler that blocks the loop or outlives its lease."},
     ),
     Promise(
         "A copy never goes back",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cauce.errors import BreakerOpen, NoAnswer, Refused, Rejected, Unreachable
+from cauce.errors import BreakerOpen, NoAnswer, Overloaded, Refused, Rejected, Unreachable
 from cauce.guards.breaker import Breaker, Limits
 from cauce.testing import VirtualClock
 
@@ -80,7 +80,14 @@ def test_a_few_failures_among_many_calls_or_few_calls_at_all_open_nothing(virtua
 
 
 @pytest.mark.parametrize(
-    "answer", [Rejected("no"), Refused("bad"), ValueError("its own fault"), NoAnswer("nobody is there to be burdened")]
+    "answer",
+    [
+        Rejected("no"),
+        Refused("bad"),
+        ValueError("its own fault"),
+        NoAnswer("nobody is there to be burdened"),
+        Overloaded("who sheds load is well"),
+    ],
 )
 def test_a_no_is_an_answer(answer: Exception, virtual: Run, clock: VirtualClock) -> None:
     async def main() -> None:

@@ -24,7 +24,8 @@ from click.testing import CliRunner, Result
 from cauce.backends import sqlite
 from cauce.backends.sqlite.upkeep import backup, restore, verify
 from cauce.cli import main
-from cauce.cli.run import _Harmless, find
+from cauce.cli.logs import formatter
+from cauce.cli.run import find
 from cauce.clock import SystemClock
 from cauce.codec import Entry, Meta, micros, moment, sealed, to_cloudevent
 from cauce.errors import Busy, Refused
@@ -522,7 +523,7 @@ def test_what_handlers_say_commands_no_terminal_and_forges_no_line() -> None:
         raise ValueError("\x1b[2J\n2026-01-01 INFO all is well")
     except ValueError:
         record = logging.LogRecord("cauce", 40, "", 1, "failed: %s", ("\x1b[31m\nINFO well",), sys.exc_info())
-    first, *more = _Harmless("%(levelname)s %(message)s").format(record).split("\n")
+    first, *more = formatter("text", "%(levelname)s %(message)s").format(record).split("\n")
     assert first == "ERROR failed: \\x1b[31m\\nINFO well"
     assert more
     for told in more:

@@ -23,7 +23,9 @@ FLOORS = (
         "clock",
         "identity",
         "deadline",
+        "guarded",
         "messages",
+        "fallback",
         "upcaster",
         "restored",
         "retry",
@@ -31,6 +33,9 @@ FLOORS = (
         "compatible",
         "sample",
         "codec",
+        "letter",
+        "duration",
+        "schedule",
     ),  # what travels, and its names; no I/O
     (
         "log",
@@ -54,6 +59,11 @@ FLOORS = (
         "receipt",
         "undone",
         "takes",
+        "backlog",
+        "lag",
+        "meter",
+        "agenda",
+        "timers",
         "bus",
         "question",
         "shares",
@@ -63,6 +73,7 @@ FLOORS = (
         "abreast",
         "consumer",
         "outbox",
+        "letters",
         "reset",
     ),  # delivery
     (
@@ -82,7 +93,17 @@ FLOORS = (
         "registry",
         "guards.*",
     ),  # the patterns
-    ("service", "folding", "copying", "runtime", "corpus", "reader", "replay", "finding"),  # what a team writes against
+    (
+        "service",
+        "folding",
+        "copying",
+        "wanted",
+        "runtime",
+        "corpus",
+        "reader",
+        "replay",
+        "finding",
+    ),  # what a team writes against
     ("ext.*", "testing.*", "console.*", "demo.*", "cli.*"),  # faces
 )
 

@@ -138,9 +138,9 @@ def counted(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Every question that is asked from now on."""
     asked, ask = list[bytes](), bus.wire.ask
 
-    async def counting(address: str, payload: bytes, deadline: float) -> bytes:
+    async def counting(address: str, payload: bytes, deadline: float, *, safe: bool = False) -> bytes:
         asked.append(payload)
-        return await ask(address, payload, deadline)
+        return await ask(address, payload, deadline, safe=safe)
 
     monkeypatch.setattr(bus.wire, "ask", counting)
     return asked
@@ -158,9 +158,9 @@ def asked(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> list[Ask]:
     """What is asked over the wire from now on."""
     found, ask = list[Ask](), bus.wire.ask
 
-    async def counted(address: str, payload: bytes, deadline: float) -> bytes:
+    async def counted(address: str, payload: bytes, deadline: float, *, safe: bool = False) -> bytes:
         found.append(msgspec.json.decode(payload, type=Ask))
-        return await ask(address, payload, deadline)
+        return await ask(address, payload, deadline, safe=safe)
 
     monkeypatch.setattr(bus.wire, "ask", counted)
     return found

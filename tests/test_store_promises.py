@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
+import apsw
+import asyncpg
 import pytest
 
 from cauce.errors import Damaged, Fenced, Refused
-from cauce.store import BadStatement, Place, Share, Store, Stores, Unit, Waiting, mark_of
+from cauce.store import BadStatement, Place, Share, Store, Stores, Timer, Unit, Waiting, mark_of
 from tests.kept import stores_of
 
 WITH_TABLES = ("sqlite", "postgresql")
@@ -335,6 +338,162 @@ async def test_a_timer_is_remembered(opened: Opened) -> None:
         assert await store.timer("often") == due
 
 
+# -------------------------------------------------------------------------------------------------------- timers
+
+
+def timer(id: str, due: int, share: str = "slot/1") -> Timer:
+    return Timer(id, share, "react", due, f"said {id}".encode())
+
+
+async def set_timers(store: Store, share: Share | None, *timers: Timer, cancel: Sequence[str] = ()) -> None:
+    mine = unit(share)
+    mine.later += timers
+    mine.cancelled += cancel
+    await store.commit(mine)
+
+
+async def said(store: Store) -> list[tuple[str, int, bytes]]:
+    return [row[1:] for row in await store.outbox(0, 1_000)]
+
+
+async def test_what_is_due_is_let_go_in_order_and_what_is_not_waits(opened: Opened) -> None:
+    store = await opened()
+    share, other = await share_of(store), await share_of(store, "slot/2")
+    lead = await share_of(store, "lead")
+    a, b, c, d = timer("a", 5_000_003), timer("b", 5_000_001), timer("c", 5_000_001), timer("d", 9_000_000)
+    await set_timers(store, share, a, b)
+    await set_timers(store, share, c, d)
+    await set_timers(store, other, timer("e", 4_000_000, "slot/2"))
+    await set_timers(store, lead, timer("f", 7_000_000, "lead"))
+    shares = [share, lead]
+    fired, due = await store.fire(shares, 4_000_000, 10)
+    assert (fired, await said(store)) == (0, [])
+    assert 4_000_000 < due <= 5_000_001, "it is never looked too late"
+    assert await store.fire(shares, 5_000_002, 10) == (2, 5_000_003)
+    assert await said(store) == [("react", 1, b"said b"), ("react", 1, b"said c")]
+    assert [await store.due(id) for id in "abcd"] == [5_000_003, 0, 0, 9_000_000]
+    # Of the share that this instance does not name nothing was let go.
+    assert await store.fire([share, lead], 8_000_000, 10) == (2, 9_000_000)
+    assert await store.fire([share, lead, other], 8_000_000, 10) == (1, 9_000_000)
+    assert (await said(store))[2:] == [("react", 1, b"said a"), ("react", 0, b"said f"), ("react", 2, b"said e")]
+    assert await store.fire(shares, 2**60, 10) == (1, 0)
+    assert await store.fire([], 2**60, 10) == (0, 0)
+
+
+async def test_at_most_so_many_are_let_go_at_once_and_none_is_passed_over(opened: Opened) -> None:
+    store = await opened()
+    share = await share_of(store)
+    for n in range(4):
+        await set_timers(store, share, *(timer(f"{n}/{m}", 1_000_000 * (m % 3) + 10 * n + m + 1) for m in range(20)))
+    fired = []
+    while (last := await store.fire([share], 2_000_010, 7))[0]:
+        fired.append(last[0])
+    assert last[1] > 2_000_010
+    assert fired[:-1] == [7] * (len(fired) - 1)
+    names = [row[2].decode().removeprefix("said ") for row in await said(store)]
+    dues = [1_000_000 * (int(m) % 3) + 10 * int(n) + int(m) + 1 for n, _, m in (name.partition("/") for name in names)]
+    assert dues == sorted(dues)
+    assert len(set(names)) == len(names) == sum(fired)
+    left = [name for n in range(4) for m in range(20) if (name := f"{n}/{m}") not in names]
+    assert left
+    assert all([await store.due(name) > 2_000_010 for name in left])
+
+
+async def test_a_timer_that_is_set_again_is_moved_and_one_that_is_cancelled_never_fires(opened: Opened) -> None:
+    store = await opened()
+    share, other = await share_of(store), await share_of(store, "slot/2")
+    await set_timers(store, share, timer("moved", 5), timer("gone", 6), timer("left", 7))
+    # In one transaction, too.
+    await asyncio.gather(
+        set_timers(store, other, timer("moved", 9, "slot/2")),
+        set_timers(store, share, cancel=["gone", "nobody"]),
+        set_timers(store, share, timer("both", 8)),
+        set_timers(store, share, cancel=["both"]),
+    )
+    assert [await store.due(id) for id in ("moved", "gone", "left", "both", "nobody")] == [9, 0, 7, 0, 0]
+    await store.fire([share], 100, 10)
+    assert await said(store) == [("react", 1, b"said left")]
+    await store.fire([share, other], 100, 10)
+    assert (await said(store))[1:] == [("react", 2, b"said moved")]
+    await set_timers(store, share, cancel=["left", "moved"])
+    assert len(await said(store)) == 2, "what has fired is not taken back"
+    await set_timers(store, share, timer("left", 20))
+    assert await store.fire([share], 20, 10) == (1, 0)
+
+
+async def test_what_was_cancelled_by_another_while_it_was_known_here_does_not_fire(
+    opened: Opened, fresh: Fresh
+) -> None:
+    store, other, stores = await opened(), await opened(), await fresh()
+    share, theirs = await share_of(store), await share_of(other, "slot/2")
+    await set_timers(store, share, *(timer(f"{n}", 5_000_000 + n) for n in range(6)))
+    assert (await store.fire([share], 5_000_000, 1))[0] == 1
+    await set_timers(other, theirs, cancel=["2", "0"])
+    await stores.cancel("s", "4")
+    assert await store.fire([share], 5_000_010, 10) == (3, 0)
+    assert [row[2] for row in await said(store)] == [b"said 0", b"said 1", b"said 3", b"said 5"]
+    for id in ("0", "4", "never"):
+        with pytest.raises(Refused, match=f"s has no timer {id}: it has fired, or was cancelled, or never was"):
+            await stores.cancel("s", id)
+
+
+async def test_who_lost_a_share_lets_nothing_of_it_go_and_who_took_it_does(opened: Opened) -> None:
+    one, two = await opened(), await opened()
+    share = await share_of(one, owner="one")
+    both = await share_of(one, "slot/2", "one")
+    await set_timers(one, share, timer("a", 5), timer("b", 6))
+    await set_timers(one, both, timer("c", 7, "slot/2"))
+    assert (await one.fire([share, both], 4, 10))[0] == 0
+    standing = await two.tick("two", (), join=True)
+    await two.tick("two", [("one", standing.instances["one"])])
+    (later,) = await two.take("two", ["slot/1"])
+    assert (await one.fire([share, both], 100, 10))[0] == 1
+    with pytest.raises(Fenced):
+        await set_timers(one, share, timer("late", 8))
+    assert await two.fire([later], 100, 10) == (2, 0)
+    assert await one.fire([share, both], 100, 10) == (0, 0)
+    assert sorted(row[2] for row in await said(two)) == [b"said a", b"said b", b"said c"]
+
+
+async def test_of_two_who_let_go_at_once_each_timer_is_let_go_by_one(opened: Opened) -> None:
+    store, again = await opened(), await opened()
+    share = await share_of(store)
+    await set_timers(store, share, *(timer(f"{n}", n + 1) for n in range(40)))
+
+    async def fire(one: Store) -> int:
+        fired = 0
+        while (many := (await one.fire([share], 100, 3))[0]) or await one.due("39"):
+            fired += many
+        return fired
+
+    assert sum(await asyncio.gather(fire(store), fire(again))) >= 40
+    assert sorted(row[2] for row in await said(store)) == sorted(f"said {n}".encode() for n in range(40))
+
+
+async def test_timers_of_all_services_are_listed_with_intervals_the_next_one_first(
+    opened: Opened, fresh: Fresh
+) -> None:
+    stores = await fresh()
+    assert await stores.timers() == []
+    one, two = await opened(), await opened(service="t")
+    share, other = await share_of(one), await share_of(two)
+    often = unit(None)
+    often.timer = "often", 8
+    await one.commit(often)
+    a, b, c = timer("a", 7_000_000), timer("b é/ü.*", 6_000_000), timer("c", 1_000_000)
+    await set_timers(one, share, a, b)
+    await set_timers(two, other, c)
+    interval = Timer("often", "lead", "often", 8)
+    assert await stores.timers() == [("s", interval), ("s", b), ("s", a), ("t", c)]
+    assert await stores.timers("s", 1) == [("s", interval), ("s", b)]
+    assert (await one.inventory()).timers == 3
+    await stores.cancel("s", "b é/ü.*")
+    assert await stores.timers("s") == [("s", interval), ("s", a)]
+    for ask in (stores.timers("nobody"), stores.cancel("nobody", "a")):
+        with pytest.raises(Refused, match="'nobody' has no store here"):
+            await ask
+
+
 # ------------------------------------------------------------------------------------------- all that hangs on logs
 
 
@@ -387,6 +546,7 @@ async def test_dead_letters_of_all_services_are_listed_and_decided(opened: Opene
     assert (letter.consumer, letter.stream, letter.attempts, letter.error, letter.trace, bytes(letter.message)) == (
         "react", "things/x", 7, "why", "trace", b'{"n": 1}',
     )  # fmt: skip
+    assert letter.died == 8
     await stores.retry("a_b", "react", 3)
     await stores.discard("a_b", "react", 5)
     store = await opened(service="a_b")
@@ -398,6 +558,47 @@ async def test_dead_letters_of_all_services_are_listed_and_decided(opened: Opene
             await decide("a_b", "react", 3)
     with pytest.raises(Refused, match="'nobody' has no store here: .*there are a-b, a__b, a_b"):
         await stores.letters("nobody")
+
+
+async def test_a_dead_letter_is_edited_if_it_is_as_it_was_seen_and_nothing_else_of_it_changes(
+    opened: Opened, fresh: Fresh
+) -> None:
+    stores, store = await fresh(), await opened()
+    for position, dead in ((3, True), (4, False)):
+        mine = unit(None)
+        mine.parked = "react", Waiting(position, "things/x", 1, 7, 8, dead, "why", "trace", b'{"n": 1}')
+        await store.commit(mine)
+    await stores.edit("s", "react", 3, b'{"n": 1}', b'{"n": 2}')
+    with pytest.raises(Refused, match="no dead letter 3 of react, or it has changed meanwhile"):
+        await stores.edit("s", "react", 3, b'{"n": 1}', b'{"n": 3}')
+    with pytest.raises(Refused, match="no dead letter 4 of react"):
+        await stores.edit("s", "react", 4, b'{"n": 1}', b'{"n": 3}')
+    (letter,) = await stores.letters("s")
+    assert (bytes(letter.message), letter.attempts, letter.died, letter.behind) == (b'{"n": 2}', 7, 8, 1)
+    await stores.retry("s", "react", 3)
+    assert [(each.position, each.raw, each.dead) for each in await store.waiting("react")] == [
+        (3, b'{"n": 2}', False), (4, b'{"n": 1}', False),
+    ]  # fmt: skip
+    with pytest.raises(Refused, match="no dead letter 3 of react"):
+        await stores.edit("s", "react", 3, b'{"n": 2}', b'{"n": 3}')
+
+
+async def test_of_many_who_decide_about_a_dead_letter_at_once_one_does(opened: Opened, fresh: Fresh) -> None:
+    store = await opened()
+    for position in range(1, 6):
+        mine = unit(None)
+        mine.parked = "react", Waiting(position, f"things/{position}", 1, 7, 8, True, "why", "trace", b"{}")
+        await store.commit(mine)
+    deciders = [await fresh() for _ in range(4)]
+    decisions = [
+        decide("s", "react", position)
+        for position in range(1, 6)
+        for each in deciders
+        for decide in (each.retry, each.discard)
+    ]
+    told = await asyncio.gather(*decisions, return_exceptions=True)
+    assert [type(each) for each in told].count(type(None)) == 5
+    assert all(isinstance(each, Refused) for each in told if each is not None)
 
 
 # -------------------------------------------------------------------------------------------------- tables of its own
@@ -508,3 +709,32 @@ async def test_instances_that_open_a_store_at_once_make_it_once(opened: Opened) 
     stores = await asyncio.gather(*(opened(EFFECTS, "insert into effects values ('once', 1)") for _ in range(5)))
     assert len({store.id for store in stores}) == 1
     assert await stores[0].fetch("select name from effects") == [("once",)]
+
+
+async def test_a_store_that_older_code_made_has_no_timers_and_takes_some_when_it_is_opened(
+    each_bus: str, fresh: Fresh, tmp_path: Path
+) -> None:
+    stores = await fresh()
+    store = await stores.open("s", ())
+    await store.close()
+    await _as_older_code_made_it(each_bus, tmp_path)
+    assert await stores.timers("s") == []
+    with pytest.raises(Refused, match="has no timer a"):
+        await stores.cancel("s", "a")
+    store = await stores.open("s", ())
+    await set_timers(store, None, timer("a", 5))
+    assert await stores.timers("s") == [("s", timer("a", 5))]
+    await store.close()
+
+
+async def _as_older_code_made_it(bus: str, folder: Path) -> None:
+    if bus.startswith("postgresql"):
+        session = await asyncpg.connect(bus.partition("?")[0])
+        name = bus.partition("schema=")[2]
+        await session.execute(f'drop table "{name}_s".cauce_later; drop function "{name}_s".cauce_fire')
+        await session.close()
+    elif bus.startswith("sqlite"):
+        (path,) = folder.glob("**/s/store.db")
+        connection = apsw.Connection(str(path))
+        connection.execute("drop table cauce_later")
+        connection.close()

@@ -360,8 +360,8 @@ async def test_steps_go_back_over_what_was_there_when_they_were_said_with_an_id_
         await begun(bus)
         ask = client.wire.ask
 
-        async def overtaken(address: str, payload: bytes, deadline: float) -> bytes:
-            answer = await ask(address, payload, deadline)
+        async def overtaken(address: str, payload: bytes, deadline: float, *, safe: bool = False) -> bytes:
+            answer = await ask(address, payload, deadline, safe=safe)
             if b'"dry' in payload:
                 await bus.call(ChangeEmail("a", "4@x"))
             return answer
@@ -383,7 +383,7 @@ async def test_only_an_undo_that_may_have_been_recorded_has_an_unknown_outcome(
     async with running(owner(), bus=bus_url) as bus:
         await begun(bus)
 
-        async def silent(address: str, payload: bytes, deadline: float) -> bytes:
+        async def silent(address: str, payload: bytes, deadline: float, *, safe: bool = False) -> bytes:
             raise TimeoutError
 
         monkeypatch.setattr(bus.wire, "ask", silent)

@@ -14,10 +14,10 @@ from subprocess import Popen
 import pytest
 
 from cauce import NoAnswer, Refused
-from cauce.wire import Instance, Wire
+from cauce.wire import Instance, Load, Wire, healthy_first, is_well
 from tests.servers import Missing, Nats, absent
 from tests.servers.process import free_port
-from tests.wires import CLOCK, NatsPlace, Place, PostgresPlace, SQLitePlace, Start, ask, starter
+from tests.wires import CLOCK, NatsPlace, Peer, Place, PostgresPlace, SQLitePlace, Start, ask, starter
 
 # A backend is one more name here, one more branch in `place`, and a class in `tests/wires.py`.
 BACKENDS = ("sqlite", "postgres", "nats")
@@ -400,3 +400,144 @@ async def test_an_instance_is_seen_as_it_was_announced_last_until_it_leaves_or_i
     assert [each.service for each in await wire.instances()] == ["others"]
     await there.killed()
     assert await wire.instances() == []
+
+
+# ------------------------------------------------------------------------------------------------- the service locator
+
+
+async def three(peer: Start) -> list[Peer]:
+    """Three processes that serve users, and say so in the registry."""
+    several = [await peer("users") for _ in range(3)]
+    for each in several:
+        await each.does("runs users")
+    return several
+
+
+async def test_an_instance_tells_its_version_and_with_each_beat_how_much_it_has_to_do(
+    wire: Wire, peer: Start, place: Place
+) -> None:
+    there = await peer("users")
+    await there.does("runs users")
+    (first,) = await wire.instances()
+    assert (first.version, first.stale, first.load) == ("1.4.2", False, Load(0, 7))
+    assert int(await ask(wire, "users", b"work")) == there.process.pid
+    async with asyncio.timeout(20):
+        while (await wire.instances())[0].load != Load(1, 7):  # noqa: ASYNC110 - what is waited for happens elsewhere
+            await asyncio.sleep(0.05)
+    leave = await wire.announce(
+        Instance("cards", "c", ("cards",), 1, host="here", answers=("WhoHas",), decides=("Issue",)), lambda: Load(3, 4)
+    )
+    async with place.opened() as another:
+        here = next(each for each in await another.instances() if each.service == "cards")
+    assert (here.host, here.answers, here.decides, here.load) == ("here", ("WhoHas",), ("Issue",), Load(3, 4))
+    leave()
+
+
+async def test_who_leaves_in_good_order_is_listed_no_more_and_who_is_killed_neither(
+    wire: Wire, peer: Start, place: Place
+) -> None:
+    first, second, third = await three(peer)
+    assert {each.pid for each in await wire.instances()} == {each.process.pid for each in (first, second, third)}
+    first.ends()
+    assert await first.said() == "closed"
+    await asyncio.to_thread(first.process.wait)
+    assert {each.pid for each in await wire.instances()} == {second.process.pid, third.process.pid}
+    await second.killed()
+    async with asyncio.timeout(10):
+        while [each.pid for each in await wire.instances()] != [third.process.pid]:  # noqa: ASYNC110 - likewise
+            await asyncio.sleep(0.01)
+
+
+async def test_one_that_stands_still_is_listed_with_its_old_beat_behind_those_that_are_well(
+    wire: Wire, peer: Start
+) -> None:
+    still, *well = await three(peer)
+    await still.stops()
+    async with asyncio.timeout(30):
+        while True:
+            found = {each.pid: each for each in await wire.instances()}
+            if CLOCK.now() - found[still.process.pid].beat > 8_000_000:
+                break
+            await asyncio.sleep(0.2)
+    assert not is_well(found[still.process.pid], CLOCK.now())
+    ranked = healthy_first(found.values(), CLOCK.now())
+    assert [each.pid for each in ranked][-1] == still.process.pid
+    assert {each.pid for each in ranked if is_well(each, CLOCK.now())} == {each.process.pid for each in well}
+    still.goes_on()
+    async with asyncio.timeout(20):
+        while not all(is_well(each, CLOCK.now()) for each in await wire.instances()):  # noqa: ASYNC110 - likewise
+            await asyncio.sleep(0.05)
+
+
+async def test_of_three_of_which_one_stands_still_all_questions_that_change_nothing_are_answered(
+    wire: Wire, peer: Start
+) -> None:
+    still, *well = await three(peer)
+    assert await ask(wire, "users", b"warm", safe=True) == b"warm"
+    await still.stops()
+    answers = list[bytes]()
+    for _ in range(10):
+        answers += await asyncio.gather(*(ask(wire, "users", b"pid", 2.0, safe=True) for _ in range(20)))
+    still.goes_on()
+    assert len(answers) == 200
+    assert {int(each) for each in answers} <= {each.process.pid for each in well}
+
+
+async def test_a_question_that_changes_nothing_is_asked_elsewhere_when_who_was_asked_dies(
+    wire: Wire, peer: Start, tmp_path: Path
+) -> None:
+    several = await three(peer)
+    answer = await ask(wire, "users", b"die %s" % os.fsencode(tmp_path / "one"), safe=True)
+    dead = [each for each in several if await asyncio.to_thread(each.process.poll) is not None]
+    assert len(dead) == 1
+    assert int(answer) in {each.process.pid for each in several} - {dead[0].process.pid}
+
+
+async def test_a_question_that_may_change_something_is_never_asked_twice(
+    wire: Wire, peer: Start, tmp_path: Path
+) -> None:
+    several = await three(peer)
+    # Where the server chooses who is asked, nobody knows whose death to notice as long as others serve the address.
+    with pytest.raises((ConnectionError, TimeoutError)):
+        await ask(wire, "users", b"die %s" % os.fsencode(tmp_path / "one"), 4.0)
+    assert (tmp_path / "one").exists()
+    assert [await asyncio.to_thread(each.process.poll) for each in several].count(None) == 2
+
+
+async def test_a_question_that_kills_who_answers_it_does_not_kill_them_all(wire: Wire, peer: Start) -> None:
+    several = await three(peer)
+    with pytest.raises(ConnectionError, match="went away before it answered"):
+        await ask(wire, "users", b"die", safe=True)
+    async with asyncio.timeout(10):
+        while len([each for each in several if each.process.poll() is None]) != 1:  # noqa: ASYNC110 - likewise
+            await asyncio.sleep(0.01)
+    (left,) = [each for each in several if each.process.poll() is None]
+    assert int(await ask(wire, "users", b"pid", safe=True)) == left.process.pid
+
+
+async def test_who_is_slower_than_the_others_is_asked_less_than_in_turn(wire: Wire, peer: Start) -> None:
+    slow, *others = await three(peer)
+    await slow.does("takes 0.5")
+    for each in others:
+        await each.does("takes 0.02")
+    answers = list[int]()
+
+    async def some() -> None:
+        while len(answers) < 150:
+            answers.append(int(await ask(wire, "users", b"work", safe=True)))
+
+    await asyncio.gather(*(some() for _ in range(12)))
+    assert answers.count(slow.process.pid) < len(answers) / 5, "a third would be its turn"
+    assert all(each.process.pid in answers for each in others)
+
+
+async def test_who_drains_is_asked_only_when_nobody_else_is_there(wire: Wire, peer: Start) -> None:
+    draining, *others = await three(peer)
+    await draining.does("drains users")
+    async with asyncio.timeout(20):
+        # What is known of it may be a beat old on a backend that reads the registry beside the questions.
+        while draining.process.pid in {int(await ask(wire, "users", b"pid", safe=True)) for _ in range(20)}:  # noqa: ASYNC110 - likewise
+            await asyncio.sleep(0.2)
+    for each in others:
+        await each.killed()
+    assert int(await ask(wire, "users", b"pid", safe=True)) == draining.process.pid

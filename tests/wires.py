@@ -41,8 +41,10 @@ CLOCK = SystemClock()
 
 PEER = """
 import asyncio, os, signal, sys
-from cauce.wire import Instance
+from cauce.wire import Instance, Load
 from wires import wire_at
+
+took, asked = 0.002, 0
 
 def say(word):
     print(word, flush=True)
@@ -68,6 +70,19 @@ async def handler(payload):
         return b"x" * (5 << 20)
     if word.startswith("large "):
         return b"x" * int(word[6:])
+    if word.startswith("die "):
+        try:
+            os.close(os.open(word[4:], os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return str(os.getpid()).encode()
+        os._exit(1)
+    if word == "die":
+        os._exit(1)
+    if word == "work":
+        global asked
+        asked += 1
+        await asyncio.sleep(took)
+        return str(os.getpid()).encode()
     return payload
 
 async def main():
@@ -84,6 +99,14 @@ async def main():
                 leave.pop(what)()
             elif order == "announce":
                 await wire.announce(Instance(what, what, (what,), os.getpid(), "starting", 1))
+            elif order == "runs":
+                running = Instance(what, f"{what} {os.getpid()}", (what,), os.getpid(), "running", 1, version="1.4.2")
+                leave[what, "runs"] = await wire.announce(running, lambda: Load(asked, 7))
+            elif order == "drains":
+                await wire.announce(Instance(what, f"{what} {os.getpid()}", (what,), os.getpid(), "draining", 1))
+            elif order == "takes":
+                global took
+                took = float(what)
             elif order == "fork":
                 if not (child := os.fork()):
                     signal.pause()
@@ -253,8 +276,8 @@ def starter(program: Callable[..., subprocess.Popen[str]], url: str) -> Start:
     return start
 
 
-async def ask(wire: Wire, address: str, payload: bytes, seconds: float = 20.0) -> bytes:
-    return await wire.ask(address, payload, CLOCK.monotonic() + seconds)
+async def ask(wire: Wire, address: str, payload: bytes, seconds: float = 20.0, *, safe: bool = False) -> bytes:
+    return await wire.ask(address, payload, CLOCK.monotonic() + seconds, safe=safe)
 
 
 async def until(condition: Callable[[], bool]) -> None:

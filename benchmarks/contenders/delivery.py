@@ -1,8 +1,9 @@
 """Cauce from append to handler: a service with one reaction, in the process that appends or in another one.
 
 `deliver` has many publishers, each awaiting its append; its clock stops when the reaction has run for the last of them
-and its places, which are written behind, are committed in the service's store. The latencies are of one publisher, who
-appends when the one before was handled: from the call of `append` to the first line of the reaction.
+and its places, which are written behind, are committed in the service's store. `four_processes` is the same with the
+service in four processes of its own, which share its slots out among themselves. The latencies are of one publisher,
+who appends when the one before was handled: from the call of `append` to the first line of the reaction.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import struct
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
@@ -29,10 +32,11 @@ from cauce.clock import SystemClock
 from cauce.codec import Meta, seal
 from cauce.log import Appended, Log
 
-__all__ = ["deliver", "same_process", "two_processes"]
+__all__ = ["PROCESSES", "deliver", "four_processes", "same_process", "two_processes"]
 
 _SERVICE = "mirror"
 _MANY = 5_000
+PROCESSES = 4
 _TIME = struct.Struct("d")
 
 
@@ -74,16 +78,43 @@ async def _deliver(path: Path, load: Load, callers: int, seconds: float) -> Samp
 
         async def committed() -> None:
             await bus.settled()
-            wanted = _last(path)
-            # Another connection looks at what was committed.
-            while not wanted.items() <= _places(path).items():  # noqa: ASYNC110
-                await asyncio.sleep(0.002)
+            await _committed(path)
 
         await drive(publish, callers, seconds * WARM, committed)
         handled = 0
         sample = await drive(publish, callers, seconds, committed)
         assert handled == sample.count
         return sample
+
+
+def four_processes(path: Path, load: Load, callers: int, seconds: float) -> Sample:
+    """So many publishers in this process, and four that react."""
+    return asyncio.run(_four_processes(path, load, callers, seconds))
+
+
+async def _four_processes(path: Path, load: Load, callers: int, seconds: float) -> Sample:
+    bus = await sqlite.open(path)
+    try:
+        with ExitStack() as stack:
+            told = [
+                stack.enter_context(child("benchmarks.contenders.delivery", str(path), "counts"))
+                for _ in range(PROCESSES)
+            ]
+            publish = _publisher(bus.facts, load, callers)
+            await drive(publish, callers, seconds * WARM, partial(_committed, path))
+            sample = await drive(publish, callers, seconds, partial(_committed, path))
+            # Who lags, or was given nothing to do, is none of four.
+            assert len({each for each in _holders(path) if each}) == len(told)
+            return sample
+    finally:
+        await bus.close()
+
+
+async def _committed(path: Path) -> None:
+    """Wait until all that stands in the log is handled: another connection looks at what was committed."""
+    wanted = _last(path)
+    while not wanted.items() <= _places(path).items():  # noqa: ASYNC110 - another process commits them
+        await asyncio.sleep(0.002)
 
 
 def _last(path: Path) -> dict[int, int]:
@@ -102,12 +133,21 @@ def _last(path: Path) -> dict[int, int]:
 
 
 def _places(path: Path) -> dict[int, int]:
-    connection = apsw.Connection(
-        str(folder_of(path.resolve()) / _SERVICE / "store.db"), flags=apsw.SQLITE_OPEN_READONLY
-    )
-    rows: list[Any] = connection.execute("select slot, position from cauce_places").fetchall()
+    return dict(_stored(path, "select slot, position from cauce_places"))
+
+
+def _holders(path: Path) -> list[str]:
+    """Who holds each slot."""
+    return [owner for (owner,) in _stored(path, "select owner from cauce_claims where name like 'slot/%'")]
+
+
+def _stored(path: Path, query: str) -> list[Any]:
+    store = folder_of(path.resolve()) / _SERVICE / "store.db"
+    connection = apsw.Connection(str(store), flags=apsw.SQLITE_OPEN_READONLY)
+    connection.set_busy_timeout(5000)
+    rows = connection.execute(query).fetchall()
     connection.close()
-    return dict(rows)
+    return rows
 
 
 def same_process(path: Path, load: Load, seconds: float) -> Sample:
@@ -177,11 +217,12 @@ async def _one_by_one(once: Callable[[], Awaitable[float]], seconds: float) -> S
     return Sample(len(latencies), perf_counter() - began, latencies)
 
 
-async def _react(path: str) -> None:
-    """The other process: it says when its reaction began."""
+async def _react(path: str, counts: bool) -> None:
+    """The other process: it says when its reaction began, or only reacts."""
 
     def told() -> None:
-        os.write(1, _TIME.pack(monotonic()))
+        if not counts:
+            os.write(1, _TIME.pack(monotonic()))
 
     async with running(_mirror(told), bus=f"sqlite:///{path}"):
         ready()
@@ -189,4 +230,4 @@ async def _react(path: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_react(sys.argv[1]))
+    asyncio.run(_react(sys.argv[1], len(sys.argv) > 2))

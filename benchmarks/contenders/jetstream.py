@@ -6,7 +6,8 @@ Left alone the server acknowledges what lies in the page cache and flushes every
 `deliver`: publishers, each awaiting the acknowledgement of the stream, and one subscriber beside them on the same loop,
 which gets messages one by one, as the typed event of the load, and acknowledges each after its handler, durably; the
 clock stops when the server says that nothing is left to deliver or to acknowledge. `WAYS` are its push and pull
-subscribers; each is tried, and the best one runs. Its log of each message is off. `ask`: request and reply without a
+subscribers; each is tried, and the best one runs. Its log of each message is off. `four_processes`: the same with the
+subscriber in four processes of its own, which the server deals messages out to. `ask`: request and reply without a
 stream, by one caller, to a process of its own.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +30,14 @@ from benchmarks._run import Sample
 from benchmarks.contenders.callers import WARM, drive
 from benchmarks.contenders.child import child, ready, until_told
 
-__all__ = ["WAYS", "Place", "ask", "best", "deliver"]
+__all__ = ["PROCESSES", "WAYS", "Place", "ask", "best", "deliver", "four_processes"]
 
 Place = Callable[[], AbstractContextManager[str]]
 """Gives the address of a bus that nobody used before."""
 
 _DURABLE = "mirror"
 _PATIENCE = 10.0
+PROCESSES = 4
 
 WAYS: dict[str, dict[str, Any]] = {
     "push": {"queue": _DURABLE},
@@ -87,38 +89,73 @@ def deliver(url: str, load: Load, callers: int, seconds: float, way: str) -> Sam
 
 async def _deliver(url: str, load: Load, callers: int, seconds: float, way: dict[str, Any]) -> Sample:
     address, _, bus = url.rpartition("/")
-    broker, turns, handled = NatsBroker(address, logger=None), load.turns(callers), 0
-    stream = f"{bus}_facts"
+    broker, handled = NatsBroker(address, logger=None), 0
 
-    async def handle(event: EmailChanged) -> None:
+    def told() -> None:
         nonlocal handled
         handled += 1
 
+    _subscribe(broker, bus, way, told)
+    async with _started(broker), _publishing(broker, address, bus, load, callers) as (publish, acknowledged):
+        await drive(publish, callers, seconds * WARM, acknowledged)
+        handled = 0
+        sample = await drive(publish, callers, seconds, acknowledged)
+        assert handled >= sample.count
+        return sample
+
+
+def four_processes(url: str, load: Load, callers: int, seconds: float, way: str) -> Sample:
+    """So many publishers in this process, and the subscriber in four others."""
+    return asyncio.run(_four_processes(url, load, callers, seconds, way))
+
+
+async def _four_processes(url: str, load: Load, callers: int, seconds: float, way: str) -> Sample:
+    address, _, bus = url.rpartition("/")
+    with ExitStack() as stack:
+        for _ in range(PROCESSES):
+            stack.enter_context(child("benchmarks.contenders.jetstream", address, bus, way))
+        broker = NatsBroker(address, logger=None)
+        async with _started(broker), _publishing(broker, address, bus, load, callers) as (publish, acknowledged):
+            await drive(publish, callers, seconds * WARM, acknowledged)
+            return await drive(publish, callers, seconds, acknowledged)
+
+
+def _subscribe(broker: NatsBroker, bus: str, way: dict[str, Any], told: Callable[[], object]) -> None:
+    async def handle(event: EmailChanged) -> None:
+        told()
+
     broker.subscriber(
-        f"{bus}.users.*", stream=JStream(stream, subjects=[f"{bus}.users.*"]), ack_policy=AckPolicy.NACK_ON_ERROR, **way
+        f"{bus}.users.*",
+        stream=JStream(f"{bus}_facts", subjects=[f"{bus}.users.*"]),
+        ack_policy=AckPolicy.NACK_ON_ERROR,
+        **way,
     )(handle)
+
+
+@asynccontextmanager
+async def _publishing(
+    broker: NatsBroker, address: str, bus: str, load: Load, callers: int
+) -> AsyncIterator[tuple[Callable[[], Awaitable[None]], Callable[[], Awaitable[None]]]]:
+    """What publishes one, and what waits until nothing is left to deliver or to acknowledge."""
+    turns, stream = load.turns(callers), f"{bus}_facts"
+    watching = await nats.connect(address)
+    streams = watching.jetstream()
 
     async def publish() -> None:
         number, key = next(turns)
         await broker.publish(EmailChanged(str(key), NAME, email(number)), f"{bus}.users.{key}", stream=stream)
 
-    async with _started(broker):
-        watching = await nats.connect(address)
-        streams = watching.jetstream()
+    async def acknowledged() -> None:
+        while True:
+            told = await streams.consumer_info(stream, _DURABLE)
+            if not told.num_pending and not told.num_ack_pending:
+                return
+            await asyncio.sleep(0.002)
 
-        async def acknowledged() -> None:
-            while True:
-                told = await streams.consumer_info(stream, _DURABLE)
-                if not told.num_pending and not told.num_ack_pending:
-                    return
-                await asyncio.sleep(0.002)
-
-        await drive(publish, callers, seconds * WARM, acknowledged)
-        handled = 0
-        sample = await drive(publish, callers, seconds, acknowledged)
-        assert handled >= sample.count
+    try:
+        yield publish, acknowledged
+    finally:
         await watching.close()
-        return sample
 
 
 def ask(address: str, seconds: float) -> Sample:
@@ -164,5 +201,14 @@ async def _answer(address: str) -> None:
         await until_told()
 
 
+async def _react(address: str, bus: str, way: str) -> None:
+    """One of four processes."""
+    broker = NatsBroker(address, logger=None)
+    _subscribe(broker, bus, WAYS[way], lambda: None)
+    async with _started(broker):
+        ready()
+        await until_told()
+
+
 if __name__ == "__main__":
-    asyncio.run(_answer(sys.argv[1]))
+    asyncio.run(_react(*sys.argv[1:]) if len(sys.argv) > 2 else _answer(sys.argv[1]))

@@ -70,6 +70,10 @@ class Look(Kept, Protocol):
         """Who runs on it now."""
         ...
 
+    async def ask(self, address: str, payload: bytes, deadline: float) -> bytes:
+        """See `cauce.wire.Wire.ask`."""
+        ...
+
 
 @asynccontextmanager
 async def look(url: str, clock: Clock, *, follow: bool = False) -> AsyncIterator[Look]:
@@ -106,6 +110,9 @@ class _Looked:
 
     async def instances(self) -> list[Instance]:
         return await self._backend.wire.instances()
+
+    async def ask(self, address: str, payload: bytes, deadline: float) -> bytes:
+        return await self._backend.wire.ask(address, payload, deadline)
 
 
 def scheme_of(url: str) -> str:

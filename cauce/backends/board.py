@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from cauce.errors import Refused
-from cauce.wire import Handler, Instance
+from msgspec.structs import replace
 
-__all__ = ["Board", "announce", "serve"]
+from cauce.errors import Refused
+from cauce.wire import Handler, Instance, Load
+
+__all__ = ["Board", "announce", "loaded", "serve"]
 
 
 class Board(Protocol):
@@ -16,6 +18,7 @@ class Board(Protocol):
 
     handlers: dict[str, Handler]
     instances: dict[str, Instance]
+    loads: dict[str, Callable[[], Load]]
 
     async def show(self) -> None:
         """Let the others see it as it is now."""
@@ -41,16 +44,24 @@ async def serve(board: Board, address: str, handler: Handler) -> Callable[[], No
     return await _shown(board, leave)
 
 
-async def announce(board: Board, instance: Instance) -> Callable[[], None]:
+async def announce(board: Board, instance: Instance, load: Callable[[], Load] | None) -> Callable[[], None]:
     """See `cauce.wire.Wire.announce`."""
     instances = board.instances
     instances[instance.id] = instance
+    if load is not None:
+        board.loads[instance.id] = load
 
     def leave() -> None:
+        board.loads.pop(instance.id, None)
         if instances.pop(instance.id, None) is not None:
             board.hide()
 
     return await _shown(board, leave)
+
+
+def loaded(instances: dict[str, Instance], loads: dict[str, Callable[[], Load]]) -> tuple[Instance, ...]:
+    """What is announced here, with what each has to do now."""
+    return tuple(replace(instance, load=loads[id]()) if id in loads else instance for id, instance in instances.items())
 
 
 async def _shown(board: Board, leave: Callable[[], None]) -> Callable[[], None]:

@@ -23,6 +23,8 @@ __all__ = ["main"]
 COMMANDS = {
     "run": ("run:run", "Run services until SIGTERM or Ctrl-C."),
     "services": ("services:services", "Who runs on a bus, what they answer, and how they are."),
+    "consumers": ("consumers:consumers", "How far each consumer is behind, what waits, and how fast it goes."),
+    "top": ("top:top", "Who runs and how far all consumers are, live."),
     "demo": ("demo:demo", "See it at work: a user registers on a form, and a mail arrives."),
     "tail": ("tail:tail", "The last entries of a log, and with --follow the next ones."),
     "show": ("show:show", "All entries of one stream, with bodies."),
@@ -30,6 +32,7 @@ COMMANDS = {
     "history": ("history:history", "What changed of one thing, by which event and whose wish."),
     "undo": ("undo:undo", "Take one thing back, by facts that compensate."),
     "dead": ("dead:dead", "Messages that failed too often: list, show, retry, discard."),
+    "timers": ("timers:timers", "Messages that wait for their time, and intervals: list, cancel."),
     "import": ("import_:import_", "Bring events from a file of JSON lines."),
     "export": ("export:export", "Write a log as JSON lines of CloudEvents."),
     "verify": ("verify:verify", "Read all of a log and say what is not as it was written."),

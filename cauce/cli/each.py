@@ -6,10 +6,9 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import click
-
+from cauce.cli.logs import tell
 from cauce.cli.signals import LATEST, when_orphaned
 from cauce.clock import Clock, SystemClock
 
@@ -34,6 +33,7 @@ async def run_each(
     drain: float,
     clock: Clock | None = None,
     *,
+    more: Callable[[int], Sequence[str]] = lambda number: (),
     with_parent: bool = False,
 ) -> int:
     """Run each name in its own process until SIGTERM or Ctrl-C; the exit code is 0, or that of one that is hopeless.
@@ -41,13 +41,18 @@ async def run_each(
     Children notice when this process is gone, however it ended: the other end of their standard input closes.
 
     Parameters:
+        more: options of the nth process.
         with_parent: stop, too, when that of this process closes.
     """
-    return await _Supervisor(names, bus, store, drain, clock or SystemClock()).run(with_parent)
+    return await _Supervisor(names, bus, store, drain, clock or SystemClock(), more).run(with_parent)
 
 
 class _Supervisor:
-    def __init__(self, names: Sequence[str], bus: str, store: str | None, drain: float, clock: Clock) -> None:
+    def __init__(
+        self, names: Sequence[str], bus: str, store: str | None, drain: float, clock: Clock,
+        more: Callable[[int], Sequence[str]],
+    ) -> None:  # fmt: skip
+        self._more = more
         self._names, self._bus, self._store, self._drain, self._clock = names, bus, store, drain, clock
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._stopping = asyncio.Event()
@@ -82,14 +87,14 @@ class _Supervisor:
             if self._stopping.is_set():
                 break
             if code in _HOPELESS:
-                click.echo(f"{name} ended with {code}, and would again: all stop", err=True)
+                tell(f"{name} ended with {code}, and would again: all stop")
                 self._code = self._code or code
                 self._stopping.set()
                 break
             if self._clock.monotonic() - began > _WELL:
                 pause = _FIRST_PAUSE
             how = f"by signal {-code}" if code < 0 else f"with {code}"
-            click.echo(f"{name} ended {how}, and starts again in {pause:g} s", err=True)
+            tell(f"{name} ended {how}, and starts again in {pause:g} s")
             await self._rest(pause)
             pause = min(_LONGEST_PAUSE, pause * 2)
 
@@ -98,10 +103,10 @@ class _Supervisor:
         # Not among the arguments, which everybody on the machine may read: an address may hold a password.
         addresses = {"CAUCE_BUS": self._bus} | ({} if self._store is None else {"CAUCE_STORE": self._store})
         process = self._processes[name] = await asyncio.create_subprocess_exec(
-            *command, "--drain", str(self._drain), "--with-parent",
+            *command, "--drain", str(self._drain), "--with-parent", *self._more(self._names.index(name)),
             stdin=asyncio.subprocess.PIPE, start_new_session=True, env=os.environ | addresses,
         )  # fmt: skip
-        click.echo(f"{name} runs in process {process.pid}", err=True)
+        tell(f"{name} runs in process {process.pid}")
         ended = asyncio.ensure_future(process.wait())
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:
@@ -110,7 +115,7 @@ class _Supervisor:
                 process.terminate()
                 done, _ = await asyncio.wait({ended}, timeout=self._drain + LATEST + _MORE)
                 if not done:
-                    click.echo(f"{name} did not end in time and is killed", err=True)
+                    tell(f"{name} did not end in time and is killed")
                     process.kill()
             return await ended
         finally:

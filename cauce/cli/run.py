@@ -18,12 +18,13 @@ from types import ModuleType
 import click
 
 from cauce.backends import scheme_of, without_password
-from cauce.bus import correlation
 from cauce.cli.each import run_each
+from cauce.cli.logs import FORMATS, begin, tell
 from cauce.cli.place import store as store_option
+from cauce.cli.probes import options, probed
 from cauce.cli.signals import stopped
-from cauce.cli.text import one_line
 from cauce.errors import Refused
+from cauce.ext.http import parse_address
 from cauce.runtime import DEFAULT_BUS, running
 from cauce.service import Service
 from cauce.threads import at_work
@@ -44,6 +45,15 @@ def _seconds(ctx: click.Context, parameter: click.Parameter, value: float) -> fl
     return value
 
 
+def _address(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        try:
+            parse_address(value)
+        except Refused as error:
+            raise click.BadParameter(str(error)) from None
+    return value
+
+
 @click.command()
 @click.argument("names", metavar="MODULE[:SERVICE]...", nargs=-1, required=True)
 @click.option("--bus", default=DEFAULT_BUS, envvar="CAUCE_BUS", show_default=True, help="Address of the bus.")
@@ -55,52 +65,51 @@ def _seconds(ctx: click.Context, parameter: click.Parameter, value: float) -> fl
     callback=_seconds,
     help="Seconds that handlers get to finish at the end.",
 )
+@click.option(
+    "--http",
+    metavar="[HOST:]PORT",
+    callback=_address,
+    help="Answer /livez, /readyz and /metrics there, on loopback where no host is said; port 0 takes a free one.",
+)
+@click.option(
+    "--log-format", type=click.Choice(FORMATS), default="text", show_default=True, help="json: one object a line."
+)
 @click.option("--each", is_flag=True, help="Every service in a process of its own, started again when it dies.")
 @click.option("--with-parent", is_flag=True, hidden=True, help="Stop when standard input closes.")
 @click.pass_context
 def run(
-    ctx: click.Context, names: tuple[str, ...], bus: str, store: str | None, drain: float, each: bool, with_parent: bool
-) -> None:
+    ctx: click.Context, names: tuple[str, ...], bus: str, store: str | None, drain: float, http: str | None,
+    log_format: str, each: bool, with_parent: bool,
+) -> None:  # fmt: skip
     """Run services until SIGTERM or Ctrl-C.
 
     MODULE runs every service in a module, or in a package and its modules; MODULE:SERVICE runs one. The first signal
     drains and exits with 0; a second one stops at once, with 143, or 130 for Ctrl-C.
     """
     scheme_of(bus)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Harmless("%(asctime)s %(levelname)-8s %(because)s%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    begin(log_format)
     found = {service: name for each_name in names for name, service in find(each_name).items()}
     if each:
-        ctx.exit(asyncio.run(run_each(list(found.values()), bus, store, drain, with_parent=with_parent)))
+        more = options(http, log_format)
+        ctx.exit(asyncio.run(run_each(list(found.values()), bus, store, drain, more=more, with_parent=with_parent)))
     with asyncio.Runner() as runner:
-        runner.run(_run(list(found), bus, store, drain, with_parent))
+        runner.run(_run(list(found), bus, store, drain, with_parent, http))
         if at_work() or asyncio.all_tasks(runner.get_loop()):
             # What hangs was told of. Neither the end of the loop nor that of the interpreter must wait for it.
             logging.shutdown()
             os._exit(0)
 
 
-class _Harmless(logging.Formatter):
-    """Messages of handlers hold what others wrote: it commands no terminal, and looks like no line of ours.
-
-    In brackets stands the id of the message with which it all began, the same in the logs of all services.
-    """
-
-    def format(self, record: logging.LogRecord) -> str:
-        first, *more = super().format(record).split("\n")
-        return "\n".join((one_line(first), *(f"    {one_line(line)}" for line in more)))
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging calls it so
-        record.message = one_line(record.message)
-        began = correlation.get()
-        record.because = f"[{one_line(began)}] " if began else ""
-        return super().formatMessage(record)
-
-
-async def _run(services: list[Service], bus: str, store: str | None, drain: float, with_parent: bool) -> None:
-    async with running(*services, bus=bus, store=store, drain=drain) as face:
-        click.echo(f"running {', '.join(service.name for service in services)} on {without_password(bus)}", err=True)
+async def _run(
+    services: list[Service], bus: str, store: str | None, drain: float, with_parent: bool, http: str | None
+) -> None:
+    names = [service.name for service in services]
+    async with (
+        probed(names, bus, store, http) as probes,
+        running(*services, bus=bus, store=store, drain=drain, meter=probes.meter) as face,
+    ):
+        probes.started(face)
+        tell(f"running {', '.join(names)} on {without_password(bus)}")
         await stopped(face, with_parent=with_parent, drain=drain)
     left = asyncio.all_tasks() - {asyncio.current_task()}
     for task in left:

@@ -12,7 +12,7 @@ from cauce.cli.place import as_json, bus, reading
 from cauce.cli.text import one_line, print_json
 from cauce.clock import SystemClock
 from cauce.codec import moment
-from cauce.wire import Instance
+from cauce.wire import QUIET, Instance, healthy_first
 
 __all__ = ["services", "summary"]
 
@@ -25,16 +25,21 @@ _COLOURS = {"starting": "yellow", "running": "green", "draining": "yellow"}
 def services(url: str, as_json: bool) -> None:
     """Say which services run on a bus, in all processes: on SQLite of this machine, else of all.
 
-    For each instance: its service, how it is, its process, where it answers, since when it runs, and how long ago its
-    process gave a sign of life. Opens nothing and asks nobody.
+    A line for each service, and under it one for each instance, those that are well first: how it is, its process, the
+    questions under way and the messages in hand, since when it runs, how long ago its process gave a sign of life, and
+    where it answers. With --json also the host, and the queries and commands it answers and decides. Opens nothing and
+    asks nobody.
     """
-    found = sorted(asyncio.run(_instances(url)), key=lambda each: (each.service, each.since, each.id))
     now = SystemClock().now()
+    found = healthy_first(asyncio.run(_instances(url)), now)
     if as_json:
-        print_json({"services": [_plain(each, now) for each in found]})
+        print_json({"services": [_plain(each, now) for each in sorted(found, key=lambda each: each.service)]})
         return
-    for each in found:
-        _tell(each, now)
+    for name in sorted({each.service for each in found}):
+        click.secho(one_line(name), bold=True)
+        for each in found:
+            if each.service == name:
+                _tell(each, now)
     if not found:
         click.echo("nothing runs here")
 
@@ -54,14 +59,24 @@ def _plain(instance: Instance, now: int) -> dict[str, object]:
 
 
 def _tell(instance: Instance, now: int) -> None:
-    since = moment(instance.since).astimezone().isoformat(" ", "seconds")[:19]
+    quiet = _quiet(instance, now)
     click.echo(
-        click.style(f"{one_line(instance.service):<20}  ", bold=True)
-        + click.style(f"{instance.state:<8}", fg=_COLOURS[instance.state])
-        + f"  process {instance.pid:<8}"
-        + click.style(f"  {one_line(summary(instance.addresses)) or '-':<24}", fg="cyan")
-        + click.style(f"  since {since}  beat {_quiet(instance, now):.1f} s ago", dim=True)
+        click.style(f"  {instance.state:<8}", fg=_COLOURS.get(instance.state, "red"))
+        + f" {one_line(instance.version) or '-':<8.8} {instance.pid:>7}"
+        + f" {instance.load.asked:>4} asked {instance.load.waiting:>5} waiting"
+        + click.style(f"  up {_short(max(0, now - instance.since) / 1_000_000):>5}", dim=True)
+        + click.style(f"  beat {_short(quiet):>5} ago", dim=quiet <= QUIET, fg=None if quiet <= QUIET else "red")
+        + (click.style(" stale", fg="red") if instance.stale else "")
+        + click.style(f"  {one_line(summary(instance.addresses)) or '-'}", fg="cyan")
     )
+
+
+def _short(seconds: float) -> str:
+    """A time in four characters and its unit."""
+    for unit, many in (("s", 1), ("m", 60), ("h", 3600)):
+        if seconds < 100 * many:
+            return f"{seconds / many:.1f}{unit}"
+    return f"{seconds / 86400:.0f}d"
 
 
 def _quiet(instance: Instance, now: int) -> float:

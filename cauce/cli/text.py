@@ -7,7 +7,7 @@ import sys
 import unicodedata
 from typing import Any
 
-__all__ = ["count", "cut", "one_line", "print_json", "width", "write"]
+__all__ = ["count", "cut", "json_line", "one_line", "print_json", "width", "write"]
 
 # C0 and C1 controls, DEL, line separators, lone surrogates, and the marks that turn the direction of writing around.
 _COMMANDS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
@@ -50,15 +50,23 @@ def count(number: int, what: str) -> str:
 
 def print_json(value: Any) -> None:
     """One JSON object on one line of standard output."""
+    write(_encoded(value))
+    sys.stdout.flush()
+
+
+def json_line(value: Any) -> str:
+    """One JSON object on one line, in which nothing commands a terminal."""
+    return _harmless(_encoded(value))
+
+
+def _encoded(value: Any) -> bytes:
     import msgspec
 
     try:
-        line = msgspec.json.encode(value)
+        return msgspec.json.encode(value)
     except UnicodeEncodeError:
         # The name of a file may be any bytes; JSON is text.
-        line = msgspec.json.encode(_as_text(msgspec.to_builtins(value)))
-    write(line)
-    sys.stdout.flush()
+        return msgspec.json.encode(_as_text(msgspec.to_builtins(value)))
 
 
 def _as_text(value: Any) -> Any:
@@ -76,5 +84,9 @@ def _as_text(value: Any) -> Any:
 def write(line: bytes) -> None:
     """A line of JSON to standard output: as it is to files and programs, harmless to terminals."""
     if sys.stdout.isatty():
-        line = _IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", line.decode(errors="replace")).encode()
+        line = _harmless(line).encode()
     sys.stdout.buffer.write(line + b"\n")
+
+
+def _harmless(line: bytes) -> str:
+    return _IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", line.decode(errors="replace"))

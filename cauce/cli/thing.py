@@ -17,7 +17,7 @@ from cauce.folding import fold_of
 from cauce.messages import Domain
 from cauce.service import Service, bind
 
-__all__ = ["exact_time", "owner_of", "thing", "version_or_time"]
+__all__ = ["exact_time", "owner_of", "thing", "time_given", "version_or_time"]
 
 
 def thing(module: str, stream: str) -> tuple[Folder, str]:
@@ -45,12 +45,27 @@ def version_or_time(ctx: click.Context, parameter: click.Parameter, value: str |
         return None
     if value.isascii() and value.isdecimal():
         return int(value)
+    if (when := _moment(value)) is not None:
+        return when
+    raise click.BadParameter(f"{value!r} is neither a version nor a time: write 3, {_TIMES}")
+
+
+def time_given(ctx: click.Context, parameter: click.Parameter, value: str | None) -> datetime | None:
+    """A time, as `version_or_time` takes it."""
+    when = None if value is None else _moment(value)
+    if value is not None and when is None:
+        raise click.BadParameter(f"{value!r} is no time: write {_TIMES}")
+    return when
+
+
+_TIMES = "2026-01-31, 2026-01-31T12:30 or 2026-01-31T12:30:00+01:00"
+
+
+def _moment(value: str) -> datetime | None:
     with suppress(ValueError, OverflowError, OSError, CauceError):
         when = datetime.fromisoformat(value)
         return moment(micros(when if when.tzinfo is not None else when.astimezone()))
-    raise click.BadParameter(
-        f"{value!r} is neither a version nor a time: write 3, 2026-01-31, 2026-01-31T12:30 or 2026-01-31T12:30:00+01:00"
-    )
+    return None
 
 
 def exact_time(when: datetime) -> str:

@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Literal, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import msgspec
 
 from cauce.clock import Clock
-from cauce.errors import BreakerOpen, NoAnswer, Refused, Unavailable
+from cauce.errors import BreakerOpen, NoAnswer, Overloaded, Refused, Unavailable
+from cauce.guarded import State
 
 __all__ = ["Breaker", "Limits", "State"]
 
 _log = logging.getLogger("cauce")
 
-State = Literal["closed", "open", "half-open"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _FAILURES = (Unavailable, TimeoutError, ConnectionError)
 """What a callee in trouble answers. That it says no, or cannot take what it was asked, is an answer like any other.
 
-That nobody is there to be asked is not among them: it burdens nobody, and who comes back is to be asked at once.
+Two are not among them. That nobody is there to be asked: it burdens nobody, and who comes back is to be asked at once.
+That it was too much: who sheds load is well, and may shed what one function of many is asked.
 """
+
+_NO_FAILURES = (NoAnswer, Overloaded)
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -81,7 +84,7 @@ class Breaker:
 
     def __init__(self, name: str, clock: Clock, limits: Limits | None = None) -> None:
         self.name, self._clock, self._limits = name, clock.monotonic, limits or Limits()
-        self._share, self._least, self._slow = self._limits.share, self._limits.least, self._limits.slow or 1e18
+        self._share, self._least, self._slow = self._limits.share, self._limits.least, self._limits.slow
         self._window = self._limits.window / 2
         self.state: State = "closed"
         self.opened = self.refused = 0
@@ -100,20 +103,20 @@ class Breaker:
         """
         if self.state != "closed":
             self._admit()
-        round, began = self._round, self._clock()
+        round, began = self._round, self._clock() if self._slow else 0.0
         try:
             result = await work(*args, **kwargs)
         except _FAILURES as error:
-            self._ended(round, began, failed=not isinstance(error, NoAnswer))
+            self._ended(round, began, not isinstance(error, _NO_FAILURES))
             raise
         except Exception:
-            self._ended(round, began, failed=False)
+            self._ended(round, began, False)
             raise
         except BaseException:
             # Nobody waited for what it would have said.
             self._given_up(round)
             raise
-        self._ended(round, began, failed=False)
+        self._ended(round, began, False)
         return result
 
     def open(self, why: str = "by hand") -> None:
@@ -139,11 +142,11 @@ class Breaker:
         )
         raise BreakerOpen(f"{self.name} is in trouble and is not asked {when}: nothing ran; wait, or use a fallback")
 
-    def _ended(self, round: int, began: float, *, failed: bool) -> None:
+    def _ended(self, round: int, began: float, failed: bool) -> None:
         if round != self._round:
             return
         now = self._clock()
-        bad = failed or now - began >= self._slow
+        bad = failed or (self._slow is not None and now - began >= self._slow)
         if self.state == "closed":
             if now >= self._until:
                 self._roll(now)

@@ -1,10 +1,24 @@
 """What type checkers infer of the public API: checked by mypy and pyright, and run like any test."""
 
-from typing import Any, assert_type
+from typing import Any, Literal, assert_type
 
 import pytest
 
-from cauce import Bus, Change, Context, Domain, Query, Receipt, Service, Store, connect, replace, running
+from cauce import (
+    Bus,
+    Change,
+    Context,
+    Domain,
+    Guards,
+    Limits,
+    Query,
+    Receipt,
+    Service,
+    Store,
+    connect,
+    replace,
+    running,
+)
 from shop.cards import Holder
 from shop.crm import WhoHas as InDirectory
 from shop.users import ChangeEmail, RegisterUser, User, service
@@ -30,6 +44,50 @@ async def asks(bus: Bus) -> None:
         assert_type(change.fields, dict[str, tuple[object, object]])
         async for user in bus.states(User, at=change.time):
             assert_type(user, User)
+
+
+async def falls_back(bus: Bus, ctx: Context) -> None:
+    """Never run: only checked."""
+    assert_type(await bus.ask(WhoHas("example.org"), fallback=known), list[str])
+    assert_type(await bus.ask(WhoHas("example.org"), fallback=plain), list[str])
+    assert_type(await ctx.ask(InDirectory("example.org"), fallback=lambda: None), list[str] | None)
+    assert_type(await bus.fetch(User, "42", fallback=lambda: None), User | None)
+    assert_type(await bus.fetch(User, "42", fallback=nobody), User | None)
+    assert_type(await ctx.fetch(User, "42"), User)
+    assert_type(await ctx.fetch(User, "42", fallback=Holder), User | Holder)
+    assert_type(await ctx.fetch(User, "42", fallback=nobody), User | None)
+    assert_type(ctx.left, float | None)
+    shown: object = await bus.ask(WhoHas("example.org"))
+    assert_type(str(await ctx.ask(WhoHas("example.org"))), str)
+    assert shown
+
+
+async def known() -> list[str]:
+    return []
+
+
+def plain() -> list[str]:
+    return []
+
+
+async def nobody() -> None:
+    return None
+
+
+async def guarded(bus: Bus) -> None:
+    """Never run: only checked."""
+    async with running(service, guards=Guards(breaker=Limits(slow=0.5), at_once=None)):
+        pass
+    assert_type(bus.guards["users"].state, Literal["closed", "open", "half-open"])
+    assert_type(bus.guards["users"].under_way, int)
+    bus.guards["users"].open("they are being moved")
+    bus.guards["users"].close()
+    assert_type({name: each.shed for name, each in bus.bulkheads.items()}, dict[str, int])
+
+
+@Service("x", owns=directory).answer(at_once=10)
+async def who_has(query: WhoHas) -> list[str]:
+    return []
 
 
 async def reads(bus: Bus, ctx: Context, db: Store) -> None:

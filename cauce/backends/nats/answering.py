@@ -8,7 +8,16 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from cauce.backends.nats.client import Tapped
-from cauce.backends.nats.frames import HEADERS, QUEUE, TAKEN, error_headers, not_served, publication, seconds_of
+from cauce.backends.nats.frames import (
+    HEADERS,
+    QUEUE,
+    TAKEN,
+    WENT_AWAY,
+    error_headers,
+    not_served,
+    publication,
+    seconds_of,
+)
 from cauce.backends.nats.link import Link
 from cauce.backends.nats.standstill import Standstill
 from cauce.backends.nats.trouble import trouble
@@ -33,7 +42,7 @@ class Endpoint:
     def __init__(self, address: str, subject: str, handler: Handler) -> None:
         self.address, self.subject, self.handler = address, subject, handler
         self.leaving = False
-        self.tapped: Tapped | None = None
+        self.tapped: list[Tapped] = []
         self.requests = self.errors = 0
         self.time = 0.0
         self.last_error = ""
@@ -68,12 +77,19 @@ class Answering:
         self.endpoints[address] = endpoint = Endpoint(address, subject, handler)
         return endpoint
 
-    async def listen(self, endpoint: Endpoint) -> None:
-        """Subscribe to it. The server knows that only after a barrier."""
+    async def listen(self, endpoint: Endpoint, own: str) -> None:
+        """Subscribe to it, and to a subject `own` for who wants to ask this process, if that is not empty.
+
+        The server knows that only after a barrier.
+        """
+
+        def received(subject: bytes, reply: bytes, data: bytes, head: bytes) -> None:
+            self._received(endpoint, reply, data, head)
+
         self._standstill.watch()
-        endpoint.tapped = await self._client.tap(
-            endpoint.subject, lambda _, reply, data, head: self._received(endpoint, reply, data, head), QUEUE
-        )
+        endpoint.tapped.append(await self._client.tap(endpoint.subject, received, QUEUE))
+        if own:
+            endpoint.tapped.append(await self._client.tap(own, received))
 
     def leave(self, endpoint: Endpoint) -> bool:
         """Serve it no more here, and tell whom the server sends here that it is so. False: that was said before."""
@@ -84,12 +100,14 @@ class Answering:
 
     async def left(self, endpoint: Endpoint) -> None:
         """Have the server send nothing more for it, and wait until it does."""
-        if endpoint.tapped is not None:
-            endpoint.tapped.quit()
+        if endpoint.tapped:
+            for tapped in endpoint.tapped:
+                tapped.quit()
             try:
                 await self._barrier()
             finally:
-                endpoint.tapped()
+                for tapped in endpoint.tapped:
+                    tapped()
 
     # ------------------------------------------------------------------------------------------------- questions
 
@@ -121,7 +139,7 @@ class Answering:
             if (found := trouble(answer)) is not None:
                 headers = endpoint.failed(*found)
         except asyncio.CancelledError:
-            answer, headers = b"", endpoint.failed(f"{self._who} went away before it answered", 503)
+            answer, headers = b"", endpoint.failed(f"{self._who} went away before it answered", WENT_AWAY)
         except Exception as error:
             answer, headers = b"", endpoint.failed(f"{self._who} failed: {error!r}", 500)
         took = self._clock.monotonic() - began

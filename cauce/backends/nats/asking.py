@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 
-from cauce.backends.nats.frames import TAKEN, Failed, NotServed, outcome, question
+from cauce.backends.nats.frames import TAKEN, Failed, WentAway, outcome, question
 from cauce.backends.nats.link import Link
 from cauce.backends.nats.names import token
+from cauce.backends.spread import Lost, NotServed
 from cauce.clock import Clock
 from cauce.deadline import Deadlines
 from cauce.errors import NotPermitted, Unreachable
@@ -75,7 +76,7 @@ class Asking:
             await self._client.kick()
             return await asked.answer
         except Failed as error:
-            raise ConnectionError(str(error)) from None
+            raise (Lost if isinstance(error, WentAway) else ConnectionError)(str(error)) from None
         finally:
             asked.forget()
             del self._waiting[reply]
@@ -115,7 +116,7 @@ class Asking:
                 there[subject] = await self.is_there(subject)
             if not there[subject]:
                 who = f"process {asked.taker.partition('-')[0]}" if asked.taker else "who was asked"
-                asked.fail(ConnectionError(f"{who} went away before it answered"))
+                asked.fail(Lost(f"{who} went away before it answered"))
 
     async def is_there(self, subject: str) -> bool:
         """Whether somebody has subscribed to a subject; who stands still has, too.

@@ -76,6 +76,29 @@ class _Names(msgspec.Struct, frozen=True):
     total: int = 0
 
 
+class _Stored(msgspec.Struct, frozen=True):
+    """A message in JSON, its payload and headers in base64."""
+
+    seq: int
+    data: bytes = b""
+    hdrs: bytes = b""
+
+
+class _Whole(msgspec.Struct, frozen=True):
+    message: _Stored
+
+
+class _State(msgspec.Struct, frozen=True):
+    subjects: dict[str, int] | None = None
+
+
+class _Subjects(msgspec.Struct, frozen=True):
+    """A page of the subjects of a stream, and how many there are in all."""
+
+    state: _State
+    total: int = 0
+
+
 class _Done(msgspec.Struct, frozen=True):
     success: bool = False
 
@@ -262,6 +285,48 @@ class Bucket:
                 )
             until -= _LAG
             await self.link.clock.sleep(_LAG)
+
+    async def subjects(self, pattern: str) -> list[tuple[str, ...]]:
+        """The subjects on a pattern, each as its tokens, without what stands there; some may be gone already."""
+        skip, question, found = len(self._prefix), f"STREAM.INFO.{self.name}", dict[str, int]()
+        offset, total = 0, -1
+        while True:
+            wanted = {"subjects_filter": self._prefix + pattern, "offset": offset}
+            try:
+                told = await ask(self.link, question, wanted, _Subjects)
+            except ApiError as error:
+                raise self._refusal(error) from None
+            names = told.state.subjects or {}
+            found |= names
+            if offset and told.total != total:
+                # A page begins at a number: what was taken away before it has moved others to an earlier page.
+                offset = 0
+                continue
+            offset, total = offset + len(names), told.total
+            if not names or offset >= total:
+                return [tuple(name[skip:].split(".")) for name in found]
+
+    async def stand(self, names: Sequence[str]) -> list[Message]:
+        """What stands on each of these subjects, as the leader has it; those are left out on which nothing does.
+
+        It needs no more time in a large bucket: a pattern is searched for among all that is there.
+        """
+        found: list[Message] = []
+        for begin in range(0, len(names), _AT_ONCE):
+            some = await asyncio.gather(*(self._stands(name) for name in names[begin : begin + _AT_ONCE]))
+            found += [each for each in some if each is not None]
+        return found
+
+    async def _stands(self, name: str) -> Message | None:
+        question = {"last_by_subj": self._prefix + name}
+        try:
+            stored = (await ask(self.link, f"STREAM.MSG.GET.{self.name}", question, _Whole)).message
+        except ApiError as error:
+            if error.code == NO_MESSAGE:
+                return None
+            raise self._refusal(error) from None
+        gone = b"\r\nKV-Operation: DEL\r\n" in stored.hdrs
+        return None if gone else Message(tuple(name.split(".")), stored.seq, stored.data, gone)
 
     async def one(self, name: str) -> Message | None:
         """What stands on one subject."""

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["QUEUE", "TAKEN", "Failed", "NotServed", "not_served", "outcome", "publication", "question", "seconds_of"]
+from cauce.backends.spread import NotServed
+
+__all__ = [
+    "QUEUE",
+    "TAKEN",
+    "WENT_AWAY",
+    "Failed",
+    "WentAway",
+    "not_served",
+    "outcome",
+    "publication",
+    "question",
+    "seconds_of",
+]
 
 TAKEN = b".taken"
 """Under the inbox of a question that takes long: who has it in hand. A plain client does not see it."""
@@ -11,18 +24,21 @@ QUEUE = "q"
 """The queue group of those who answer at one address, as the services API calls it."""
 
 _SECONDS = b"\r\nCauce-Seconds: "
-_ERROR = b"\r\nNats-Service-Error: "
+_ERROR, _CODE = b"\r\nNats-Service-Error: ", b"\r\nNats-Service-Error-Code: "
+WENT_AWAY = 503
+"""The code of the error that says that the process which had a question in hand has ended."""
+
 _NOT_SERVED = b"NATS/1.0\r\nStatus: 503\r\n\r\n"
 HEADERS = 2048
 """Bytes of a message that are left for its headers; the server counts them, too."""
 
 
-class NotServed(Exception):
-    """Nobody serves the address. Nothing ran."""
-
-
 class Failed(Exception):
     """Who was asked could not answer, and says why."""
+
+
+class WentAway(Failed):
+    """Who was asked ended while it had the question in hand."""
 
 
 def question(subject: bytes, reply: bytes, seconds: float, payload: bytes) -> bytes:
@@ -60,13 +76,16 @@ def outcome(headers: bytes, payload: bytes) -> bytes | Exception:
     if headers.startswith(b"NATS/1.0 503") or headers == _NOT_SERVED:
         return NotServed()
     error = _value(headers, _ERROR)
-    return payload if error is None else Failed(error.decode(errors="replace"))
+    if error is None:
+        return payload
+    cls = WentAway if _value(headers, _CODE) == b"%d" % WENT_AWAY else Failed
+    return cls(error.decode(errors="replace"))
 
 
 def error_headers(text: str, code: int) -> bytes:
     """An error as the services API (ADR-32) tells it, on one line and not too long."""
     line = "".join(each if each.isprintable() else " " for each in text[:500])
-    return b"NATS/1.0%b%b\r\nNats-Service-Error-Code: %d\r\n\r\n" % (_ERROR, line.encode(errors="replace"), code)
+    return b"NATS/1.0%b%b%b%d\r\n\r\n" % (_ERROR, line.encode(errors="replace"), _CODE, code)
 
 
 def _value(headers: bytes, name: bytes) -> bytes | None:

@@ -9,13 +9,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from cauce.backends.nats.api import NAME_IN_USE, ApiError, ask, refusal
 from cauce.backends.nats.call import Reply
 from cauce.backends.nats.direct import pages
 from cauce.backends.nats.link import Link
+from cauce.backends.present import instances_of
 from cauce.clock import Clock
-from cauce.errors import NoAnswer, Unavailable
+from cauce.errors import NoAnswer, Unavailable, Unreachable
 from cauce.wire import Instance
 
 __all__ = ["BEAT", "LEASE", "Registry"]
@@ -23,13 +25,13 @@ __all__ = ["BEAT", "LEASE", "Registry"]
 _log = logging.getLogger("cauce")
 
 BEAT = 2.0
-LEASE = 7.0
-"""Seconds after which the server forgets who said nothing: three beats missed."""
+LEASE = 30.0
+"""Seconds after which the server forgets who said nothing. Who is not connected any more is known at once; in the time
+between three beats missed and this, one that stands still is shown with the age of its beat."""
 
 _MOST = 1000
 
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(tuple[Instance, ...]).decode
 
 
 class _Told(msgspec.Struct, frozen=True):
@@ -44,7 +46,8 @@ class Registry:
     def __init__(self, link: Link, clock: Clock) -> None:
         self._link, self._clock = link, clock
         self._stream = link.stream("instances")
-        self._known: dict[str, tuple[Instance, ...]] = {}
+        self._known: dict[str, tuple[Instance, ...]] | None = None
+        self._stale = False
 
     def _subject(self, name: str) -> str:
         return self._link.subject("here", name)
@@ -78,20 +81,33 @@ class Registry:
                 raise refusal(error, self._link, "the list of who runs") from None
 
     async def instances(self, is_there: Callable[[str], Any]) -> dict[str, tuple[Instance, ...]]:
-        """What each process announces, by its name; when the registry cannot be read, as far as is known.
+        """What each process announces, by its name; when the registry cannot be read, as last known.
 
-        `is_there` says of a name whether its process is still connected: who was killed is not waited for.
+        `is_there` says of a name whether its process is still connected: who was killed is not waited for. Raises
+        `Unavailable` if it cannot be read and never could.
         """
         try:
-            found = await self._read()
+            if self._known is not None and self._link.is_away:
+                raise Unreachable("the server is away")
+            found = await self.read()
         except (Unavailable, OSError, ApiError, msgspec.MsgspecError) as error:
-            _log.warning("who runs is told as last known: %s", error)
-            return self._known
+            if self._known is None:
+                raise (
+                    error if isinstance(error, Unavailable) else Unavailable(f"who runs is not known: {error}")
+                ) from error
+            if not self._stale:
+                self._stale = True
+                _log.warning("the registry cannot be read, who runs is told as last known: %s", error)
+            return {name: tuple(replace(each, stale=True) for each in said) for name, said in self._known.items()}
+        if self._stale:
+            self._stale = False
+            _log.warning("the registry can be read again")
         alive = await asyncio.gather(*(is_there(name) for name in found))
         self._known = {name: said for (name, said), there in zip(found.items(), alive, strict=True) if there}
         return self._known
 
-    async def _read(self) -> dict[str, tuple[Instance, ...]]:
+    async def read(self) -> dict[str, tuple[Instance, ...]]:
+        """What each process has lately announced, by its name, whether or not it is still connected."""
         found: dict[str, tuple[Instance, ...]] = {}
         start = len(self._subject(""))
         said = await self._all()
@@ -102,10 +118,10 @@ class Registry:
             for each in said:
                 headers = each.headers
                 beat = here - max(0, there - _micros(headers["Nats-Time-Stamp"]))
-                instances = _readable(each.data)
+                instances = instances_of(each.data) if each.data else ()
                 if instances:
                     found[headers["Nats-Subject"][start:]] = tuple(
-                        msgspec.structs.replace(instance, beat=beat) for instance in instances
+                        replace(instance, beat=beat) for instance in instances
                     )
         return found
 
@@ -113,13 +129,6 @@ class Registry:
         """The last message of each process, in one go."""
         found, _ = await pages(self._link, self._stream, {"multi_last": [self._subject("*")], "batch": _MOST})
         return [Reply(data, head) for head, data in found]
-
-
-def _readable(body: bytes) -> tuple[Instance, ...]:
-    try:
-        return _decode(body) if body else ()
-    except msgspec.MsgspecError:
-        return ()  # A stranger's: there is nothing in it for us.
 
 
 def _micros(text: str) -> int:

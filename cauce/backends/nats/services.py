@@ -70,9 +70,11 @@ class Services:
             "type": f"io.nats.micro.v1.{verb.lower()}_response",
             "name": self._name(instance),
             "id": _plain(instance.id),
-            "version": self._version,
+            "version": _semantic(instance.version) if instance.version else self._version,
             "metadata": {
                 "cauce": version("cauce"),
+                "version": instance.version,
+                "host": instance.host,
                 "domains": ",".join(sorted({address.partition("/")[0] for address in instance.addresses})),
                 "instance": instance.id,
                 "pid": str(instance.pid),

@@ -2,12 +2,14 @@
 
 It is for services that keep no tables, and run on several machines. One message stands on each subject: on `meta` whose
 the bucket is, on `instance.<owner>` who lives, on `claim.<name>` who holds what, then
-`place.<consumer>.<domain>.<slot>`, `waiting.<consumer>.<position>`, `outbox.<slot>.<consumer>.<id>`, `timer.<name>`.
+`place.<consumer>.<domain>.<slot>`, `waiting.<consumer>.<position>`, `outbox.<slot>.<consumer>.<id>`, `timer.<name>`;
+and for each message that waits for its time `later.<id>` and `due.<share>.<second>.<id>`.
 The fence of a share is the sequence of its claim, the beat of an instance is that of its message, and so is the number
 of what was said.
 
 If the connection breaks between a write and its answer, and what was said has been relayed before that is looked up, it
-is said twice: its log knows its id and keeps it once.
+is said twice: its log knows its id and keeps it once. So may a timer be set again
+that another instance has cancelled in between.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from cauce.backends.nats.units import Units
 from cauce.errors import Refused, Unavailable
 from cauce.store import BadStatement, Inventory, Place, Share, Standing, Unit, Waiting, check_places, write_places
 
-__all__ = ["NatsStore", "bucket_of", "unpacked"]
+__all__ = ["NatsStore", "bucket_of", "place_of", "unpacked"]
 
 _log = logging.getLogger("cauce")
 
@@ -246,15 +248,20 @@ class NatsStore:
         found = await self._bucket.one(f"timer.{token(name)}")
         return int(found.payload) if found is not None else 0
 
+    async def due(self, id: str) -> int:
+        """When the message of a timer is due, in microseconds since 1970; 0 if no such timer waits."""
+        return await self._units.timers.due(id)
+
+    async def fire(self, shares: Sequence[Share], now: int, limit: int) -> tuple[int, int]:
+        """Let go what is due by now, and say when to look again."""
+        return await self._units.timers.fire(shares, now, limit)
+
     async def inventory(self) -> Inventory:
         """All that hangs on logs, whoever it is for."""
-        places = []
-        for each in await self._bucket.read("place.>"):
-            place = msgspec.json.decode(each.payload, type=Stands)
-            _, consumer, domain, slot = each.tokens
-            places.append(Place(text(consumer), domain, int(slot), place.log, place.position))
+        places = [place_of(each) for each in await self._bucket.read("place.>")]
         waiting = [(text(each.tokens[1]), unpacked(each)) for each in await self._bucket.read("waiting.>")]
         said, timers = len(await self._bucket.read("outbox.>")), len(await self._bucket.read("timer.*"))
+        timers += len(await self._bucket.read("later.*"))
         return Inventory(
             sorted(places, key=lambda each: (each.consumer, each.domain, each.slot)),
             sorted(waiting, key=lambda each: (each[0], each[1].position)), said, timers,
@@ -282,6 +289,12 @@ class NatsStore:
 def bucket_of(link: Link, service: str) -> Bucket:
     """The bucket that is the store of a service."""
     return Bucket(link, f"store_{service}", "store", service)
+
+
+def place_of(message: Message) -> Place:
+    """A place, as it was stored."""
+    stands, (_, consumer, domain, slot) = msgspec.json.decode(message.payload, type=Stands), message.tokens
+    return Place(text(consumer), domain, int(slot), stands.log, stands.position)
 
 
 def unpacked(message: Message) -> Waiting:

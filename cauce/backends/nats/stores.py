@@ -12,13 +12,14 @@ import msgspec
 from cauce.backends.nats.bucket import Bucket, Message, Put, Stale, Unsure, buckets
 from cauce.backends.nats.link import Link
 from cauce.backends.nats.names import text, token
-from cauce.backends.nats.store import NatsStore, bucket_of, unpacked
+from cauce.backends.nats.store import NatsStore, bucket_of, place_of, unpacked
+from cauce.backends.nats.timers import cancelled, timers_in
 from cauce.backends.nats.units import packed
 from cauce.backends.sqlite.stores import SQLiteStores
 from cauce.clock import Clock
 from cauce.errors import Refused, Unavailable
 from cauce.shelf import Shelf
-from cauce.store import Letter, Store, Waiting
+from cauce.store import Letter, Outline, Store, Timer, Waiting, no_letter, no_timer, pending_of
 
 __all__ = ["NatsStores"]
 
@@ -51,6 +52,26 @@ class NatsStores:
     def shelf(self, service: str) -> Shelf:
         return self._files.shelf(service)
 
+    async def services(self) -> list[str]:
+        return sorted({*await self._services(), *await self._files.services()})
+
+    async def outline(self, service: str, now: int) -> Outline:
+        if not await self._is_bucket(service):
+            return await self._files.outline(service, now)
+        bucket = bucket_of(self._link, service)
+        # Places first: what is set aside after them is counted twice for a moment, none is missed.
+        places = sorted(
+            map(place_of, await bucket.read("place.>")), key=lambda each: (each.consumer, each.domain, each.slot)
+        )
+        waiting = [(text(each.tokens[1]), unpacked(each)) for each in await bucket.read("waiting.>")]
+        latest = {(consumer, each.position): each for consumer, each in waiting}
+        rows = ((consumer, position, latest[consumer, position]) for consumer, position in sorted(latest))
+        due = [int(each.payload) for each in await bucket.read("timer.*")]
+        return Outline(
+            places, pending_of((consumer, position, each.stream, each.dead) for consumer, position, each in rows),
+            len(await bucket.read("outbox.>")), len(due), sum(each <= now for each in due),
+        )  # fmt: skip
+
     async def letters(self, service: str = "") -> list[Letter]:
         names = await self._services()
         found = []
@@ -72,7 +93,7 @@ class NatsStores:
         return [
             Letter(
                 service, consumer, each.position, each.stream, each.attempts, each.error, each.trace,
-                msgspec.Raw(each.raw or b"null"), _behind(latest, consumer, each),
+                msgspec.Raw(each.raw or b"null"), _behind(latest, consumer, each), each.due,
             )
             for (consumer, _), each in latest.items()
             if each.dead
@@ -84,24 +105,65 @@ class NatsStores:
         else:
             await self._files.retry(service, consumer, position)
 
+    async def edit(self, service: str, consumer: str, position: int, before: bytes, after: bytes) -> None:
+        if await self._is_bucket(service):
+            await self._decide(service, consumer, position, discard=False, edit=(before, after))
+        else:
+            await self._files.edit(service, consumer, position, before, after)
+
     async def discard(self, service: str, consumer: str, position: int) -> None:
         if await self._is_bucket(service):
             await self._decide(service, consumer, position, discard=True)
         else:
             await self._files.discard(service, consumer, position)
 
-    async def _decide(self, service: str, consumer: str, position: int, *, discard: bool) -> None:
+    async def _decide(
+        self, service: str, consumer: str, position: int, *, discard: bool, edit: tuple[bytes, bytes] | None = None
+    ) -> None:
         bucket, name = bucket_of(self._link, service), f"waiting.{token(consumer)}.{position}"
         for _ in range(_TRIES):
             stands = await bucket.one(name)
             waiting = None if stands is None else unpacked(stands)
-            if stands is None or waiting is None or not waiting.dead:
-                raise Refused(f"{service} has no dead letter {position} of {consumer}: see cauce dead list")
-            again = msgspec.structs.replace(waiting, dead=False, attempts=0, due=0)
+            if stands is None or waiting is None or not waiting.dead or (edit and waiting.raw not in edit):
+                raise no_letter(service, consumer, position)
+            if edit:
+                again = msgspec.structs.replace(waiting, raw=edit[1])
+            else:
+                again = msgspec.structs.replace(waiting, dead=False, attempts=0, due=0)
             put = Put(name, b"" if discard else packed(again), gone=discard, expected=stands.sequence)
             if await _written(bucket, put, stands):
                 return
         raise Unavailable(f"dead letter {position} of {service} changes all the time: try again")
+
+    async def timers(self, service: str = "", limit: int = 1_000) -> list[tuple[str, Timer]]:
+        names, found = await self._services(), list[tuple[str, Timer]]()
+        for each in names if not service else [service] if service in names else []:
+            bucket = bucket_of(self._link, each)
+            due = {text(one.tokens[1]): int(one.payload) for one in await bucket.read("timer.*")}
+            found += [
+                (each, Timer(name, "lead", name, due[name])) for name in sorted(due, key=lambda one: (due[one], one))
+            ]
+            found += [(each, timer) for timer in (await timers_in(bucket))[:limit]]
+        if not service or service not in names:
+            try:
+                found += await self._files.timers(service, limit)
+            except Refused:
+                raise self._unknown(service, names) from None
+        return found
+
+    async def cancel(self, service: str, id: str) -> None:
+        if not await self._is_bucket(service):
+            return await self._files.cancel(service, id)
+        bucket = bucket_of(self._link, service)
+        for _ in range(_TRIES):
+            stands = await bucket.one(cancelled(id).name)
+            if stands is None:
+                raise no_timer(service, id)
+            put = cancelled(id)
+            put.expected = stands.sequence
+            if await _written(bucket, put, stands):
+                return None
+        raise Unavailable(f"timer {id} of {service} changes all the time: try again")
 
     async def _is_bucket(self, service: str) -> bool:
         names = await self._services()

@@ -7,6 +7,7 @@ import msgspec
 __all__ = ["trouble"]
 
 _CODES = {
+    "BreakerOpen": 503,
     "Busy": 503,
     "Gone": 404,
     "IdReused": 409,

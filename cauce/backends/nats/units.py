@@ -19,6 +19,7 @@ import msgspec
 from cauce.backends.nats.bucket import MOST, Bucket, Put, Stale, Unsure
 from cauce.backends.nats.fences import Fences, claim_of
 from cauce.backends.nats.names import token
+from cauce.backends.nats.timers import Timers, cancelled, puts_of
 from cauce.errors import CauceError, Fenced, Overloaded, Refused
 from cauce.store import Share, Unit, Waiting
 
@@ -66,6 +67,7 @@ class Units:
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket, self.fences = bucket, Fences(bucket)
+        self.timers = Timers(bucket, self.fences, self.alone)
         self.moves: dict[Spot, tuple[Share | None, str, int]] = {}
         self._queue: deque[_Job] = deque()
         self._bytes = 0
@@ -80,7 +82,11 @@ class Units:
         puts = [] if unit is None else _puts(unit, self._bucket.link.clock.id)
         if len(puts) >= MOST:
             raise Refused(f"{len(puts):,} messages were said at once, a bucket of NATS takes {MOST - 1}: say fewer")
-        return self._add(_Job(unit, puts))
+        future = self._add(_Job(unit, puts))
+        if unit is not None and unit.later:
+            # Not before: who looks for what is due would find nothing there yet.
+            future.add_done_callback(lambda _: self.timers.note(unit.later))
+        return future
 
     def alone(self, work: Callable[[], Awaitable[T]]) -> asyncio.Future[T]:
         """Do something in its turn, while nothing else is written."""
@@ -274,6 +280,9 @@ def _puts(unit: Unit, fresh: Callable[[], str]) -> list[Put]:
     if unit.timer is not None:
         name, due = unit.timer
         puts.append(Put(f"timer.{token(name)}", b"%d" % due))
+    puts += [cancelled(id) for id in unit.cancelled]
+    for timer in unit.later:
+        puts += puts_of(timer)
     return puts
 
 

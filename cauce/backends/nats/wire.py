@@ -11,19 +11,22 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
+from cauce.backends.board import loaded
 from cauce.backends.nats.address import Address
 from cauce.backends.nats.answering import Answering, Endpoint
 from cauce.backends.nats.asking import Asking
 from cauce.backends.nats.client import Tapped
-from cauce.backends.nats.frames import HEADERS, NotServed, publication
+from cauce.backends.nats.frames import HEADERS, publication
 from cauce.backends.nats.link import Link
 from cauce.backends.nats.names import token
 from cauce.backends.nats.registry import BEAT, Registry
 from cauce.backends.nats.services import Services
+from cauce.backends.nats.whom import Whom
+from cauce.backends.spread import Lost, NotServed, Spread
 from cauce.clock import Clock
 from cauce.deadline import Deadlines
 from cauce.errors import CauceError, NoAnswer, Refused, Unavailable, Unreachable
-from cauce.wire import Handler, Instance
+from cauce.wire import Handler, Instance, Load
 
 __all__ = ["NatsWire"]
 
@@ -47,7 +50,8 @@ class NatsWire:
 
     Who asks hears at once from the server that nobody has subscribed, so no list of who serves what is kept: an address
     is the subject `ask.users` or `ask.users.3`, that somebody answers in a domain at all is a subscription to
-    `in.users`, and that a process lives one to `wire.<pid>-<chance>`.
+    `in.users`, and that a process lives one to `wire.<pid>-<chance>`. Only what may be asked twice is asked by name, at
+    `ask.users.<pid>-<chance>`, of those whom the registry says to be well.
     """
 
     def __init__(self, link: Link, clock: Clock) -> None:
@@ -59,6 +63,9 @@ class NatsWire:
         self._answering = Answering(link, self._name, clock, self._deadlines, self._barrier)
         self._services = Services(link, lambda: self._answering.endpoints.values(), self._send)
         self._registry = Registry(link, clock)
+        self._spread = Spread(clock)
+        self._whom = Whom(self._registry.read, self._name, self._spread, clock)
+        self._loads: dict[str, Callable[[], Load]] = {}
         self._subjects: dict[str, str] = {}
         self._taps: dict[str, Tapped] = {}
         self._tapping = asyncio.Lock()
@@ -69,27 +76,33 @@ class NatsWire:
 
     # --------------------------------------------------------------------------------------------------- questions
 
-    async def ask(self, address: str, payload: bytes, deadline: float) -> bytes:
+    async def ask(self, address: str, payload: bytes, deadline: float, *, safe: bool = False) -> bytes:
         handler = self._handlers.get(address)
         if handler is None:
-            return await self._ask(address, payload, deadline)
+            return await self._ask(address, payload, deadline, safe)
         return await self._deadlines.within(deadline - self._clock.monotonic(), handler(payload))
 
-    async def _ask(self, address: str, payload: bytes, deadline: float) -> bytes:
+    async def _ask(self, address: str, payload: bytes, deadline: float, safe: bool) -> bytes:
         """Ask the server, and again as long as the address may be on its way from one instance to another."""
         most = self._link.client.max_payload - HEADERS
         if len(payload) > most:
             raise Refused(f"a question of {len(payload)} bytes to {address}: the NATS server takes at most {most}")
-        subject, moving, pause = self._subject_of(address), min(deadline, self._clock.monotonic() + _MOVING), _POLL
+        moving, pause, lost = min(deadline, self._clock.monotonic() + _MOVING), _POLL, None
         while not self._closed:
             left = deadline - self._clock.monotonic()
             if self._link.is_away:
                 await self._link.connected(min(left, _MOVING))
                 continue
             try:
-                return await self._deadlines.within(left, self._asking.ask(subject, payload, left))
+                return await (self._ask_by_name if safe else self._ask_anyone)(address, payload, deadline)
             except NotServed:
                 pass
+            except Lost as error:
+                if lost is not None or not safe:
+                    raise
+                lost = error
+                self._whom.doubt()
+                continue
             handler = self._handlers.get(address)
             if handler is not None:
                 return await self._deadlines.within(deadline - self._clock.monotonic(), handler(payload))
@@ -100,13 +113,38 @@ class NatsWire:
             pause = min(pause * 1.5, _SELDOM)
             if deadline - self._clock.monotonic() < _POLL:
                 break  # No time is left for an answer, and it is still known that nothing ran.
+        if lost is not None:
+            raise lost
         raise NoAnswer(f"nobody serves {address}: run the service that owns it, or send a command instead")
+
+    async def _ask_anyone(self, address: str, payload: bytes, deadline: float) -> bytes:
+        """Let the server choose. Raises `NotServed`."""
+        left = deadline - self._clock.monotonic()
+        return await self._deadlines.within(left, self._asking.ask(self._subject_of(address), payload, left))
+
+    async def _ask_by_name(self, address: str, payload: bytes, deadline: float) -> bytes:
+        """Ask one that is well, or two; whom the server chooses if none is known, or none of them serves it."""
+
+        async def one(name: str) -> bytes:
+            left = deadline - self._clock.monotonic()
+            return await self._deadlines.within(left, self._asking.ask(self._own_subject(address, name), payload, left))
+
+        left = deadline - self._clock.monotonic()
+        if "/" not in address and (order := await self._deadlines.within(left, self._whom.order(address))):
+            with suppress(NotServed):
+                return await self._spread.ask(order, one, deadline - self._clock.monotonic(), safe=True)
+            self._whom.doubt()
+        return await self._ask_anyone(address, payload, deadline)
 
     def _subject_of(self, address: str) -> str:
         subject = self._subjects.get(address)
         if subject is None:
             self._subjects[address] = subject = self._link.subject("ask", *map(token, address.split("/")))
         return subject
+
+    def _own_subject(self, address: str, name: str) -> str:
+        """Where one process is asked that serves an address as others do; empty for a slot, which only one serves."""
+        return "" if "/" in address else self._link.subject("ask", token(address), token(name))
 
     def _domain_subject(self, address: str) -> str:
         return self._link.subject("in", token(address.partition("/")[0]))
@@ -131,7 +169,7 @@ class NatsWire:
                 self._answering.aside(self._left(endpoint))
 
         try:
-            await self._answering.listen(endpoint)
+            await self._answering.listen(endpoint, self._own_subject(address, self._name))
             await self._tap_domains()
             await self._barrier()
             self._link.may_listen(subject)
@@ -144,10 +182,13 @@ class NatsWire:
         await self._answering.left(endpoint)
         await self._tap_domains()
 
-    async def announce(self, instance: Instance) -> Callable[[], None]:
+    async def announce(self, instance: Instance, load: Callable[[], Load] | None = None) -> Callable[[], None]:
+        if load is not None:
+            self._loads[instance.id] = load
         await self._services.show(instance)
 
         def leave() -> None:
+            self._loads.pop(instance.id, None)
             if self._services.hide(instance.id):
                 self._answering.aside(self._tap_domains())
                 self._show()
@@ -197,7 +238,7 @@ class NatsWire:
     # ------------------------------------------------------------------------------------------------ who runs
 
     async def instances(self) -> list[Instance]:
-        here = list(self._services.instances.values())
+        here = loaded(self._services.instances, self._loads)
         if self._closed:
             return []
         found = await self._registry.instances(self._is_there)
@@ -216,7 +257,7 @@ class NatsWire:
                 self._beating = None
             if self._services.instances:
                 self._beating = asyncio.get_running_loop().call_later(BEAT, self._show)
-            await self._registry.publish(token(self._name), self._services.instances.values())
+            await self._registry.publish(token(self._name), loaded(self._services.instances, self._loads))
 
     def _show(self) -> None:
         """Say soon, anew, who runs here, and that nobody does any more."""
@@ -240,4 +281,5 @@ class NatsWire:
             with suppress(CauceError, OSError):
                 await self._say()
                 await self._tap_domains()
+        await self._whom.close()
         await self._asking.close()

@@ -9,9 +9,10 @@ from typing import NamedTuple
 from cauce.backends.postgres.lane import Lane
 from cauce.backends.postgres.parcel import ASKED, LOOK, unpacked
 from cauce.backends.postgres.registry import Registry
+from cauce.backends.spread import Lost, NotServed
 from cauce.errors import CauceError, Unreachable
 
-__all__ = ["ANSWER", "FAILED", "NOT_SERVED", "Asking", "NotServed"]
+__all__ = ["ANSWER", "FAILED", "NOT_SERVED", "Asking"]
 
 _log = logging.getLogger("cauce")
 
@@ -49,10 +50,6 @@ select array_agg(n) as sent, extract(epoch from clock_timestamp())::float8 as ti
 _TAKE = "delete from wire_answers where asker = $1 returning n, kind, payload"
 
 _RECALL = "delete from wire_questions where asker = $1 and asked = any($2::text[]) returning n"
-
-
-class NotServed(Exception):
-    """Who was asked does not serve the address any more, or has gone before it took the question. Nothing ran."""
 
 
 class _Question(NamedTuple):
@@ -264,13 +261,13 @@ class Asking:
         """The server has crashed, and lost what was on its way."""
         for each in self._waiting.values():
             if 0 < each.made < self._lane.made and not each.future.done():
-                each.future.set_exception(ConnectionError("the server crashed and lost what was asked or answered"))
+                each.future.set_exception(Lost("the server crashed and lost what was asked or answered"))
 
     async def _give_up(self, waiting: dict[int, _Waiting], gone: set[str]) -> None:
         untouched = {row["n"] for row in await self._lane.fetch(_RECALL, self._token, list(gone))}
         for n, each in waiting.items():
             if each.made and each.asked in gone and not each.future.done():
-                lost = ConnectionError(f"{_who(each.asked)} went away before it answered")
+                lost = Lost(f"{_who(each.asked)} went away before it answered")
                 each.future.set_exception(NotServed() if n in untouched else lost)
 
     # --------------------------------------------------------------------------------------------------------- end

@@ -118,6 +118,37 @@ begin
 end $$;
 """
 
+_LATER = """
+create table {home}.cauce_later (
+    id text collate "C" primary key, share text collate "C" not null, handler text not null, due bigint not null,
+    said bytea not null, number bigint generated always as identity
+);
+create index cauce_later_due on {home}.cauce_later (share, due, number);
+
+create function {home}.cauce_fire(held text[], fences bigint[], slots integer[], upto bigint, most integer)
+returns bigint language plpgsql as $$
+declare
+    fired bigint;
+begin
+    -- Nobody's fence may rise meanwhile, and what is said is numbered in the order of the commits.
+    perform pg_advisory_xact_lock({lock});
+    with gone as (
+        delete from {home}.cauce_later l using (
+            select d.id, s.slot from unnest(held, fences, slots) s (name, fence, slot)
+            join {home}.cauce_claims c on c.name = s.name and c.fence = s.fence
+            cross join lateral (
+                select id, due, number from {home}.cauce_later where share = s.name and due <= upto
+                order by due, number limit most
+            ) d order by d.due, d.number limit most
+        ) d where l.id = d.id returning l.handler, d.slot, l.said, l.due, l.number
+    )
+    insert into {home}.cauce_outbox (consumer, slot, said) select handler, slot, said from gone order by due, number;
+    get diagnostics fired = row_count;
+    return fired;
+end $$;
+"""
+"""Came later than the other tables, and is made in a store that has it not yet; older code does not mind."""
+
 
 class Home(NamedTuple):
     """The schema of a service: as it is called, as SQL names it, and the number of the lock of its writers."""
@@ -197,6 +228,8 @@ async def _made(session: Session, link: Link, home: Home) -> tuple[str, list[str
         if not await session.fetchval("select to_regnamespace($1) is not null", home.quoted):
             await session.execute(f"create schema {home.quoted}")
         await session.execute(filled(_TABLES, home))
+    if not await session.fetchval("select to_regclass($1) is not null", f"{home.quoted}.cauce_later"):
+        await session.execute(filled(_LATER, home))
     if row is None:
         row = link.clock.id(), home.service, link.schema, FORMAT, "[]"
         await session.execute(filled("insert into {home}.cauce_store values ($1, $2, $3, $4, $5)", home), *row)

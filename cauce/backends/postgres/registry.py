@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -10,17 +11,18 @@ from typing import Any, NamedTuple
 import asyncpg
 import msgspec
 
+from cauce.backends.present import Present, read
 from cauce.clock import Clock
+from cauce.errors import Unavailable
 from cauce.identity import is_dead
-from cauce.wire import Instance
+from cauce.wire import QUIET, Instance
 
 __all__ = ["BEAT", "CHANGED", "LEASE", "Fetch", "Present", "Registry"]
 
+_log = logging.getLogger("cauce")
+
 BEAT = 2.0
 """Seconds between two signs of life."""
-
-_QUIET = 3 * BEAT
-"""Seconds without a beat after which others are asked first."""
 
 LEASE = 5 * BEAT
 """Seconds without a beat after which a process of another machine counts as dead."""
@@ -40,7 +42,7 @@ Fetch = Callable[..., Awaitable[list[asyncpg.Record]]]
 # The row of the epoch goes with all the others when the server crashes: what comes after it is another epoch.
 _LOOK = """
 select e.epoch, p.token, p.beat, p.present,
-    extract(epoch from clock_timestamp() - p.at)::float8 as age, (extract(epoch from p.at) * 1000000)::int8 as at
+    extract(epoch from clock_timestamp() - p.at)::float8 as age
 from (select (select epoch from wire_epoch) as epoch) e left join wire_processes p on true
 """
 
@@ -55,7 +57,9 @@ with said as (
 select pg_notify($3, '')
 """
 
-_BEAT = "update wire_processes set beat = beat + 1, at = clock_timestamp() where token = $1 returning beat"
+_BEAT = """
+update wire_processes set beat = beat + 1, at = clock_timestamp(), present = $2 where token = $1 returning beat
+"""
 
 _BURY = """
 with gone as (delete from wire_processes where token = $1 and ($2::int8 is null or beat = $2) returning token)
@@ -69,29 +73,15 @@ select
 """
 
 
-class Present(msgspec.Struct, frozen=True):
-    """What a process says of itself. `owner` is its `identity`."""
-
-    owner: str
-    addresses: tuple[str, ...] = ()
-    instances: tuple[Instance, ...] = ()
-
-    def answers_in(self, domain: str) -> bool:
-        """Whether it serves, or will soon, or did until now, something in a domain."""
-        said = (self.addresses, *(instance.addresses for instance in self.instances))
-        return any(address.partition("/")[0] == domain for addresses in said for address in addresses)
-
-
 class _Beat(NamedTuple):
-    """The last beat of a process: its number, since when it stands on our clock, and its time on the server's."""
+    """The last beat of a process: its number, since when it stands on our clock, and how old it was on the server's."""
 
     number: int
     since: float
-    at: int
+    age: float
 
 
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(Present).decode
 
 
 class Registry:
@@ -117,6 +107,8 @@ class Registry:
         self._looking: asyncio.Task[None] | None = None
         self.epoch = ""
         self._since = float("-inf")
+        self._stale = False
+        self._last: dict[str, list[Instance]] = {}
 
     # ------------------------------------------------------------------------------------------------- the others
 
@@ -169,7 +161,7 @@ class Registry:
             beats[row["token"]] = self._beat_of(row, now, earliest)
             # What cannot be read is of another version of ours, perhaps: it cannot be asked.
             with suppress(msgspec.MsgspecError):
-                present[row["token"]] = _decode(row["present"])
+                present[row["token"]] = read(row["present"])
         gone = [token for token in present if self._is_gone(present[token], beats[token], now)]
         for token in gone:
             del present[token]
@@ -184,8 +176,9 @@ class Registry:
 
     def _beat_of(self, row: Any, now: float, earliest: float) -> _Beat:
         known = self._beats.get(row["token"])
-        since = now - max(0.0, row["age"]) if known is None else now if known.number != row["beat"] else known.since
-        return _Beat(row["beat"], max(since, earliest), row["at"])
+        age = max(0.0, row["age"])
+        since = now - age if known is None else now if known.number != row["beat"] else known.since
+        return _Beat(row["beat"], max(since, earliest), age)
 
     def _is_gone(self, present: Present, beat: _Beat, now: float) -> bool:
         dead = is_dead(present.owner)
@@ -214,17 +207,36 @@ class Registry:
     def is_quiet(self, token: str) -> bool:
         """Whether a process has given no sign of life for so long that its loop stands still, or it is stopped."""
         beat = self._beats.get(token)
-        return beat is None or self._looked - beat.since > _QUIET
+        return beat is None or self._looked - beat.since > QUIET
 
     async def instances(self, *, but: str) -> list[Instance]:
-        """What all processes that are alive announce, but for one."""
+        """What all processes that are alive announce, but for one; as last known where the server cannot be asked."""
         self.doubt()
-        await self.look()
+        stale = False
+        try:
+            await self.look()
+        except (Unavailable, OSError) as error:
+            if not self._applied:
+                raise
+            stale = True
+            if not self._stale:
+                _log.warning("the registry cannot be read, who runs is told as last known: %s", error)
+        if self._stale and not stale:
+            _log.warning("the registry can be read again")
+        self._stale = stale
+        if not stale:
+            now = self._clock.now()
+            # Ages, not times: the server's clock is only compared with itself.
+            beats = {token: now - round(self._beats[token].age * 1_000_000) for token in self.present}
+            self._last = {
+                token: [msgspec.structs.replace(each, beat=beats[token]) for each in present.instances]
+                for token, present in self.present.items()
+            }
         return [
-            msgspec.structs.replace(instance, beat=self._beats[token].at)
-            for token, present in self.present.items()
+            msgspec.structs.replace(each, stale=True) if stale else each
+            for token, instances in self._last.items()
             if token != but
-            for instance in present.instances
+            for each in instances
         ]
 
     # ----------------------------------------------------------------------------------------------------- we
@@ -234,9 +246,9 @@ class Registry:
         await self._fetch(_PUBLISH, token, _encode(present), self._channel)
         self.doubt()
 
-    async def beat(self, token: str) -> bool:
-        """Give a sign of life. False: what was said is there no more."""
-        return bool(await self._fetch(_BEAT, token))
+    async def beat(self, token: str, present: Present) -> bool:
+        """Give a sign of life, and say anew how much there is to do. False: what was said is there no more."""
+        return bool(await self._fetch(_BEAT, token, _encode(present)))
 
     async def bury(self, token: str) -> None:
         """Say nothing of a process any more."""

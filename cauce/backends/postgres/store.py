@@ -26,6 +26,8 @@ _TICK = "select * from {home}.cauce_tick($1, $2, $3, $4, $5, $6)"
 _TAKE = "select taken, raised, left_clean, holder from {home}.cauce_take($1, $2, $3)"
 _RELEASE = """with r as (update {home}.cauce_claims c set owner = '' from unnest($1::text[], $2::bigint[]) s (name, fence)
     where c.name = s.name and c.fence = s.fence) delete from {home}.cauce_instances where owner = $3"""
+_NEXT = """select min(n.due) from unnest($1::text[]) s (name)
+    cross join lateral (select due from {home}.cauce_later l where l.share = s.name order by due limit 1) n"""
 _WAITING = """select position, stream, slot, attempts, due, dead, error, trace, raw from {home}.cauce_waiting
     where consumer = $1 order by position"""
 
@@ -146,6 +148,24 @@ class PostgresStore:
         rows = await self._read("select due from {home}.cauce_timers where name = $1", name)
         return int(rows[0][0]) if rows else 0
 
+    async def due(self, id: str) -> int:
+        """When the message of a timer is due, in microseconds since 1970; 0 if no such timer waits."""
+        rows = await self._read("select due from {home}.cauce_later where id = $1", id)
+        return int(rows[0][0]) if rows else 0
+
+    async def fire(self, shares: Sequence[Share], now: int, limit: int) -> tuple[int, int]:
+        """Let go what is due by now, and say when to look again."""
+        fired, due = 0, await self._next(shares)
+        if due and due <= now:
+            held = list(zip(*((each.name, each.fence, each.slot or 0) for each in shares), strict=True))
+            ((fired,),) = await self._read("select {home}.cauce_fire($1, $2, $3, $4, $5)", *held, now, limit)
+            due = await self._next(shares)
+        return fired, due
+
+    async def _next(self, shares: Sequence[Share]) -> int:
+        ((due,),) = await self._read(_NEXT, [each.name for each in shares])
+        return due or 0
+
     # ---------------------------------------------------------------------------------------------------- the user's
 
     async def inventory(self) -> Inventory:
@@ -155,7 +175,8 @@ class PostgresStore:
         )
         consumers = await self._read("select distinct consumer from {home}.cauce_waiting order by 1")
         ((said, timers),) = await self._read(
-            "select (select count(*) from {home}.cauce_outbox), (select count(*) from {home}.cauce_timers)"
+            "select (select count(*) from {home}.cauce_outbox), "
+            "(select count(*) from {home}.cauce_timers) + (select count(*) from {home}.cauce_later)"
         )
         waiting = [(consumer, each) for (consumer,) in consumers for each in await self.waiting(consumer)]
         return Inventory([Place(*row) for row in places], waiting, said, timers)

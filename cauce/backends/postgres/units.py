@@ -24,7 +24,7 @@ from cauce.backends.postgres.faults import GRACE, SLOWEST, blamed
 from cauce.backends.postgres.home import Home, filled
 from cauce.backends.postgres.link import Link, Session, is_lost, translate
 from cauce.errors import Busy, CauceError, Fenced, Overloaded, Refused, Unreachable
-from cauce.store import BadStatement, Share, Unit, Waiting
+from cauce.store import BadStatement, Share, Timer, Unit, Waiting
 
 __all__ = ["Units", "bad_statement"]
 
@@ -46,6 +46,11 @@ _SAID = """insert into {home}.cauce_outbox (consumer, slot, said) select u.consu
     from unnest(%s::text[], %s::int[], %s::bytea[]) with ordinality u (consumer, slot, said, n) order by u.n"""
 _TIMERS = """insert into {home}.cauce_timers as t select * from unnest(%s::text[], %s::bigint[])
     on conflict (name) do update set due = excluded.due"""
+_LATER = """insert into {home}.cauce_later as l (id, share, handler, due, said) select u.id, u.share, u.handler, u.due, u.said
+    from unnest(%s::text[], %s::text[], %s::text[], %s::bigint[], %s::bytea[]) with ordinality u (id, share, handler, due, said, n) order by u.n
+    on conflict (id) do update set share = excluded.share, handler = excluded.handler, due = excluded.due, said = excluded.said,
+    number = default"""
+_CANCELLED = "delete from {home}.cauce_later where id = any(%s::text[])"
 _TURN = "insert into {home}.cauce_turns (writer, number, loud) values (%s, %s, %s)"
 _FENCES = "select name, fence from {home}.cauce_claims where name = any($1)"
 _STANDS = "select exists (select from {home}.cauce_turns where writer = $1 and number = $2)"
@@ -79,6 +84,7 @@ class _Batch:
         self.places = {place: (log, position) for place, (_, log, position) in places.items()}
         self.waiting: dict[tuple[str, int], Waiting | None] = {}
         self.timers: dict[str, int] = {}
+        self.later: dict[str, Timer | None] = {}
         self.said: list[tuple[str, int, bytes]] = []
 
     def add(self, unit: Unit) -> None:
@@ -90,6 +96,11 @@ class _Batch:
         self.waiting.update(dict.fromkeys(unit.passed))
         if unit.timer is not None:
             self.timers[unit.timer[0]] = unit.timer[1]
+        self.later |= dict.fromkeys(unit.cancelled)
+        for timer in unit.later:
+            # The last that was set of an id is the newest.
+            self.later.pop(timer.id, None)
+            self.later[timer.id] = timer
         if unit.place is not None:
             consumer, domain, slot, log, position = unit.place
             self.places[consumer, domain, slot] = log, position
@@ -104,6 +115,8 @@ class _Batch:
             (_UNPARKED, _columns([key for key, each in self.waiting.items() if each is None])),
             (_SAID, _columns(self.said)),
             (_TIMERS, _columns(list(self.timers.items()))),
+            (_LATER, _columns([msgspec.structs.astuple(each) for each in self.later.values() if each is not None])),
+            (_CANCELLED, _columns([(id,) for id, each in self.later.items() if each is None])),
             (_TURN, [] if turn is None else [*turn, bool(self.said)]),
         ]
         sql, values = list[str](), list[Any]()
@@ -189,7 +202,7 @@ class Units:
             raise Refused(
                 f"{self._what} was opened before a fork: open it anew in this process (spawn instead of fork)"
             )
-        size = sum(len(said) for _, _, said in unit.said) + 200
+        size = unit.size
         if len(self._queue) >= _MOST_WAITING or self._bytes > _MOST_BYTES:
             raise Overloaded(f"{len(self._queue):,} units of {self._bytes:,} bytes wait for {self._what}: slow down")
         job = _Job(unit, self._loop.create_future(), size, self._clock.monotonic())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary
@@ -13,18 +13,19 @@ from weakref import WeakValueDictionary
 import asyncpg
 import msgspec
 
-from cauce.backends.board import announce, serve
+from cauce.backends.board import announce, loaded, serve
 from cauce.backends.postgres.answering import MOST, Answering
-from cauce.backends.postgres.asking import Asking, NotServed
+from cauce.backends.postgres.asking import Asking
 from cauce.backends.postgres.lane import Lane
 from cauce.backends.postgres.link import Link
 from cauce.backends.postgres.parcel import ASKED
 from cauce.backends.postgres.registry import BEAT, CHANGED, Present, Registry
+from cauce.backends.spread import Lost, NotServed, Spread
 from cauce.clock import Clock
 from cauce.deadline import Deadlines
 from cauce.errors import CauceError, NoAnswer, Refused
 from cauce.identity import identity
-from cauce.wire import Handler, Instance
+from cauce.wire import Handler, Instance, Load
 
 __all__ = ["PostgresWire"]
 
@@ -54,9 +55,11 @@ class _Board:
         self.deadlines = Deadlines()
         self.handlers: dict[str, Handler] = {}
         self.instances: dict[str, Instance] = {}
+        self.loads: dict[str, Callable[[], Load]] = {}
+        self.spread = Spread(clock)
         self._starting: set[asyncio.Task[None]] = set()
         self._publishing = asyncio.Lock()
-        self._changes = self._published = self._beats = self._turn = 0
+        self._changes = self._published = self._beats = 0
         self._shown = self._due = self.closed = False
         self._opening: asyncio.Task[None] | None = None
         self._deaf: list[Callable[[], None]] = []
@@ -143,7 +146,7 @@ class _Board:
             self._start(self._publish(self._changes))
 
     def _present(self) -> Present:
-        return Present(self._owner, tuple(self.handlers), tuple(self.instances.values()))
+        return Present(self._owner, tuple(self.handlers), loaded(self.instances, self.loads))
 
     def _beat(self) -> None:
         self._beating = self._loop.call_later(BEAT, self._beat)
@@ -152,7 +155,7 @@ class _Board:
     async def _beat_now(self) -> None:
         if self._published < self._changes:
             await self._publish(self._changes)
-        elif (self.handlers or self.instances) and not await self.registry.beat(self.token):
+        elif (self.handlers or self.instances) and not await self.registry.beat(self.token, self._present()):
             _log.warning("what this process said at the wire is not there any more: it is said again")
             self._changes += 1
             await self._publish(self._changes)
@@ -176,7 +179,7 @@ class _Board:
 
     async def all_instances(self, now: int) -> list[Instance]:
         """Those here, and those elsewhere."""
-        here = [msgspec.structs.replace(instance, beat=now) for instance in self.instances.values()]
+        here = [msgspec.structs.replace(instance, beat=now) for instance in loaded(self.instances, self.loads)]
         if self.closed:
             return here
         await self.open()
@@ -218,13 +221,18 @@ class _Board:
 
     # --------------------------------------------------------------------------------------------------- questions
 
-    async def ask(self, address: str, payload: bytes, deadline: float, clock: Clock) -> bytes:
-        """Ask those who serve the address elsewhere, one after the other, until one of them takes the question."""
+    async def ask(self, address: str, payload: bytes, deadline: float, clock: Clock, safe: bool) -> bytes:
+        """Ask those who serve the address elsewhere, until one of them takes the question."""
+
+        async def one(token: str) -> bytes:
+            left = deadline - clock.monotonic()
+            return await self.deadlines.within(left, self._asking.ask(token, address, payload, left))
+
         if len(payload) > MOST:
             raise Refused(f"a question to {address} has {len(payload)} bytes: at most {MOST} can be asked")
         if not self.closed:
             await self.deadlines.within(deadline - clock.monotonic(), self.open())
-        moving, sure = min(deadline, clock.monotonic() + _MOVING), False
+        moving, sure, lost = min(deadline, clock.monotonic() + _MOVING), False, None
         while not self.closed:
             late = clock.monotonic() + _MOVED >= moving
             try:
@@ -233,12 +241,17 @@ class _Board:
                 if sure:
                     break  # Nobody was there, and there is no time left to look for one that came.
                 raise
-            for token in self._candidates(address, late=late):
-                left = deadline - clock.monotonic()
+            if order := self._candidates(address, late=late):
                 try:
-                    return await self.deadlines.within(left, self._asking.ask(token, address, payload, left))
+                    return await self.spread.ask(order, one, deadline - clock.monotonic(), safe=safe)
                 except NotServed:
                     self.registry.doubt()
+                except Lost as error:
+                    if lost is not None or not safe:
+                        raise
+                    lost = error
+                    self.registry.doubt()
+                    continue
             handler = self.handlers.get(address)
             if handler is not None:
                 return await self.deadlines.within(deadline - clock.monotonic(), handler(payload))
@@ -250,20 +263,24 @@ class _Board:
                 break
             await clock.sleep(_MOVED)
             self.registry.doubt()
+        if lost is not None:
+            raise lost
         raise NoAnswer(f"nobody serves {address}: run the service that owns it, or send a command instead")
 
-    def _candidates(self, address: str, *, late: bool) -> Iterator[str]:
-        """Who may be asked, each in turn first. Who gives no sign of life only if nobody else will be there in time."""
+    def _candidates(self, address: str, *, late: bool) -> list[str]:
+        """Who may be asked, in this order. Who gives no sign of life only if nobody else will be there in time."""
         tokens = [
             each for each in self.registry.serving(address) if each != self.token and self.registry.is_alive(each)
         ]
         well = [token for token in tokens if not self.registry.is_quiet(token)]
-        if tokens and not well and (late or not self._will_answer(address.partition("/")[0], tokens)):
+        domain = address.partition("/")[0]
+        if tokens and not well and (late or not self._will_answer(domain, tokens)):
             # It may only be slow; and if it is stopped, nobody has taken its place.
             well = tokens
-        self._turn += 1
-        for n in range(len(well)):
-            yield well[(self._turn + n) % len(well)]
+        if len(well) < 2:
+            return well
+        running = [token for token in well if self.registry.present[token].is_running(domain)]
+        return self.spread.order(running) + [token for token in well if token not in running]
 
     def _will_answer(self, domain: str, quiet: list[str]) -> bool:
         """Whether another instance is well, which may be taking over just now."""
@@ -302,17 +319,17 @@ class PostgresWire:
         self._handlers = board.handlers
         self._closed = False
 
-    async def ask(self, address: str, payload: bytes, deadline: float) -> bytes:
+    async def ask(self, address: str, payload: bytes, deadline: float, *, safe: bool = False) -> bytes:
         handler = self._handlers.get(address)
         if handler is not None:
             return await self._deadlines.within(deadline - self._clock.monotonic(), handler(payload))
-        return await self._board.ask(address, payload, deadline, self._clock)
+        return await self._board.ask(address, payload, deadline, self._clock, safe)
 
     async def serve(self, address: str, handler: Handler) -> Callable[[], None]:
         return await serve(self._board, address, handler)
 
-    async def announce(self, instance: Instance) -> Callable[[], None]:
-        return await announce(self._board, instance)
+    async def announce(self, instance: Instance, load: Callable[[], Load] | None = None) -> Callable[[], None]:
+        return await announce(self._board, instance, load)
 
     async def instances(self) -> list[Instance]:
         return await self._board.all_instances(self._clock.now())

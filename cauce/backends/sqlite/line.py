@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import cast
 
+from cauce.backends.spread import Lost, NotServed
 from cauce.backends.sqlite.frames import (
     ANSWER,
     FAILED,
@@ -25,14 +26,10 @@ from cauce.clock import Clock
 from cauce.deadline import Deadlines
 from cauce.wire import Handler
 
-__all__ = ["Answering", "Asking", "Line", "NotServed", "is_trusted"]
+__all__ = ["Answering", "Asking", "Line", "is_trusted"]
 
 _log = logging.getLogger("cauce")
 _CREDENTIALS = struct.Struct("3i")
-
-
-class NotServed(Exception):
-    """Who was asked does not serve the address any more. Nothing ran."""
 
 
 def is_trusted(connection: socket.socket) -> bool:
@@ -168,7 +165,7 @@ class Asking:
         self._told()
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(ConnectionError(f"{self._who} went away before it answered"))
+                future.set_exception(Lost(f"{self._who} went away before it answered"))
         self._waiting.clear()
 
 

@@ -40,42 +40,57 @@ _LONGEST = 5_000
 _MANY = 500
 _SOME = 2_000
 _SLOW = 1024 * 1024
+_QUESTIONS = 1_000
+_END = 2**62
 _OVERHEAD = 200
 """About as many bytes as an entry of nothing is worth, in memory and in time."""
 
 
-class Reader:
-    """The connection that reads, and what it knows of numbers and names. Names are never changed, so they stay right.
+class _OnFile:
+    """Within it, what goes wrong with a file is told in our errors, and a forked child is refused."""
 
-    Entered for each look, which sees one state of the file, however many questions it asks: between two states a record
-    may move beyond the head and would be found at neither place. What goes wrong in it is told in our errors.
-    """
-
-    def __init__(self, connection: apsw.Connection, path: Path) -> None:
-        self.connection, self._path, self._pid = connection, path, os.getpid()
-        self.streams = _Names(connection, "select name from streams where id = ?")
-        self.types = _Names(connection, "select name from types where id = ?")
-        self.kinds = _Names(connection, "select domain || '/' || name from types where id = ?")
+    def __init__(self, path: Path) -> None:
+        self._path, self._pid = path, os.getpid()
 
     def __enter__(self) -> None:
         if os.getpid() != self._pid:
             raise Refused(
                 f"{self._path} was opened before a fork: close it first, or start the process anew (spawn instead of fork)"
             )
-        try:
-            self.connection.execute("begin")
-        except apsw.Error as error:
-            raise translate(error, self._path) from error
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self.connection.in_transaction:
-            self.connection.execute("rollback")
         if isinstance(error, apsw.Error):
             raise translate(error, self._path) from error
         if isinstance(error, UnicodeDecodeError):
             raise Damaged(
                 f"{self._path}: {error}; run cauce verify, and restore from a backup if it finds damage"
             ) from error
+
+
+class Reader:
+    """The connection that reads, and what it knows of numbers and names. Names are never changed, so they stay right.
+
+    Entered for each look, which sees one state of the file, however many questions it asks: between two states a record
+    may move beyond the head and would be found at neither place. A single question sees one state by itself.
+
+    Attributes:
+        file: to be entered for such a question.
+    """
+
+    def __init__(self, connection: apsw.Connection, path: Path) -> None:
+        self.connection, self.file = connection, _OnFile(path)
+        self.streams = _Names(connection, "select name from streams where id = ?")
+        self.types = _Names(connection, "select name from types where id = ?")
+        self.kinds = _Names(connection, "select domain || '/' || name from types where id = ?")
+
+    def __enter__(self) -> None:
+        with self.file:
+            self.connection.execute("begin")
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.connection.in_transaction:
+            self.connection.execute("rollback")
+        self.file.__exit__(kind, error, trace)
 
     def stream(self, name: str) -> int | None:
         row = self.connection.execute("select id from streams where name = ?", (name,)).fetchone()
@@ -108,6 +123,8 @@ class SQLiteLog:
         self._id, self._table, self._writer, self._reader = id, table, writer, reader
         self._waiters: list[tuple[Filter, asyncio.Future[None]]] = []
         self._chain = Chain(reader.connection, table.name)
+        self._seen = 0
+        self._questions: dict[tuple[Filter, bool], tuple[str, tuple[str, ...], int]] = {}
         self._max = f"select coalesce(max(position), 0) from {table.name}"
 
     @property
@@ -236,13 +253,62 @@ class SQLiteLog:
         return row[0] if row else 0
 
     def _look(self, filter: Filter, after: int, limit: int, bodies: bool) -> Page:
+        if filter.stream is None and limit > 0:
+            page = self._next(filter, after, min(limit, _LONGEST), bodies)
+            if page.entries:
+                return page
+            after = page.looked
         with self._reader:
             return self._scan(filter, after, limit, bodies)
+
+    def _next(self, filter: Filter, after: int, limit: int, bodies: bool) -> Page:
+        """What comes next, if there is something; else how far it is known that there is nothing.
+
+        Each question lets go of the interpreter, and may wait long until it is given back: so it is one.
+        """
+        if filter is not EVERYTHING:
+            check_filter(filter)
+        text, named, window = self._question(filter, bodies)
+        until, seen = min(after + window, _END), self._seen
+        with self._reader.file:
+            rows: list[Any] = self._reader.connection.execute(text, (after, until, *named, limit)).fetchall()
+            streams, types = self._reader.streams, self._reader.types
+            entries = [
+                Entry(position, streams[stream], version, types[type], id, raw, wish, body, digest)
+                for position, stream, version, type, id, raw, wish, body, digest, _ in rows
+            ]
+        if not rows:
+            return Page([], max(after, min(until, seen)))
+        self._seen = rows[0][-1]
+        return Page(entries, entries[-1].position if len(rows) == limit else min(until, self._seen))
+
+    def _question(self, filter: Filter, bodies: bool) -> tuple[str, tuple[str, ...], int]:
+        """The text by which a filter asks, what it names, and how far it looks at once."""
+        known = self._questions.get((filter, bodies))
+        if known is None:
+            wanted = [
+                (column, sorted(names))
+                for column, names in (("domain", filter.domains), ("name", filter.types))
+                if names
+            ]
+            where = " and ".join(f"{column} in ({', '.join('?' * len(names))})" for column, names in wanted)
+            where = f" and type in (select id from types where {where})" if where else ""
+            if filter.slots:
+                where += f" and stream % 16 in ({','.join(map(str, sorted(filter.slots)))})"
+            text = (
+                f"select {self._columns(bodies)}, (select max(position) from {self._table.name}) from {self._table.name} "
+                f"where position > ? and position <= ?{where} order by position limit ?"
+            )
+            if len(self._questions) >= _QUESTIONS:
+                self._questions.clear()
+            known = text, tuple(name for _, names in wanted for name in names), _WINDOW if where else _END
+            self._questions[filter, bodies] = known
+        return known
 
     def _scan(self, filter: Filter, after: int, limit: int, bodies: bool) -> Page:
         if filter is not EVERYTHING:
             check_filter(filter)
-        head = self._head()
+        head = self._seen = self._head()
         limit = min(limit, _LONGEST)
         if head <= after or limit < 1:
             return Page([], after)

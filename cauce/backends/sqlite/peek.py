@@ -16,10 +16,10 @@ from cauce.backends.sqlite.file import APPLICATION_ID, FORMAT, connect, folder_o
 from cauce.backends.sqlite.log import Reader, SQLiteLog
 from cauce.backends.sqlite.stores import SQLiteStores
 from cauce.backends.sqlite.table import Names, Table
-from cauce.backends.sqlite.wire import present
+from cauce.backends.sqlite.wire import SocketWire, present
 from cauce.backends.sqlite.writer import Writer
 from cauce.clock import Clock, SystemClock
-from cauce.errors import Refused
+from cauce.errors import NoAnswer, Refused
 from cauce.wire import Instance
 
 __all__ = ["Peek", "looking", "own_name", "peek", "there", "wal_of"]
@@ -156,6 +156,16 @@ class Peek:
     async def instances(self) -> list[Instance]:
         """Who runs on it now. Raises `Refused` if that may not be known."""
         return present(self._path, self._clock)
+
+    async def ask(self, address: str, payload: bytes, deadline: float) -> bytes:
+        """Ask who runs on it. Nothing is left behind, and nothing made where nobody has run."""
+        if not (folder_of(self._path.resolve()) / "wire").is_dir():
+            raise NoAnswer(f"nobody serves {address}: nothing runs on {self._path}")
+        wire = SocketWire(self._path, self._clock)
+        try:
+            return await wire.ask(address, payload, deadline)
+        finally:
+            await wire.close()
 
 
 @contextmanager

@@ -38,7 +38,13 @@ create table if not exists cauce_waiting (
 create table if not exists cauce_outbox (
     number integer primary key autoincrement, consumer text not null, slot integer not null, said blob not null);
 create table if not exists cauce_timers (name text primary key, due integer not null) without rowid;
+create table if not exists cauce_later (
+    number integer primary key, id text not null unique, share text not null, handler text not null, due integer not null, said blob not null);
+create index if not exists cauce_later_due on cauce_later (share, due, number);
 """
+
+_LATER = "insert or replace into cauce_later (id, share, handler, due, said) values (?, ?, ?, ?, ?)"
+_DUE = """select number, handler, said from cauce_later where share = ? and due <= ? order by due, number limit ?"""
 
 # Numbers of the outbox are never used again: a relay that is under way takes them for an order, and deletes by them.
 
@@ -292,7 +298,7 @@ class SQLiteStore:
 
     async def commit(self, unit: Unit) -> None:
         """Write a unit with its place. Raises `BadStatement`, `Fenced`, and what a full or busy disk says."""
-        await self._writer.submit(self._apply, unit, size=sum(len(said) for _, _, said in unit.said) + 200)
+        await self._writer.submit(self._apply, unit, size=unit.size)
 
     def _apply(self, unit: Unit) -> None:
         share, journal = unit.share, self._journal
@@ -315,6 +321,10 @@ class SQLiteStore:
             run("insert into cauce_outbox (consumer, slot, said) values (?, ?, ?)", each)
         if unit.timer is not None:
             run("insert or replace into cauce_timers values (?, ?)", unit.timer)
+        for id in unit.cancelled:
+            run("delete from cauce_later where id = ?", (id,))
+        for timer in unit.later:
+            run(_LATER, msgspec.structs.astuple(timer))
         if unit.place is not None:
             consumer, domain, slot, log, position = unit.place
             journal.places[consumer, domain, slot] = share, log, position
@@ -386,11 +396,42 @@ class SQLiteStore:
         rows = self._read("select due from cauce_timers where name = ?", (name,))
         return int(rows[0][0]) if rows else 0
 
+    async def due(self, id: str) -> int:
+        """When the message of a timer is due, in microseconds since 1970; 0 if no such timer waits."""
+        rows = self._read("select due from cauce_later where id = ?", (id,))
+        return int(rows[0][0]) if rows else 0
+
+    async def fire(self, shares: Sequence[Share], now: int, limit: int) -> tuple[int, int]:
+        """Let go what is due by now, and say when to look again."""
+        fired, due = 0, self._next(shares)
+        if due and due <= now:
+            fired = await self._writer.submit(self._fire, tuple(shares), now, limit)
+            due = self._next(shares)
+        return fired, due
+
+    def _next(self, shares: Sequence[Share]) -> int:
+        first = (self._read("select min(due) from cauce_later where share = ?", (each.name,))[0][0] for each in shares)
+        return min((due for due in first if due), default=0)
+
+    def _fire(self, shares: tuple[Share, ...], now: int, limit: int) -> int:
+        connection, left = self._journal.connection, limit
+        for share in shares:
+            if not left or self._journal.fence(share.name) != share.fence:
+                continue
+            rows: list[Any] = connection.execute(_DUE, (share.name, now, left)).fetchall()
+            connection.executemany(
+                "insert into cauce_outbox (consumer, slot, said) values (?, ?, ?)",
+                [(handler, share.slot or 0, said) for _, handler, said in rows],
+            )
+            connection.executemany("delete from cauce_later where number = ?", [(number,) for number, _, _ in rows])
+            left -= len(rows)
+        return limit - left
+
     async def inventory(self) -> Inventory:
         """All that hangs on logs, whoever it is for."""
         consumers = self._read("select distinct consumer from cauce_waiting order by 1", ())
         ((said,),) = self._read("select count(*) from cauce_outbox", ())
-        ((timers,),) = self._read("select count(*) from cauce_timers", ())
+        ((timers,),) = self._read("select (select count(*) from cauce_timers) + (select count(*) from cauce_later)", ())
         places = self._read("select consumer, domain, slot, log, position from cauce_places order by 1, 2, 3", ())
         waiting = [(consumer, each) for (consumer,) in consumers for each in await self.waiting(consumer)]
         return Inventory([Place(*row) for row in places], waiting, said, timers)

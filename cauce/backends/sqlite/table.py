@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Any, cast
 
 import apsw
@@ -19,6 +20,7 @@ __all__ = ["Names", "Table"]
 
 _CACHED = 200_000
 _FEW = 400
+_TOGETHER = 8
 """Rows that may be looked at, or come up to the next chapters, while the loop stands still."""
 
 
@@ -114,6 +116,7 @@ class Table:
     def __init__(self, connection: apsw.Connection, names: Names, name: str, *, last: bool) -> None:
         self._connection, self._names, self.name, self.last = connection, names, name, last
         self._insert = f"insert {'or replace ' if last else ''}into {name} values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        self._insert_many = self._insert + (_TOGETHER - 1) * ", (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
         self._heads: dict[int, _Head] = {}
         self._forgot = 0
         self._rows: list[tuple[Any, ...]] = []
@@ -160,7 +163,12 @@ class Table:
     def flush(self) -> None:
         """Write what was queued since the last flush."""
         if self._rows:
-            self._connection.executemany(self._insert, self._rows)
+            rows = self._rows
+            whole = len(rows) - len(rows) % _TOGETHER
+            for first in range(0, whole, _TOGETHER):
+                self._connection.execute(self._insert_many, tuple(chain.from_iterable(rows[first : first + _TOGETHER])))
+            if whole < len(rows):
+                self._connection.executemany(self._insert, rows[whole:])
             self._flushed += self._rows
             self._rows = []
             self._ids.clear()

@@ -6,22 +6,23 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import msgspec
 
-from cauce.backends.board import announce, serve
+from cauce.backends.board import announce, loaded, serve
+from cauce.backends.spread import Lost, NotServed, Spread
 from cauce.backends.sqlite.file import folder_of
-from cauce.backends.sqlite.line import Answering, Asking, Line, NotServed, is_trusted
+from cauce.backends.sqlite.line import Answering, Asking, Line, is_trusted
 from cauce.backends.sqlite.registry import BACKLOG, Present, Registry
 from cauce.clock import Clock
 from cauce.deadline import Deadlines
 from cauce.errors import NoAnswer, Refused
 from cauce.identity import identity
-from cauce.wire import Handler, Instance
+from cauce.wire import Handler, Instance, Load
 
 __all__ = ["SocketWire", "present"]
 
@@ -47,6 +48,8 @@ class _Board:
         self.deadlines = Deadlines()
         self.handlers: dict[str, Handler] = {}
         self.instances: dict[str, Instance] = {}
+        self.loads: dict[str, Callable[[], Load]] = {}
+        self.spread = Spread(clock)
         self.users = 0
         self._asking: dict[str, Asking] = {}
         self._answering: set[Answering] = set()
@@ -56,7 +59,6 @@ class _Board:
         self._listener: socket.socket | None = None
         self._showing = asyncio.Lock()
         self._due = self._stale = self.closed = False
-        self._turn = 0
 
     # ------------------------------------------------------------------------------------------------ to be seen
 
@@ -74,7 +76,8 @@ class _Board:
                 self._server = await self._loop.create_unix_server(self._accept, sock=self._listener, backlog=BACKLOG)
                 self._publish()
                 self.registry.tidy(but=self.token)
-                self._beating = self._loop.call_later(_BEAT, self._beat)
+                if self._beating is None:
+                    self._beating = self._loop.call_later(_BEAT, self._beat)
             else:
                 self._publish()
 
@@ -103,11 +106,11 @@ class _Board:
         self._stale = False
 
     def _present(self) -> Present:
-        return Present(self._owner, tuple(self.handlers), tuple(self.instances.values()))
+        return Present(self._owner, tuple(self.handlers), loaded(self.instances, self.loads))
 
     def all_instances(self, now: int) -> list[Instance]:
         """Those here, and those elsewhere."""
-        here = [msgspec.structs.replace(instance, beat=now) for instance in self.instances.values()]
+        here = [msgspec.structs.replace(instance, beat=now) for instance in loaded(self.instances, self.loads)]
         return here if self.closed else here + self.registry.instances(but=self.token)
 
     def _vanish(self) -> None:
@@ -120,14 +123,18 @@ class _Board:
             self._beating = None
 
     def _beat(self) -> None:
-        self._beating = self._loop.call_later(_BEAT, self._beat)
-        if self.registry.beat(self.token):
-            if self._stale:
-                self._hide()
-            return
-        _log.warning("the files of this process at the wire were removed: they are made again")
-        self._vanish()
-        self._start(self.show())
+        self._beating = None
+        if self._server is not None:
+            if self.registry.beat(self.token, {id: load() for id, load in self.loads.items()}):
+                if self._stale:
+                    self._hide()
+            else:
+                _log.warning("the files of this process at the wire were removed: they are made again")
+                self._vanish()
+        if self._server is None and (self.handlers or self.instances):
+            self._start(self.show())  # And with the next beat again, if the folder does not allow it now.
+        if (self._server is not None or self.handlers or self.instances) and not self.closed:
+            self._beating = self._loop.call_later(_BEAT, self._beat)
 
     # ------------------------------------------------------------------------------------------------ connections
 
@@ -205,21 +212,31 @@ class _Board:
 
     # --------------------------------------------------------------------------------------------------- questions
 
-    async def ask(self, address: str, payload: bytes, deadline: float, clock: Clock) -> bytes:
-        """Ask those who serve the address elsewhere, one after the other, until one of them takes the question."""
-        moving, sure = min(deadline, clock.monotonic() + _MOVING), False
+    async def ask(self, address: str, payload: bytes, deadline: float, clock: Clock, safe: bool) -> bytes:
+        """Ask those who serve the address elsewhere, until one of them takes the question."""
+
+        async def one(token: str) -> bytes:
+            try:
+                asking = self._line_to(token)
+            except OSError:
+                raise NotServed from None  # Dead, or too busy to take a connection: nothing ran.
+            left = deadline - clock.monotonic()
+            return await self.deadlines.within(left, asking.ask(address, payload, left))
+
+        moving, sure, lost = min(deadline, clock.monotonic() + _MOVING), False, None
         while not self.closed:
             late = clock.monotonic() + _POLL >= moving
-            for token in self._candidates(address, late=late):
+            if order := self._candidates(address, late=late):
                 try:
-                    asking = self._line_to(token)
-                except OSError:
-                    continue  # Dead, or too busy to take a connection: nothing ran.
-                try:
-                    left = deadline - clock.monotonic()
-                    return await self.deadlines.within(left, asking.ask(address, payload, left))
+                    return await self.spread.ask(order, one, deadline - clock.monotonic(), safe=safe)
                 except NotServed:
                     self.registry.doubt()
+                except Lost as error:
+                    if lost is not None or not safe:
+                        raise
+                    lost = error
+                    self.registry.doubt()
+                    continue
             handler = self.handlers.get(address)
             if handler is not None:
                 return await self.deadlines.within(deadline - clock.monotonic(), handler(payload))
@@ -230,19 +247,24 @@ class _Board:
             if late or not self._answers_in(address.partition("/")[0]):
                 break
             await clock.sleep(_POLL)
+        if lost is not None:
+            raise lost
         raise NoAnswer(f"nobody serves {address}: run the service that owns it, or send a command instead")
 
-    def _candidates(self, address: str, *, late: bool) -> Iterator[str]:
-        """Who may be asked, each in turn first. Who gives no sign of life only if nobody else will be there in time."""
+    def _candidates(self, address: str, *, late: bool) -> list[str]:
+        """Who may be asked, in this order. Who gives no sign of life only if nobody else will be there in time."""
         self.registry.look()
         tokens = [token for token in self.registry.serving(address) if token != self.token]
         well = [token for token in tokens if not self.registry.is_quiet(token)]
-        if tokens and not well and (late or not self._will_answer(address.partition("/")[0], tokens)):
+        domain = address.partition("/")[0]
+        if tokens and not well and (late or not self._will_answer(domain, tokens)):
             # It may only be slow; and if it is stopped, nobody has taken its place.
             well = tokens
-        self._turn += 1
-        for n in range(len(well)):
-            yield well[(self._turn + n) % len(well)]
+        if len(well) < 2:
+            return well
+        present = self.registry.present
+        running = [token for token in well if token in present and present[token].is_running(domain)]
+        return self.spread.order(running) + [token for token in well if token not in running]
 
     def _will_answer(self, domain: str, quiet: list[str]) -> bool:
         """Whether another instance is well, which may be taking over just now."""
@@ -290,17 +312,17 @@ class SocketWire:
         self._handlers = board.handlers
         self._closed = False
 
-    async def ask(self, address: str, payload: bytes, deadline: float) -> bytes:
+    async def ask(self, address: str, payload: bytes, deadline: float, *, safe: bool = False) -> bytes:
         handler = self._handlers.get(address)
         if handler is not None:
             return await self._deadlines.within(deadline - self._clock.monotonic(), handler(payload))
-        return await self._board.ask(address, payload, deadline, self._clock)
+        return await self._board.ask(address, payload, deadline, self._clock, safe)
 
     async def serve(self, address: str, handler: Handler) -> Callable[[], None]:
         return await serve(self._board, address, handler)
 
-    async def announce(self, instance: Instance) -> Callable[[], None]:
-        return await announce(self._board, instance)
+    async def announce(self, instance: Instance, load: Callable[[], Load] | None = None) -> Callable[[], None]:
+        return await announce(self._board, instance, load)
 
     async def instances(self) -> list[Instance]:
         return self._board.all_instances(self._clock.now())
