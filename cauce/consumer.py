@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import sys
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
@@ -25,7 +24,7 @@ from cauce.lane import Lane, Slot
 from cauce.log import Log, filter_of
 from cauce.portion import Load, Portion
 from cauce.retry import USUAL, Retries
-from cauce.store import BadStatement, Share, Store, Unit, Waiting
+from cauce.store import BadStatement, Share, Store, Unit, Waiting, places_in
 
 __all__ = ["Consumer", "Tail"]
 
@@ -109,11 +108,7 @@ class Consumer:
         self._tail = tail
         self._looked = max(self._looked, tail.looked)
         self._leaving.difference_update(shares)
-        places = await self._store.places(self.name, self._log.id, sys.maxsize)
-        # Not before: in slots of others the places go on.
-        head = await self._log.head()
-        if any(place > head for place in places.values()):
-            await self._store.places(self.name, self._log.id, head)
+        places = await places_in(self._store, self.name, self._log)
         kept = [waiting for waiting in await self._store.waiting(self.name) if waiting.slot in shares]
         lanes = []
         careful = 1 if self._abreast is None else self._abreast.most

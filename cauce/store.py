@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ import msgspec
 
 from cauce.clock import Clock
 from cauce.errors import Damaged, Refused, Unavailable
+from cauce.log import Log
 from cauce.shelf import Shelf
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "no_letter",
     "no_timer",
     "pending_of",
+    "places_in",
     "write_places",
 ]
 
@@ -475,6 +478,16 @@ def no_letter(service: str, consumer: str, position: int) -> Refused:
 def no_timer(service: str, id: str) -> Refused:
     """What is told where a timer is to be cancelled that does not wait."""
     return Refused(f"{service} has no timer {id}: it has fired, or was cancelled, or never was; see cauce timers list")
+
+
+async def places_in(store: Store, consumer: str, log: Log) -> dict[tuple[str, int], int]:
+    """Where a consumer stands in a log, as `Store.places`, while other instances go on."""
+    places = await store.places(consumer, log.id, sys.maxsize)
+    # Not before: what they have read meanwhile may be beyond the head as it was.
+    head = await log.head()
+    if any(place > head for place in places.values()):
+        await store.places(consumer, log.id, head)
+    return places
 
 
 def check_places(

@@ -235,6 +235,7 @@ async def test_a_mark_of_what_was_handled_ahead_is_one_with_its_unit_and_goes_wi
     ]  # fmt: skip
     assert [said for *_, said in await other.outbox(0, 9)] == [b"9", b"12", b"14"]
     assert await (await fresh()).letters() == []
+    assert (await (await fresh()).outline("s", 0)).pending == [], "it does not wait"
     passing = unit(share, position=12)
     passing.passed = [("react", 9), ("react", 12)]
     await store.commit(passing)

@@ -68,7 +68,7 @@ class NatsStores:
         rows = ((consumer, position, latest[consumer, position]) for consumer, position in sorted(latest))
         due = [int(each.payload) for each in await bucket.read("timer.*")]
         return Outline(
-            places, pending_of((consumer, position, each.stream, each.dead) for consumer, position, each in rows),
+            places, pending_of((consumer, position, each.stream, each.dead) for consumer, position, each in rows if not each.mark),
             len(await bucket.read("outbox.>")), len(due), sum(each <= now for each in due),
         )  # fmt: skip
 
