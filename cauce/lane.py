@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 
 from cauce.codec import Entry
-from cauce.portion import Load
+from cauce.portion import Load, weight
 from cauce.store import Share, Waiting
 
 __all__ = ["Lane", "Slot"]
@@ -74,11 +74,11 @@ class Lane:
         """An entry waits."""
         self.handed = entry.position
         self.queue.append(entry)
-        self.load.bytes += len(entry.body or b"")
+        self.load.bytes += weight(entry)
 
     def pop(self) -> None:
         """The first is handled."""
-        self.load.bytes -= len(self.queue.popleft().body or b"")
+        self.load.bytes -= weight(self.queue.popleft())
         self.room.set()
 
     def close(self) -> None:

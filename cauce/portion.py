@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cauce.codec import Entry
 
-__all__ = ["Load", "Portion"]
+__all__ = ["Load", "Portion", "weight"]
 
 _FIRST = 16
 _GROWS = 4
@@ -26,8 +26,14 @@ class Portion:
     def met(self, entries: Sequence[Entry]) -> None:
         """So heavy were those that were read."""
         if entries:
-            weight = sum([len(entry.body or b"") for entry in entries]) // len(entries)
-            self.limit = max(1, min(self._most, _BYTES // (weight + 1), self.limit * _GROWS))
+            each = sum([weight(entry) for entry in entries]) // len(entries)
+            self.limit = max(1, min(self._most, _BYTES // (each + 1), self.limit * _GROWS))
+
+
+def weight(entry: Entry) -> int:
+    """The bytes of its body. A damaged one may be anything, and is found where it is handled."""
+    body = entry.body
+    return len(body) if type(body) is bytes else 0
 
 
 class Load:
