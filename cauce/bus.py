@@ -17,7 +17,7 @@ from cauce.accept import check_key, slot_of
 from cauce.agenda import Agenda
 from cauce.clock import Clock
 from cauce.codec import Entry, Meta, derive_id, micros, moment, sealed
-from cauce.deadline import ending, share
+from cauce.deadline import StoodStill, ending, share
 from cauce.errors import (
     CauceError,
     Conflict,
@@ -604,6 +604,8 @@ class Bus:
             payload = await self.wire.ask(
                 address, _encode(ask), self.clock.monotonic() + seconds, safe=ask.kind in _SAFE
             )
+        except StoodStill:
+            raise StoodStill(f"within {round(seconds, 3):g} s, in which this process stood still itself") from None
         except TimeoutError:
             raise TimeoutError(f"within {round(seconds, 3):g} s") from None
         reply = _decode_reply(payload)

@@ -179,6 +179,30 @@ def test_a_frozen_callee_is_soon_left_alone_and_asked_again_when_it_is_well(
     assert [turn.partition(",")[0].rpartition(" ")[2] for turn in turns] == ["open", "half-open", "closed"]
 
 
+def test_a_caller_whose_own_loop_stood_still_hears_the_answers_that_came_and_opens_no_breaker(
+    virtual: Run, clock: VirtualClock, bus_url: str
+) -> None:
+    async def main() -> None:
+        owner = Owner(clock)
+        async with running(owner.service, bus=bus_url, clock=clock, guards=Guards(breaker=LIMITS)) as bus:
+            owner.seconds = 0.05
+            asyncio.get_running_loop().call_later(0.01, clock.advance, 9.0)
+            asked = [bus.ask(Count(), timeout=0.5) for _ in range(20)]
+            assert await asyncio.gather(*asked, return_exceptions=True) == [20] * 20, "they had answered in time"
+            await clock.sleep(30)
+            owner.freeze()
+            asyncio.get_running_loop().call_later(0.01, clock.advance, 9.0)
+            found = await asyncio.gather(*(bus.ask(Count(), timeout=0.5) for _ in range(20)), return_exceptions=True)
+            assert {str(each).partition(":")[0] for each in found} == {
+                "things did not answer Count within 0.5 s, in which this process stood still itself"
+            }
+            assert bus.guards["things"].state == "closed", "that is nobody's fault but one's own"
+            assert await outcomes(lambda: bus.ask(Count(), timeout=0.5), 5) == ["NoAnswer"] * 4 + ["BreakerOpen"]
+            owner.thaw()
+
+    virtual(main)
+
+
 def test_one_breaker_stands_before_all_slots_of_a_domain_and_all_that_it_is_asked(
     virtual: Run, clock: VirtualClock, bus_url: str
 ) -> None:

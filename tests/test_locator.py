@@ -240,6 +240,23 @@ async def test_who_was_silent_is_asked_last_for_two_seconds_and_who_answers_agai
     await asyncio.to_thread(_virtually, clock, main)
 
 
+async def test_nobody_was_silent_while_it_was_the_asker_that_stood_still(clock: VirtualClock) -> None:
+    async def main() -> None:
+        spread, asked = Spread(clock), list[str]()
+
+        async def one(token: str) -> bytes:
+            asked.append(token)
+            await clock.sleep(0.6)
+            return token.encode()
+
+        asyncio.get_running_loop().call_later(0.1, clock.advance, 9.0)
+        assert await spread.ask(["a", "b"], one, 2.0, safe=True) == b"a"
+        assert asked == ["a"], "no second one is burdened"
+        assert {spread.order(["a", "b"])[0] for _ in range(10)} == {"a", "b"}
+
+    await asyncio.to_thread(_virtually, clock, main)
+
+
 async def test_one_that_is_lost_is_followed_by_one_more_and_what_failed_by_none() -> None:
     spread, asked = Spread(CLOCK), list[str]()
 

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from cauce.clock import Clock
+from cauce.deadline import STILL
 
 __all__ = ["Lost", "NotServed", "Spread"]
 
@@ -115,6 +116,7 @@ class Spread:
                     self._begin(tries, order, one)
                 alone = not beside and bool(order)
                 timeout = self._left(tries, patience) if alone else None
+                until = self._clock.monotonic() + (timeout or 0.0)
                 done, _ = await asyncio.wait(tries, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     del tries[task]
@@ -127,7 +129,10 @@ class Spread:
                         failure = error
                     elif not isinstance(error, NotServed):
                         raise error
-                if alone and not done and self._left(tries, patience) <= 0:
+                if alone and not done and self._clock.monotonic() - until > STILL:
+                    # It was this process that stood still: what came meanwhile is heard first.
+                    tries = {task: (token, self._clock.monotonic()) for task, (token, _) in tries.items()}
+                elif alone and not done and self._left(tries, patience) <= 0:
                     self._note_silence(token for token, _ in tries.values())
                     beside = True
                     self._begin(tries, order, one)
