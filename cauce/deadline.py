@@ -13,7 +13,7 @@ __all__ = ["STILL", "Deadlines", "End", "StoodStill", "ending", "share"]
 T = TypeVar("T")
 
 STILL = 0.1
-"""Seconds by which a time-out may be late. More, and the loop stood still: that is not the fault of who is waited for."""
+"""Seconds by which a time-out may be late. More, and the loop stood still: that is not the fault of others."""
 
 _MORE = 0.1
 """Seconds in which is heard, before a late time-out counts, what came while the loop stood still."""

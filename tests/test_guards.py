@@ -392,6 +392,27 @@ def test_more_questions_than_may_be_under_way_are_turned_away_at_once_and_nothin
     virtual(main)
 
 
+def test_a_storm_that_is_turned_away_is_told_of_every_ten_seconds_and_not_each_time(
+    virtual: Run, clock: VirtualClock, bus_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        owner = Owner(clock)
+        async with running(owner.service, bus=bus_url, clock=clock, guards=Guards(breaker=None, at_once=1)) as bus:
+            owner.freeze()
+            asked = asyncio.ensure_future(bus.ask(Count(), timeout=60.0))
+            for _ in range(300):
+                await clock.sleep(0.05)
+                assert await outcomes(lambda: bus.ask(Count()), 10) == ["Overloaded"] * 10
+            owner.thaw()
+            await asked
+
+    with caplog.at_level(logging.WARNING, "cauce"):
+        virtual(main)
+    told = [each.getMessage() for each in caplog.records if "turned away" in each.getMessage()]
+    assert len(told) == 2
+    assert told[0] == "things: 1 questions are under way, what comes beyond is turned away; 1 until now"
+
+
 def test_who_gives_up_or_is_told_no_makes_room(virtual: Run, clock: VirtualClock, bus_url: str) -> None:
     async def main() -> None:
         owner = Owner(clock)

@@ -49,7 +49,7 @@ class Guard:
 
     def __init__(self, name: str, clock: Clock, guards: Guards, ask: Asking) -> None:
         self.name = name
-        self._bulkhead = Bulkhead(name, guards.at_once or inf, "raise at_once of its guards")
+        self._bulkhead = Bulkhead(name, guards.at_once or inf, "raise at_once of its guards", clock)
         self._breaker = Breaker(name, clock, guards.breaker or _NEVER)
         # The bulkhead comes first: what it turns away says nothing of how the callee is.
         # (mypy misses the arguments that are not given yet.)
