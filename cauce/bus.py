@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from contextvars import ContextVar
 from datetime import datetime, timedelta
 from functools import partial
-from math import inf
+from math import inf, isnan
 from typing import Any, Generic, Protocol, TypeVar, cast, overload
 
 import msgspec
@@ -594,6 +594,8 @@ class Bus:
             raise NoAnswer(f"{domain} did not answer: {error}; ask again") from None
 
     def _ask(self, address: str, ask: Ask, timeout: float) -> Awaitable[Reply]:
+        if not isinstance(timeout, (int, float)) or isnan(timeout):
+            raise Refused(f"timeout={timeout!r}: say seconds, inf for as long as it takes")
         seconds = share(timeout)
         if not seconds and timeout > 0:
             raise NoAnswer(f"{address} is not asked {ask.type}: no time is left of the question because of which it is")

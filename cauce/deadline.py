@@ -77,7 +77,7 @@ class Deadlines:
         task = asyncio.current_task()
         assert task is not None
         me = object()
-        end = self._loop.time() + seconds
+        end = self._loop.time() + max(seconds, 0.0)
         self._waiting[me] = end, task
         if late is not None:
             self._late[me] = late

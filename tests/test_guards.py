@@ -460,6 +460,26 @@ def test_guards_are_switched_off_each_by_itself(virtual: Run, clock: VirtualCloc
     virtual(main)
 
 
+def test_a_time_out_that_is_no_length_of_time_is_refused_and_one_that_is_over_is_nobody_s_standing_still(
+    virtual: Run, clock: VirtualClock, bus_url: str
+) -> None:
+    async def main() -> None:
+        owner = Owner(clock)
+        owner.seconds = 1.0
+        async with running(owner.service, bus=bus_url, clock=clock) as bus:
+            wrong: list[Any] = [float("nan"), "5", None]
+            for timeout in wrong:
+                for work in (bus.ask(Count(), timeout=timeout), bus.call(Make("a"), timeout=timeout)):
+                    with pytest.raises(Refused, match="say seconds, inf for as long as it takes"):
+                        await work
+            assert await bus.ask(Count(), timeout=float("inf")) == 1
+            for over in (0.0, -1.0):
+                with pytest.raises(NoAnswer, match=rf"did not answer Count within {over:g} s: look"):
+                    await bus.ask(Count(), timeout=over)
+
+    virtual(main)
+
+
 def test_a_number_that_makes_no_sense_is_refused() -> None:
     for at_once in (0, -1):
         with pytest.raises(Refused, match="say a number of questions, 1 or more"):

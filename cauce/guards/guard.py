@@ -38,7 +38,7 @@ class Guards(msgspec.Struct, frozen=True):
     at_once: int | None = AT_ONCE
 
     def __post_init__(self) -> None:
-        if self.at_once is not None and self.at_once < 1:
+        if self.at_once is not None and not self.at_once >= 1:
             raise Refused(f"at_once={self.at_once}: say a number of questions, 1 or more, or None for any number")
 
 
