@@ -76,7 +76,7 @@ class Deadlines:
         """
         task = asyncio.current_task()
         assert task is not None
-        me = object()
+        me, cancelled = object(), task.cancelling()
         end = self._loop.time() + max(seconds, 0.0)
         self._waiting[me] = end, task
         if late is not None:
@@ -88,14 +88,19 @@ class Deadlines:
         try:
             return await work
         except asyncio.CancelledError:
-            if me in self._over and task.uncancel() == 0:
-                raise (StoodStill if me in self._still else TimeoutError) from None
+            if me in self._over:
+                self._over.discard(me)
+                if task.uncancel() <= cancelled:
+                    raise (StoodStill if me in self._still else TimeoutError) from None
             raise
         finally:
             ending.reset(before)
             bound.at = inf
             del self._waiting[me]
-            self._over.discard(me)
+            if me in self._over:
+                # The work swallowed it. What this task waits for later must not take it for a cancellation.
+                self._over.discard(me)
+                task.uncancel()
             self._still.discard(me)
             if late is not None:
                 del self._late[me]

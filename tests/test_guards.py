@@ -480,6 +480,58 @@ def test_a_time_out_that_is_no_length_of_time_is_refused_and_one_that_is_over_is
     virtual(main)
 
 
+def test_a_time_out_leaves_nothing_behind_in_the_task_though_who_was_asked_swallowed_it(
+    virtual: Run, clock: VirtualClock, bus_url: str
+) -> None:
+    stubborn = Service("stubborn", owns=backs)
+
+    @stubborn.answer
+    async def back(query: Back) -> str:
+        try:
+            await clock.sleep(60.0)
+        except asyncio.CancelledError:
+            return "all the same"
+        return ""
+
+    async def main() -> None:
+        owner, task = Owner(clock), asyncio.current_task()
+        assert task is not None
+        async with running(stubborn, owner.service, bus=bus_url, clock=clock) as bus:
+            owner.freeze()
+            assert await bus.ask(Back(), timeout=1.0) == "all the same"
+            assert task.cancelling() == 0
+            with pytest.raises(NoAnswer):
+                await bus.ask(Count(), timeout=1.0)
+            owner.thaw()
+
+    virtual(main)
+
+
+def test_who_is_cancelled_may_ask_once_more_and_is_told_of_the_time_out(
+    virtual: Run, clock: VirtualClock, bus_url: str
+) -> None:
+    async def main() -> None:
+        owner, told = Owner(clock), list[str]()
+        async with running(owner.service, bus=bus_url, clock=clock) as bus:
+            owner.freeze()
+
+            async def work() -> None:
+                try:
+                    await clock.sleep(60.0)
+                finally:
+                    told.extend(await outcomes(lambda: bus.ask(Count(), timeout=1.0), 2))
+
+            task = asyncio.ensure_future(work())
+            await clock.sleep(0.1)
+            task.cancel()
+            await asyncio.wait({task})
+            assert task.cancelled()
+            assert told == ["NoAnswer"] * 2
+            owner.thaw()
+
+    virtual(main)
+
+
 def test_a_number_that_makes_no_sense_is_refused() -> None:
     for at_once in (0, -1):
         with pytest.raises(Refused, match="say a number of questions, 1 or more"):
