@@ -1,4 +1,5 @@
-# demo: see it run.  test: everything that must hold before a change lands.  The rest is parts of these.
+# demo: see it run.  test: everything that must hold before a change lands.  soak: faults at random for ten minutes.
+# The rest is parts of these.
 # All of it lives in .venv, which is made here, and made anew only if what it is made from has changed.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constr
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check soak bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/cauce demo
@@ -22,6 +23,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict
 	$(BIN)/pyright
+
+soak: $(VENV)/.dev
+	@$(BIN)/python -m tests.soak
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks

@@ -39,19 +39,21 @@ Handle = Callable[[Entry, Unit], Awaitable[None]]
 
 async def handled(handle: Handle, entry: Entry, unit: Unit) -> Exception | None:
     """What the handler raised, if trying again may help. Raises `Damaged`, and what stops this task."""
+    failed: Exception | None = None
     try:
         await handle(entry, unit)
     except Damaged:
         raise
     except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        # Nobody stops this task: something that the handler waited for was cancelled.
-        return RuntimeError(f"what it waited for was cancelled: {error!r}")
+        # If nobody stops this task, something that the handler waited for was cancelled.
+        failed = RuntimeError(f"what it waited for was cancelled: {error!r}")
     except Exception as error:
-        return error
-    return None
+        failed = error
+    task = asyncio.current_task()
+    if task is None or task.cancelling():
+        # Whatever the handler made of that: its slot may be another's by now, who handles this again.
+        raise asyncio.CancelledError
+    return failed
 
 
 async def entry_of(log: Log, consumer: str, waiting: Waiting) -> Entry:
@@ -170,6 +172,8 @@ class Aside:
         self._newer = set(self._retries)
         rows: dict[tuple[int, str], deque[Waiting]] = {}
         for waiting in await self._store.waiting(self._name):
+            if waiting.mark:
+                continue
             rows.setdefault((waiting.slot, waiting.stream), deque()).append(waiting)
         for stream, queue in list(self._waiting.items()):
             if stream in self._retries or stream in self._newer:

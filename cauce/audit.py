@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from cauce.clock import Clock
 from cauce.errors import CauceError, Unavailable
 from cauce.log import Log
-from cauce.store import Store
+from cauce.store import Store, places_in
 
 __all__ = ["SHORTEST", "Audit"]
 
@@ -63,7 +63,7 @@ class Audit:
     async def _forget(self, domain: str, consumer: str) -> None:
         log, count = self._commands, 0
         before = self._clock.now() - round(self._seconds * 1_000_000)
-        places = await self._store.places(consumer, log.id, await log.head())
+        places = await places_in(self._store, consumer, log)
         # Asked for after the places, which pass what is set aside: it may be tried again, and must be there.
         waiting: dict[int, int] = {}
         for each in await self._store.waiting(consumer):

@@ -287,7 +287,10 @@ class Commander:
                     await self._idle.wait()
         except TimeoutError:
             _log.warning("%s: what is being decided does not end, and its slot is given away", self.domain)
-        await self.settled()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks))
+        # Not until nothing is left to be written: other slots go on, and under load there always is something.
+        await self.records.flush()
         for key in [key for key in self._things if slot_of(key) in gone]:
             del self._things[key]
         await self._leases.release(*(self._slots[slot] for slot in gone))

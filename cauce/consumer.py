@@ -10,19 +10,21 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
+from cauce.abreast import Abreast
 from cauce.accept import slot_of
 from cauce.aside import DIED, Aside, Handle, entry_of, handled
 from cauce.clock import Clock
 from cauce.codec import Entry
 from cauce.errors import Fenced, Unavailable
+from cauce.lane import Lane, Slot
 from cauce.log import Log, filter_of
+from cauce.portion import Load, Portion
 from cauce.retry import USUAL, Retries
-from cauce.store import BadStatement, Share, Store, Unit, Waiting
+from cauce.store import BadStatement, Share, Store, Unit, Waiting, places_in
 
 __all__ = ["Consumer", "Tail"]
 
@@ -30,44 +32,14 @@ _log = logging.getLogger("cauce")
 
 _PAGE = 500
 _LANE = 500
+_BYTES = 16 * 1024 * 1024
+"""What waits for a consumer weighs about so much at most; beyond that each lane has the one it works on."""
+
 _MOST_WAITING = 10_000
 _OFTEN = 10_000
 _MOMENT = 0.05
-Slot = tuple[str, int]
-
-
-class _Lane:
-    """One slot of one domain: what waits to be handled, one after the other.
-
-    `handed` is the position up to which it was given all that it wants, `place` that of the last one handled. While it
-    is not `joined` it reads for itself, with the others of its `group`. `careful`: its first message may be the one
-    that killed the process. `full`: too much waits.
-    """
-
-    __slots__ = (
-        "careful",
-        "full",
-        "group",
-        "handed",
-        "joined",
-        "place",
-        "queue",
-        "room",
-        "share",
-        "slot",
-        "task",
-        "written",
-    )
-
-    def __init__(self, slot: Slot, share: Share | None, place: int) -> None:
-        self.slot, self.share = slot, share
-        self.handed = self.place = self.written = place
-        self.joined = self.full = False
-        self.careful = share is not None and not share.clean
-        self.queue: deque[Entry] = deque()
-        self.room = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
-        self.group: set[_Lane] = set()
+_DEAF = 1.0
+"""Seconds that a handler gets to end once it is cancelled."""
 
 
 class Consumer:
@@ -79,6 +51,7 @@ class Consumer:
         bodies: whether it needs more than envelopes.
         retry: when a message is tried again, and how often before it is a dead letter.
         may_begin: whether the instance is sure enough of its slots to begin something new.
+        concurrency: how many messages it handles at once; 0: one in each slot of each domain.
         caution: shared by all consumers of a service: held while what may have killed the process is tried.
         fenced: told when another instance has what this one still works on; without it, that stops the consumer.
     """
@@ -96,23 +69,33 @@ class Consumer:
         bodies: bool = True,
         retry: Retries = USUAL,
         may_begin: Callable[[], bool] = lambda: True,
+        concurrency: int = 0,
         caution: asyncio.Lock | None = None,
         fenced: Callable[[Fenced], None] | None = None,
     ) -> None:
         self.name, self.wants, self.bodies = name, wants, bodies
+        self._leaving: set[int] = set()
+        self._moved = asyncio.Event()
+        self._abreast = None
+        if concurrency:
+            self._abreast = Abreast(
+                concurrency, name, log.id, store, clock, may_begin, self._has_room, self._leaving, self._moved, self._stops
+            )  # fmt: skip
+            handle = self._abreast.gate(handle)
         self._handle, self._log, self._store, self._clock = handle, log, store, clock
         self._now, self._begin = now, 0
         self._may_begin, self._fenced = may_begin, fenced
-        self._lanes: dict[Slot, _Lane] = {}
+        self._lanes: dict[Slot, Lane] = {}
         self._looked = 0
         self._tail: Tail | None = None
+        self._load, self._portion = Load(), Portion(_LANE // 2)
         self._readers: set[asyncio.Task[None]] = set()
-        self._leaving: set[int] = set()
-        self._moved = asyncio.Event()
         self._aside = Aside(
             name, handle, functools.partial(entry_of, log, name), store, clock, retry, may_begin,
             caution or asyncio.Lock(), self._share, self._leaving, self._moved, self._stops,
         )  # fmt: skip
+        if self._abreast is not None:
+            self._abreast.beside(self._aside)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # ------------------------------------------------------------------------------------------ what it works on
@@ -127,19 +110,27 @@ class Consumer:
         self._tail = tail
         self._looked = max(self._looked, tail.looked)
         self._leaving.difference_update(shares)
-        places = await self._store.places(self.name, self._log.id, await self._log.head())
+        places = await places_in(self._store, self.name, self._log)
+        kept = [waiting for waiting in await self._store.waiting(self.name) if waiting.slot in shares]
         lanes = []
+        careful = 1 if self._abreast is None else self._abreast.most
         for domain in self.wants:
             for slot, share in shares.items():
                 place = places.get((domain, slot))
-                lane = _Lane((domain, slot), share, self._begin if place is None else place)
+                marks = {
+                    each.position: each.mark
+                    for each in kept
+                    if each.slot == slot and each.mark and each.stream.partition("/")[0] == domain
+                }
+                lane = Lane((domain, slot), share, self._begin if place is None else place, self._load, marks, careful)
+                await self._forget_marks(lane)
                 self._lanes[domain, slot] = lane
                 lanes.append(lane)
                 if place is None:
                     # Written down at once: what "now" meant must not change with a restart.
                     self._store.move(share, self.name, domain, slot, self._log.id, lane.place)
-        for waiting in await self._store.waiting(self.name):
-            if waiting.slot in shares:
+        for waiting in kept:
+            if not waiting.mark:
                 share = shares[waiting.slot]
                 if waiting.due < 0 and share is not None and share.clean:
                     # The last one who had it in hand ended, or gave it away, in good order: it has not killed that one.
@@ -147,15 +138,30 @@ class Consumer:
                 self._aside.add(waiting)
         self._catch_up(lanes)
 
+    async def _forget_marks(self, lane: Lane) -> None:
+        """Those that the place has passed without meeting them, such as of what is not wanted any more."""
+        passed = [position for position in lane.marks if position <= lane.place]
+        if passed:
+            unit = Unit(lane.share)
+            unit.passed = [(self.name, position) for position in passed]
+            await self._aside.commit(unit)
+            for position in passed:
+                del lane.marks[position]
+
+    def begin_no_more(self, slots: Iterable[int]) -> None:
+        """Finish what is in hand in these slots, and begin nothing more there."""
+        self._leaving.update(slots)
+        self._moved.set()
+
     async def drop(self, slots: Iterable[int], within: float) -> None:
         """Finish what is in hand in these slots, begin nothing more there, and note the places.
 
         Parameters:
-            within: seconds that handlers get; what takes longer is cancelled, and handled again.
+            within: seconds that handlers get; what takes longer is cancelled, and handled again. One that ignores that
+                is left alone: nothing of it is stored any more.
         """
         gone = set(slots)
-        self._leaving.update(gone)
-        self._moved.set()
+        self.begin_no_more(gone)
         lanes = [lane for lane in self._lanes.values() if lane.slot[1] in gone]
         for lane in lanes:
             lane.handed = self._handed(lane)
@@ -163,16 +169,24 @@ class Consumer:
             lane.group.discard(lane)
             lane.room.set()
         working = {lane.task for lane in lanes if lane.task is not None} | self._aside.leave(gone)
+        working.update(*(lane.tasks for lane in lanes))
         if working:
             _, late = await asyncio.wait(working, timeout=within)
             if late:
                 _log.warning("%s: %d handlers did not finish within %g s", self.name, len(late), within)
                 for task in late:
                     task.cancel()
-                await asyncio.wait(late)
+                _, deaf = await asyncio.wait(late, timeout=_DEAF)
+                if deaf:
+                    _log.error(
+                        "%s: %d handlers go on though they were cancelled: nothing of it is stored",
+                        self.name,
+                        len(deaf),
+                    )
         for lane in lanes:
             self._note(lane, lane.place if lane.queue else lane.handed)
             self._lanes.pop(lane.slot, None)
+            lane.close()
         self._aside.drop(gone)
         self._moved.set()
 
@@ -187,18 +201,20 @@ class Consumer:
         Parameters:
             within: seconds that handlers get to end when they are cancelled; what still runs then can store nothing.
         """
-        working = self._at_work()
+        working, lanes = self._at_work(), list(self._lanes.values())
         self._lanes, self._readers = {}, set()
         self._aside.abandon()
         for task in working:
             task.cancel()
         if working and (late := (await asyncio.wait(working, timeout=within))[1]):
             _log.warning("%s: %d handlers did not end when they were cancelled", self.name, len(late))
+        for lane in lanes:
+            lane.close()
         self._moved.set()
 
     def _at_work(self) -> set[asyncio.Task[None]]:
-        lanes = (lane.task for lane in self._lanes.values())
-        return {task for task in (*lanes, *self._readers, *self._aside.tasks) if task is not None}
+        tasks = {task for lane in self._lanes.values() for task in (lane.task, *lane.tasks) if task is not None}
+        return tasks.union(self._readers, self._aside.tasks)
 
     async def reload(self) -> None:
         """Look again at what waits for a person: one may have decided."""
@@ -216,7 +232,7 @@ class Consumer:
         lane = self._lanes.get(slot)
         if lane is None or not lane.joined or entry.position <= lane.handed:
             return
-        if len(lane.queue) >= _LANE:
+        if self._is_full(lane, _LANE):
             # Whoever is slow must not keep the others waiting.
             lane.joined, lane.handed = False, entry.position - 1
             self._catch_up([lane])
@@ -232,23 +248,27 @@ class Consumer:
                     self._note(lane, self._handed(lane))
         self._moved.set()
 
-    def _hand(self, lane: _Lane, entry: Entry) -> None:
-        lane.handed = entry.position
-        lane.queue.append(entry)
-        if lane.task is None:
+    def _hand(self, lane: Lane, entry: Entry) -> None:
+        lane.add(entry)
+        if self._abreast is not None:
+            self._abreast.hand(lane, entry)
+        elif lane.task is None:
             lane.task = asyncio.get_running_loop().create_task(self._run(lane))
 
-    def _handed(self, lane: _Lane) -> int:
+    def _is_full(self, lane: Lane, many: int) -> bool:
+        return len(lane.queue) >= many or (self._load.bytes >= _BYTES and bool(lane.queue))
+
+    def _handed(self, lane: Lane) -> int:
         return max(lane.handed, self._looked) if lane.joined else lane.handed
 
-    def _catch_up(self, lanes: Sequence[_Lane]) -> None:
+    def _catch_up(self, lanes: Sequence[Lane]) -> None:
         """Let these lanes read for themselves until they are where the tail is. Who is far behind hinders nobody."""
         assert self._tail is not None
         near = self._tail.looked - _OFTEN
         self._read_apart({each for each in lanes if each.handed >= near})
         self._read_apart({each for each in lanes if each.handed < near})
 
-    def _read_apart(self, group: set[_Lane]) -> None:
+    def _read_apart(self, group: set[Lane]) -> None:
         if group and self._tail is not None:
             for lane in group:
                 lane.group = group
@@ -256,7 +276,7 @@ class Consumer:
             self._readers.add(task)
             task.add_done_callback(self._readers.discard)
 
-    async def _read(self, group: set[_Lane], tail: Tail) -> None:
+    async def _read(self, group: set[Lane], tail: Tail) -> None:
         """Read for a group, which lanes may leave meanwhile: the full ones to read alone, others with their slot."""
         wanted = filter_of([self.wants])
         try:
@@ -267,11 +287,12 @@ class Consumer:
                 after = min(lane.handed for lane in group)
                 filter = msgspec.structs.replace(wanted, slots=frozenset(lane.slot[1] for lane in group))
                 try:
-                    page = await self._log.read(filter, after=after, limit=_LANE // 2, bodies=self.bodies)
+                    page = await self._log.read(filter, after=after, limit=self._portion.limit, bodies=self.bodies)
                 except Unavailable as error:
                     _log.warning("%s: reading waits: %s", self.name, error)
                     await self._clock.sleep(1.0)
                     continue
+                self._portion.met(page.entries)
                 for entry in page.entries:
                     lane = self._lanes.get((entry.domain, slot_of(entry.key)))
                     if lane in group and entry.position > lane.handed and self.has(entry.domain, entry.type):
@@ -291,14 +312,14 @@ class Consumer:
         except Exception as error:
             self._stops(error)
 
-    async def _part(self, group: set[_Lane]) -> None:
+    async def _part(self, group: set[Lane]) -> None:
         """Let the full lanes go their own way; one that is alone waits until there is room."""
-        for lane in [each for each in group if len(each.queue) >= _LANE // 2]:
+        for lane in [each for each in group if self._is_full(each, _LANE // 2)]:
             if len(group) > 1:
                 group.discard(lane)
                 self._read_apart({lane})
             else:
-                while lane in group and len(lane.queue) >= _LANE // 2:
+                while lane in group and self._is_full(lane, _LANE // 2):
                     lane.room.clear()
                     await lane.room.wait()
 
@@ -334,46 +355,38 @@ class Consumer:
 
     # ------------------------------------------------------------------------------------------------- one lane
 
-    async def _run(self, lane: _Lane) -> None:
+    async def _run(self, lane: Lane) -> None:
         try:
             while lane.queue and lane.slot[1] not in self._leaving:
                 if not await self._one(lane, lane.queue[0]):
                     break
-                lane.queue.popleft()
-                lane.room.set()
+                lane.pop()
         except Exception as error:
             self._stops(error)
         finally:
             lane.task = None
             self._moved.set()
 
-    async def _one(self, lane: _Lane, entry: Entry) -> bool:
+    async def _one(self, lane: Lane, entry: Entry) -> bool:
         """Handle an entry, or set it aside. False: its slot was given up before it began."""
         domain, slot = lane.slot
         while not self._may_begin():
             if slot in self._leaving:
                 return False
             await self._clock.sleep(_MOMENT)
-        while self._aside.many(slot) >= _MOST_WAITING and self._aside.last(entry.stream) is not None:
-            if slot in self._leaving:
-                return False
-            if not lane.full:
-                lane.full = True
-                _log.error(
-                    "%s: %d messages wait in slot %d, so it handles no more there: see cauce dead, and %s",
-                    self.name, self._aside.many(slot), slot, entry.stream,
-                )  # fmt: skip
-            self._moved.clear()
-            await self._moved.wait()
-        lane.full = False
+        if self._aside.many(slot) >= _MOST_WAITING and not await self._has_room(lane, entry):
+            return False
         ahead, waiting = self._aside.last(entry.stream), None
         unit = Unit(lane.share)
-        if ahead is not None:
+        if lane.marks and lane.marks.pop(entry.position, "") == entry.id:
+            # Several were handled at once before.
+            unit.passed = [(self.name, entry.position)]
+        elif ahead is not None:
             if ahead.position < entry.position:
                 waiting = Waiting(entry.position, entry.stream, slot, error="waits behind an earlier one")
         elif lane.careful:
             waiting = Waiting(entry.position, entry.stream, slot, due=-1, error=DIED)
-            lane.careful = False
+            lane.careful = 0
         else:
             error = await handled(self._handle, entry, unit)
             if error is not None:
@@ -397,6 +410,23 @@ class Consumer:
             self._aside.add(waiting)
         return True
 
+    async def _has_room(self, lane: Lane, entry: Entry) -> bool:
+        """Wait while too much waits in its slot to set this aside, too. False: the slot was given up meanwhile."""
+        slot = lane.slot[1]
+        while self._aside.many(slot) >= _MOST_WAITING and self._aside.last(entry.stream) is not None:
+            if slot in self._leaving:
+                return False
+            if not lane.full:
+                lane.full = True
+                _log.error(
+                    "%s: %d messages wait in slot %d, so it handles no more there: see cauce dead, and %s",
+                    self.name, self._aside.many(slot), slot, entry.stream,
+                )  # fmt: skip
+            self._moved.clear()
+            await self._moved.wait()
+        lane.full = False
+        return True
+
     def _wrong(self, entry: Entry, unit: Unit, slot: int, error: Exception) -> Waiting:
         unit.statements.clear()
         unit.said.clear()
@@ -407,7 +437,7 @@ class Consumer:
     def _share(self, slot: int) -> Share | None:
         return next((lane.share for lane in self._lanes.values() if lane.slot[1] == slot), None)
 
-    def _note(self, lane: _Lane, position: int) -> None:
+    def _note(self, lane: Lane, position: int) -> None:
         if position > lane.written:
             lane.place = lane.written = position
             self._store.move(lane.share, self.name, *lane.slot, self._log.id, position)
@@ -439,17 +469,18 @@ class Tail:
 
     async def run(self) -> None:
         """Read and hand out, for ever."""
-        consumers = self.consumers
+        consumers, portion = self.consumers, Portion(_PAGE)
         table: dict[tuple[str, str], list[Consumer]] = {}
         wanted = filter_of(each.wants for each in consumers)
         bodies = any(consumer.bodies for consumer in consumers)
         while True:
             try:
-                page = await self._log.read(wanted, after=self.looked, limit=_PAGE, wait=5.0, bodies=bodies)
+                page = await self._log.read(wanted, after=self.looked, limit=portion.limit, wait=5.0, bodies=bodies)
             except Unavailable as error:
                 _log.warning("reading waits: %s", error)
                 await self._clock.sleep(1.0)
                 continue
+            portion.met(page.entries)
             for entry in page.entries:
                 domain, _, key = entry.stream.partition("/")
                 found = table.get((domain, entry.type))

@@ -67,6 +67,8 @@ _log = logging.getLogger("cauce")
 _encode = msgspec.json.Encoder().encode
 _decode_asked = msgspec.json.Decoder(Asked).decode
 _MOMENT = 0.05
+_LAST = 1.0
+"""Seconds for each of the last steps of a stop, when handlers have used up their time."""
 _GUARDS = Guards()
 _REST = 1.0
 _WISHES_AT_ONCE = 10_000
@@ -135,7 +137,7 @@ async def running(
         if isinstance(clock, SystemClock):
             # A clock that tests drive says nothing of how long the loop really takes.
             stack.callback(_watched(bounds, clock).stop)
-        stack.push_async_callback(_stop, each, tasks, drain)
+        stack.push_async_callback(_stop, each, tasks, clock, drain)
         # Each step for all, before the next for any: nobody owns half of what it says, or reacts before others answer.
         for step in (
             _Running.look,
@@ -156,17 +158,24 @@ async def running(
         face.failed.result()
 
 
-async def _stop(services: Sequence[_Running], tasks: _Tasks, drain: float) -> None:
-    """First nothing new comes in; then what is in hand is finished while all still answer each other; then all ends."""
+async def _stop(services: Sequence[_Running], tasks: _Tasks, clock: Clock, drain: float) -> None:
+    """First nothing new comes in; then what is in hand is finished while all still answer each other; then all ends.
+
+    Handlers have until the time is over. What remains to be done then takes a few seconds more, whatever they do.
+    """
+    until = clock.monotonic() + drain
+
+    def left() -> float:
+        return until - clock.monotonic()
+
     for service in services:
-        service.close_shares()
+        service.begin_no_more()
     await tasks.stop("tail")
-    await asyncio.gather(*(service.drain(drain) for service in services))
+    await asyncio.gather(*(service.drain(left) for service in services))
     for service in services:
         service.leave()
-    await asyncio.gather(*(service.answered(drain) for service in services))
-    for service in services:
-        await service.finish(drain)
+    await asyncio.gather(*(service.answered(max(_LAST, left())) for service in services))
+    await asyncio.gather(*(service.finish(max(_LAST, left())) for service in services))
     await tasks.stop()
     for service in services:
         await service.close()
@@ -236,9 +245,15 @@ class _Tasks:
     async def stop(self, name: str | None = None) -> None:
         """Cancel those of a name, or all, and wait for them."""
         tasks = [task for task, each in self._tasks.items() if name in (None, each)]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _ended(tasks)
+
+
+async def _ended(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel tasks, and wait until they have ended; but not for functions of a user that do not."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=_LAST)
 
 
 class Tails:
@@ -271,7 +286,9 @@ class _Running:
         tails: Tails,
         drain: float,
     ) -> None:
-        self._service, self._parts, self._stores, self._bus, self._drain = service, parts, stores, bus, drain
+        self._service, self._parts, self._stores, self._bus = service, parts, stores, bus
+        self._left: Callable[[], float] = lambda: drain
+        self._state: State = "running"
         self._tasks, self._tails = tasks, tails
         self._owner = identity(service.name, bus.clock)
         self._leases = Leases(bus.facts, self._owner, bus.clock)
@@ -297,7 +314,6 @@ class _Running:
             for bound in parts
             if bound.part.kind in ("on", "every", "answer") or (bound.part.kind == "decide" and bound.is_async)
         }
-        self._state: State = "running"
         self._leading: list[asyncio.Task[None]] = []
         self._timers: Timers | None = None
 
@@ -458,7 +474,7 @@ class _Running:
                 await commander.take_over(slots, before)
             if self._running:
                 await self._serve_slots(slots)
-                await self._announce("running")
+                await self._announce(self._state)
                 await self._hold(shares)
         except Exception:
             # One domain without the other is nobody's: who holds a slot holds it in all.
@@ -491,7 +507,7 @@ class _Running:
         a lock of its own, and their writes tell by themselves if another has written.
         """
         await self._stop_leading()
-        await asyncio.gather(*(consumer.abandon(self._drain) for consumer, _ in self._consumers))
+        await asyncio.gather(*(consumer.abandon(max(0.0, self._left())) for consumer, _ in self._consumers))
         for commander in self._commanders.values():
             commander.abandon()
         for address in [each for each in self._served if "/" in each or not each]:
@@ -499,9 +515,9 @@ class _Running:
         await self._leases.forget(owner)
         self._owner = owner
         if self._outbox is not None:
-            await self._outbox.abandon(self._drain)
+            await self._outbox.abandon(max(0.0, self._left()))
         if self._running:
-            await self._announce("running")
+            await self._announce(self._state)
 
     async def _hold(self, shares: Sequence[Share]) -> None:
         """Begin to work on what was taken."""
@@ -522,17 +538,19 @@ class _Running:
     async def _lose(self, shares: Sequence[Share]) -> None:
         """Finish what is in hand, for another instance to go on."""
         slots = _slots_of(shares)
+        within = max(0.0, self._left())
         # Handlers may take long, and meanwhile wishes are still decided here.
-        await asyncio.gather(*(consumer.drop(slots, self._drain) for consumer, _ in self._consumers))
+        await asyncio.gather(*(consumer.drop(slots, within) for consumer, _ in self._consumers))
         if self._outbox is not None:
-            await self._outbox.drop(slots, self._drain)
+            await self._outbox.drop(slots, max(_LAST, self._left()))
         for domain in self._handlers:
             for slot in slots:
                 self._leave(f"{domain}/{slot}")
         if self._running:
-            await self._announce("running")
+            await self._announce(self._state)
+        within = max(_LAST, self._left())
         for commander in self._commanders.values():
-            await commander.let_go(slots, self._drain)
+            await commander.let_go(slots, within)
         if any(share.slot is None for share in shares):
             await self._stop_leading()
         assert self._store is not None
@@ -560,38 +578,47 @@ class _Running:
 
     # ------------------------------------------------------------------------------------------------------- stopping
 
-    def close_shares(self) -> None:
-        """Take nothing more."""
+    def begin_no_more(self) -> None:
+        """Take nothing more, neither slots nor messages."""
         if self._shares is not None:
             self._shares.close()
+        for consumer, _ in self._consumers:
+            consumer.begin_no_more(range(SLOTS))
 
-    async def drain(self, seconds: float) -> None:
-        """Let handlers finish, and what they said reach its log, within so many seconds each."""
+    async def drain(self, left: Callable[[], float]) -> None:
+        """Let handlers finish, give all slots to other instances if there are any, and what was said to its log.
+
+        Parameters:
+            left: the seconds that handlers still have.
+        """
         if not self._running or self._outbox is None:
             return
+        assert self._shares is not None
+        self._left, self._state = left, "draining"
+        if not self._shares.is_alone:
+            # Those answer by now. Who is alone is asked by what is in hand here.
+            for domain in self._handlers:
+                self._leave(domain)
         try:
-            self._state = "draining"
             await self._announce("draining")
         except Refused as error:
             _log.warning("%s ends without saying so: %s", self._service.name, error)
         await self._stop_leading()
+        if not self._shares.is_alone:
+            try:
+                await self._shares.hand_over(max(0.0, left()))
+            except CauceError as error:
+                _log.warning("%s could not give its slots to the others: %s", self._service.name, error)
+        within = max(0.0, left())
+        await asyncio.gather(*(consumer.drop(range(SLOTS), within) for consumer, _ in self._consumers))
+        for consumer, _ in self._consumers:
+            consumer.stop()
         try:
-            async with asyncio.timeout(seconds):
-                await asyncio.gather(*(consumer.drop(range(SLOTS), seconds) for consumer, _ in self._consumers))
-        except TimeoutError:
-            _log.warning(
-                "%s: handlers did not finish within %g s; what they handle is handled again",
-                self._service.name,
-                seconds,
-            )
-            for consumer, _ in self._consumers:
-                consumer.stop()
-        try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(max(_LAST, left())):
                 await self._outbox.relayed(patient=False)
         except (CauceError, TimeoutError) as error:
             _log.warning("what %s said waits in its outbox for the next start: %r", self._service.name, error)
-        await self._outbox.drop(range(SLOTS), seconds)
+        await self._outbox.drop(range(SLOTS), max(_LAST, left()))
         if many := self._outbox.put_off:
             _log.warning("what %s said of %d things waits in its outbox for the next start", self._service.name, many)
 
@@ -640,9 +667,7 @@ class _Running:
 
     async def _stop_leading(self) -> None:
         tasks, self._leading = self._leading, []
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _ended(tasks)
 
     # ---------------------------------------------------------------------------------------------------------- parts
 
@@ -747,6 +772,7 @@ class _Running:
             name, _wants(bound), self._metered(name, handle), log, store, bus.clock, bodies=not bound.notice,
             retry=bound.part.retry, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
             fenced=shares.fenced,
+            concurrency=bound.part.concurrency,
         )  # fmt: skip
 
     def _metered(self, name: str, handle: Handle) -> Handle:
@@ -942,11 +968,13 @@ class _Running:
             commander = self._commanders.get(domain.name)
             if commander is None:
                 raise NoAnswer(f"{domain.name} has no things, so nothing can be wished of it")
-            if by_hand and slot_of(ask.key) not in commander.slots:
-                # Who asks by hand need not know which instance holds what.
+            if slot_of(ask.key) not in commander.slots:
+                # Who asks by hand need not know which instance holds what, and a slot may have gone just now.
                 return await self._bus.wish(domain.name, ask)
             receipt = await commander.call(ask)
             return Reply("", "", receipt.version, receipt.position, receipt.changed)
+        if ask.kind in ("undo", "publish") and slot_of(ask.key) not in self._commanders[domain.name].slots:
+            return await self._bus.wish(domain.name, ask)
         if ask.kind == "undo":
             return await self._undo(domain, ask)
         await self._publish(self._commanders[domain.name], ask)

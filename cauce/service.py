@@ -44,6 +44,7 @@ Start = Literal["first", "now"]
 AUDIT = 30 * 86_400.0
 
 _RULE_BYTES = 63
+_MOST_AT_ONCE = 10_000
 
 
 AT_ONCE = 2_000
@@ -56,8 +57,9 @@ PATIENCE = 60.0
 
 class Part(msgspec.Struct, frozen=True):
     """One function of a service, as the decorator found it; of a replica, its class. `view`: for which it works;
-    `most`: how many may bear what it finds; `at_once`: how many questions it has in hand at a time; `patience`: seconds
-    that a call of it gets, None: as its service says."""
+    `most`: how many may bear what it finds; `at_once`: how many questions it has in hand at a time; `concurrency`: how
+    many messages it handles at once, 0: as many as slots; `patience`: seconds that a call of it gets, None: as its
+    service says."""
 
     kind: Kind
     function: Callable[..., Any]
@@ -68,6 +70,7 @@ class Part(msgspec.Struct, frozen=True):
     missed: Missed = "once"
     view: str = ""
     most: int | Callable[[Any], int] = 1
+    concurrency: int = 0
     at_once: int = AT_ONCE
     patience: float | None = None
 
@@ -180,6 +183,7 @@ class Service:
         *,
         start: Start = "first",
         retry: Retries = USUAL,
+        concurrency: int = 0,
         patience: float | None = None,
     ) -> Callable[[F], F]: ...
     def on(
@@ -188,6 +192,7 @@ class Service:
         *,
         start: Start = "first",
         retry: Retries = USUAL,
+        concurrency: int = 0,
         patience: float | None = None,
     ) -> Any:
         """Reacts, told by the type of the parameter: to events (`UserRegistered`), to their thin form
@@ -201,12 +206,19 @@ class Service:
                 comes from `now` on.
             retry: when a message is tried again, and how often before it is a dead letter: a `Retry`, or one for each
                 class of errors, as `{TimeoutError: Retry(attempts=50), ValueError: NEVER}`.
+            concurrency: how many messages an instance handles at once at most, never two of one thing; 1 to 10,000. 0:
+                one in each slot of each domain, so at most 16 of a domain.
             patience: seconds that a call of it gets; None: as the service says, 0: without end.
         """
         check_retries(retry, self.name)
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or not 0 <= concurrency <= _MOST_AT_ONCE:
+            raise Refused(
+                f"{self.name}: concurrency={concurrency!r}: say how many messages at once, 1 to {_MOST_AT_ONCE:,}, or 0 for one in each slot"
+            )
+        settings = {"start": start, "retry": retry, "concurrency": concurrency, "patience": patience}
         if function is None:
-            return lambda each: self._add("on", each, start=start, retry=retry, patience=patience)
-        return self._add("on", function, start=start, retry=retry, patience=patience)
+            return lambda each: self._add("on", each, **settings)
+        return self._add("on", function, **settings)
 
     def every(
         self,

@@ -18,12 +18,15 @@ from cauce.errors import Fenced, Unavailable
 from cauce.lease import BEAT, TTL, identity, is_dead
 from cauce.store import Share, Standing, Store
 
-__all__ = ["LEAD", "NAMES", "Shares", "slot_name"]
+__all__ = ["LEAD", "LEAVING", "NAMES", "Shares", "slot_name"]
 
 _log = logging.getLogger("cauce")
 
 LEAD = "lead"
 """Held by the one instance that feeds views and replicas, and runs intervals."""
+
+LEAVING = "leaving"
+"""Held by the one instance that is about to leave: the others count without it, and look out for what it gives."""
 
 _SOON = 0.1
 """Seconds until the next look while something is on its way from one instance to another."""
@@ -68,6 +71,8 @@ class Shares:
         self._lost: Fenced | None = None
         self._doubt = asyncio.Event()
         self._joined, self._is_settled, self._still = False, True, True
+        self._apart = False
+        self._leaving: Share | None = None
         self._news = False
         self.touched: Callable[[], Awaitable[None]] = _nothing
 
@@ -77,7 +82,16 @@ class Shares:
         return self._clock.monotonic() - self._beaten < TTL * 2 / 3
 
     async def start(self) -> None:
-        """Join, and take what is free, also from those who are proved dead. Raises what stands in the way."""
+        """Join, and take what is free, also from those who are proved dead. Raises what stands in the way.
+
+        Where others hold everything it joins when it may `go`: until then nobody should give it anything.
+        """
+        standing = await self._store.tick(self.owner, ())
+        held = all(standing.holders.get(name, "") in standing.instances for name in NAMES)
+        if held and not any(is_dead(each) for each in standing.instances):
+            self._apart, self._is_settled = True, False
+            self._watch(standing, self._clock.monotonic())
+            return
         self._still = False
         await self._step()
         await self._finished()
@@ -97,7 +111,7 @@ class Shares:
 
     def go(self) -> None:
         """Share out from now on: until then nothing was taken after the start, and nothing given."""
-        self._still = False
+        self._still = self._apart = False
 
     async def run(self) -> None:
         """Beat, look, take and give, for ever; who was struck off forgets all and joins again as new."""
@@ -158,6 +172,45 @@ class Shares:
         """Take and give no more: the end is near, and until then the beat keeps what is held."""
         self._still = True
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other instance was seen at the last look, or this one never joined them."""
+        return self._apart or not self._seen
+
+    async def hand_over(self, within: float) -> None:
+        """Give all that is held to the other instances, once they look out for it.
+
+        Parameters:
+            within: seconds to wait until they do; one that lives needs no more than a beat.
+        """
+        self.close()
+        if self._moving is not None:
+            await asyncio.wait({self._moving})
+        until = self._clock.monotonic() + min(within, 2 * BEAT)
+        try:
+            await self._tell_the_others(until)
+        except Unavailable as error:
+            _log.warning("%s leaves without saying so: %s", self.owner.partition(" ")[0], error)
+        await self._give([*self._giving, *self.held.values()])
+
+    async def _tell_the_others(self, until: float) -> None:
+        # One at a time: two that leave would each wait for the other to take what it has.
+        while not (taken := await self._store.take(self.owner, [LEAVING])):
+            if not await self._is_time_left(until):
+                return
+        self._leaving = taken[0]
+        await self._beat()
+        before = dict(self._seen)
+        # Whose beat has changed since has looked since.
+        while any(self._seen.get(owner) == seen for owner, seen in before.items()) and await self._is_time_left(until):
+            await self._beat()
+
+    async def _is_time_left(self, until: float) -> bool:
+        if self._clock.monotonic() >= until:
+            return False
+        await self._clock.sleep(_SOON)
+        return True
+
     async def stop(self) -> None:
         """Leave: all that is still held is let go of in good order.
 
@@ -166,7 +219,7 @@ class Shares:
         if self._moving is not None:
             self._moving.cancel()
             await asyncio.gather(self._moving, return_exceptions=True)
-        shares = [*self.held.values(), *self._giving]
+        shares = [*self.held.values(), *self._giving, *([self._leaving] if self._leaving else [])]
         self.held.clear()
         await self._store.release(shares, owner=self.owner)
 
@@ -174,13 +227,24 @@ class Shares:
         standing = await self._beat()
         if self._moving is not None and self._moving.done():
             await self._moved()
-        if self._moving is None and not self._still:
+        if self._still or not self._joined:
+            return
+        fair, free = self._fair(standing)
+        # Known before the next rest: who waits for this one to look must not wait for two beats.
+        self._is_settled = (
+            not free and len(self._slots) == fair and standing.holders.get(LEAVING, "") not in standing.instances
+        )
+        if self._moving is None:
             # What is given away may take long to finish, and the beat must not wait for that.
-            self._moving = asyncio.get_running_loop().create_task(self._share_out(standing))
+            self._moving = asyncio.get_running_loop().create_task(self._share_out(fair, free))
 
     async def _beat(self) -> Standing:
         began = self._clock.monotonic()
-        standing = await self._store.tick(self.owner, self._dead(began), join=not self._joined)
+        apart = self._apart
+        standing = await self._store.tick(self.owner, self._dead(began), join=not (self._joined or apart))
+        if apart:
+            self._watch(standing, began)
+            return standing
         if not standing.alive:
             raise Fenced(f"{self.owner.partition(' ')[0]}: no beat of this instance was seen for {TTL:g} s")
         self._joined, self._beaten = True, began
@@ -209,17 +273,24 @@ class Shares:
     def _dead(self, now: float) -> list[tuple[str, int]]:
         return [(owner, beat) for owner, (beat, since) in self._seen.items() if now - since >= TTL or is_dead(owner)]
 
-    async def _share_out(self, standing: Standing) -> None:
-        instances = sorted(standing.instances)
+    @property
+    def _slots(self) -> list[Share]:
+        return [share for share in self.held.values() if share.slot is not None]
+
+    def _fair(self, standing: Standing) -> tuple[int, list[str]]:
+        """How many slots are this instance's part, and all names that nobody has."""
+        leaving = standing.holders.get(LEAVING)
+        instances = sorted(each for each in standing.instances if each != leaving)
         rank, many = instances.index(self.owner), len(instances)
-        fair = SLOTS // many + (rank < SLOTS % many)
+        free = [name for name in NAMES if standing.holders.get(name, "") not in standing.instances]
+        return SLOTS // many + (rank < SLOTS % many), free
+
+    async def _share_out(self, fair: int, free: Sequence[str]) -> None:
         if self._giving:
             await self._give_on()
         if self._gaining:
             await self._gain_on()
-        mine = [share for share in self.held.values() if share.slot is not None]
-        free = [name for name in NAMES if standing.holders.get(name, "") not in standing.instances]
-        self._is_settled = not free and len(mine) <= fair
+        mine = self._slots
         if len(mine) > fair:
             await self._give(mine[fair:])
         wanted = [name for name in free if name != LEAD][: max(0, fair - len(mine))]
@@ -242,7 +313,7 @@ class Shares:
     async def _give(self, shares: Sequence[Share]) -> None:
         self._giving = list(shares)
         for share in shares:
-            del self.held[share.name]
+            self.held.pop(share.name, None)
         await self._give_on()
 
     async def _give_on(self) -> None:

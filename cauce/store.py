@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ import msgspec
 
 from cauce.clock import Clock
 from cauce.errors import Damaged, Refused, Unavailable
+from cauce.log import Log
 from cauce.shelf import Shelf
 
 __all__ = [
@@ -37,9 +39,11 @@ __all__ = [
     "Unit",
     "Waiting",
     "check_places",
+    "mark_of",
     "no_letter",
     "no_timer",
     "pending_of",
+    "places_in",
     "write_places",
 ]
 
@@ -74,6 +78,20 @@ class Waiting(msgspec.Struct):
     error: str = ""
     trace: str = ""
     raw: bytes = b""
+
+    @property
+    def mark(self) -> str:
+        """The id of the message, if it does not wait at all but was handled ahead of the place."""
+        return msgspec.json.decode(self.raw, type=_Marked).id if self.attempts < 0 else ""
+
+
+class _Marked(msgspec.Struct, frozen=True):
+    id: str
+
+
+def mark_of(position: int, stream: str, slot: int, id: str) -> Waiting:
+    """What is kept, among what waits, of a message that was handled ahead of the place: until the place passes it."""
+    return Waiting(position, stream, slot, -1, error="handled ahead of the place", raw=msgspec.json.encode(_Marked(id)))
 
 
 class Share(msgspec.Struct, frozen=True):
@@ -115,13 +133,14 @@ class Timer(msgspec.Struct, frozen=True):
 
 
 class Unit:
-    """What one message changes, gathered while it is handled."""
+    """What one message changes, gathered while it is handled. `passed`: marks that go, of a consumer and a position."""
 
     __slots__ = (
         "cancelled",
         "committed",
         "later",
         "parked",
+        "passed",
         "place",
         "said",
         "share",
@@ -136,6 +155,7 @@ class Unit:
         self.said: list[tuple[str, int, bytes]] = []
         self.parked: tuple[str, Waiting] | None = None
         self.unparked: tuple[str, int] | None = None
+        self.passed: Sequence[tuple[str, int]] = ()
         self.place: tuple[str, str, int, str, int] | None = None
         self.timer: tuple[str, int] | None = None
         self.later: list[Timer] = []
@@ -146,7 +166,14 @@ class Unit:
     def is_empty(self) -> bool:
         """Whether there is nothing but a place to write."""
         return not (
-            self.statements or self.said or self.parked or self.unparked or self.timer or self.later or self.cancelled
+            self.statements
+            or self.said
+            or self.parked
+            or self.unparked
+            or self.passed
+            or self.timer
+            or self.later
+            or self.cancelled
         )
 
     @property
@@ -451,6 +478,16 @@ def no_letter(service: str, consumer: str, position: int) -> Refused:
 def no_timer(service: str, id: str) -> Refused:
     """What is told where a timer is to be cancelled that does not wait."""
     return Refused(f"{service} has no timer {id}: it has fired, or was cancelled, or never was; see cauce timers list")
+
+
+async def places_in(store: Store, consumer: str, log: Log) -> dict[tuple[str, int], int]:
+    """Where a consumer stands in a log, as `Store.places`, while other instances go on."""
+    places = await store.places(consumer, log.id, sys.maxsize)
+    # Not before: what they have read meanwhile may be beyond the head as it was.
+    head = await log.head()
+    if any(place > head for place in places.values()):
+        await store.places(consumer, log.id, head)
+    return places
 
 
 def check_places(

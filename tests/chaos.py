@@ -1,6 +1,7 @@
 """The services of the chaos test: an owner that counts, one that reacts with effects and commands, one with copies.
 
-`main` is a program that is one instance of one of them: which, the address of the bus, and its own name.
+`main` is a program that is one instance of one of them, or of two ("both"): which, the address of the bus, its
+own name.
 """
 
 # mypy: disable-error-code="empty-body"
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import sys
 
 from cauce import Command, Context, Domain, Event, Query, Record, Rejected, Service, Store, running
@@ -53,7 +55,10 @@ class Rows(Query[dict[str, list[tuple[str, int, int]]]], domain=copies):
     """What the replica and the view hold, as name, added, confirmed."""
 
 
-EFFECTS = "create table effects (number integer primary key autoincrement, key text, version integer, instance text)"
+EFFECTS = {
+    "sqlite": "create table effects (number integer primary key autoincrement, key text, version integer, instance text)",
+    "postgresql": "create table effects (number bigserial primary key, key text, version integer, instance text)",
+}
 SUMS = "create table sums (name text primary key, added integer not null, confirmed integer not null)"
 _SUM = "insert into sums values (?, ?, ?) on conflict (name) do update set added = added + excluded.added, confirmed = confirmed + excluded.confirmed"
 
@@ -121,17 +126,23 @@ def copying() -> Service:
 
 
 def main() -> None:
-    """Run one instance until standard input ends, or something stops it."""
+    """Run one instance until standard input ends, SIGTERM comes, or something stops it."""
     logging.basicConfig(level=logging.WARNING)
     asyncio.run(_serve(*sys.argv[1:]))
 
 
 async def _serve(which: str, url: str, instance: str) -> None:
-    service = {"tallies": owner, "reacting": lambda: reacting(instance), "copying": copying}[which]()
+    services = {
+        "tallies": lambda: [owner()],
+        "reacting": lambda: [reacting(instance)],
+        "copying": lambda: [copying()],
+        "both": lambda: [owner(), reacting(instance)],
+    }[which]()
     loop = asyncio.get_running_loop()
-    async with running(service, bus=url) as bus:
+    async with running(*services, bus=url) as bus:
         ended = loop.create_future()
         loop.add_reader(0, ended.cancel)
+        loop.add_signal_handler(signal.SIGTERM, ended.cancel)
         sys.stdout.write("ready\n")
         sys.stdout.flush()
         await asyncio.wait({ended, bus.failed}, return_when=asyncio.FIRST_COMPLETED)

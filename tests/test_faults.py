@@ -79,7 +79,7 @@ async def add(bus: Bus, *keys: str) -> list[Told]:
 
 async def opened(tmp_path: Path) -> tuple[Store, Unit]:
     """A store whose slot 1 is held, and an empty unit under its fence."""
-    store = await Store.open(tmp_path / "s", "s", SystemClock(), [EFFECTS])
+    store = await Store.open(tmp_path / "s", "s", SystemClock(), [EFFECTS["sqlite"]])
     await store.tick("me", (), join=True)
     (share,) = await store.take("me", ["slot/1"])
     return store, Unit(share)
@@ -204,7 +204,7 @@ def limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
-service = Service("reacting", schema=[EFFECTS, "alter table effects add column ballast blob"])
+service = Service("reacting", schema=[EFFECTS["sqlite"], "alter table effects add column ballast blob"])
 
 @service.on
 async def react(event: Added, ctx: Context) -> Confirm:

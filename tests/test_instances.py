@@ -27,6 +27,7 @@ from cauce.backends.sqlite.stores import SQLiteStores
 from cauce.clock import SystemClock
 from cauce.consumer import Consumer
 from cauce.errors import Busy
+from cauce.lease import BEAT
 from cauce.log import Log
 from cauce.shares import Shares
 from cauce.store import Letter, Share, Store
@@ -1089,6 +1090,106 @@ async def turn(shares: Shares) -> None:
         await shares._step()
     with suppress(Busy):
         await shares._finished()
+
+
+async def test_who_is_not_ready_is_given_nothing_and_everything_is_held_meanwhile(tmp_path: Path) -> None:
+    clock = SystemClock()
+    store = await SQLiteStore.open(tmp_path / "s", "s", clock)
+    first, second = Doing(), Doing()
+    one = Shares(store, "one", clock, first.gain, first.lose)
+    two = Shares(store, "two", clock, second.gain, second.lose)
+    await one.start()
+    one.go()
+    await two.start()
+    # It may take long to be ready, such as with a replica that is not complete.
+    for _ in range(4):
+        await turn(one)
+        await turn(two)
+    assert (len(one.held), len(two.held), first.lost) == (17, 0, [])
+    two.go()
+    for _ in range(4):
+        await turn(two)
+        await turn(one)
+    assert (len(one.held), len(two.held)) == (9, 8)
+    await store.close()
+
+
+async def test_who_leaves_gives_all_to_those_who_look_out_for_it_and_comes_back(tmp_path: Path) -> None:
+    clock = SystemClock()
+    store = await SQLiteStore.open(tmp_path / "s", "s", clock)
+    doing = {name: Doing() for name in ("one", "two", "three")}
+    shares = {name: Shares(store, name, clock, each.gain, each.lose) for name, each in doing.items()}
+    for each in shares.values():
+        await each.start()
+        each.go()
+    for _ in range(4):
+        for each in shares.values():
+            await turn(each)
+    assert sorted(len(each._slots) for each in shares.values()) == [5, 5, 6]
+    leaves = asyncio.ensure_future(shares["one"].hand_over(30))
+    async with asyncio.timeout(30):
+        while not leaves.done() or len(shares["two"]._slots) + len(shares["three"]._slots) < 16:
+            for name in ("two", "three"):
+                await turn(shares[name])
+            await asyncio.sleep(0)
+    await leaves
+    assert [len(each._slots) for each in shares.values()] == [0, 8, 8]
+    assert all(share.clean for name in ("two", "three") for share in shares[name].held.values())
+    await shares["one"].stop()
+    again = Shares(store, "again", clock, doing["one"].gain, doing["one"].lose)
+    await again.start()
+    again.go()
+    for _ in range(4):
+        for each in (again, shares["two"], shares["three"]):
+            await turn(each)
+    assert sorted(len(each._slots) for each in (again, shares["two"], shares["three"])) == [5, 5, 6]
+    await store.close()
+
+
+def test_who_gives_something_waits_for_one_beat_of_the_others_and_not_for_two(
+    virtual: Run, clock: VirtualClock, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        store = await SQLiteStore.open(tmp_path / "s", "s", clock)
+        one, two = (Shares(store, name, clock, Doing().gain, Doing().lose) for name in ("one", "two"))
+        await one.start()
+        one.go()
+        runs = [asyncio.ensure_future(one.run())]
+        await clock.sleep(60)
+        await two.start()
+        two.go()
+        began = clock.monotonic()
+        runs.append(asyncio.ensure_future(two.run()))
+        while len(two._slots) < 8:
+            await clock.sleep(0.01)
+        assert clock.monotonic() - began < BEAT + 1
+        for run in runs:
+            run.cancel()
+        await asyncio.gather(*runs, return_exceptions=True)
+        await store.close()
+
+    virtual(main)
+
+
+async def test_a_place_that_goes_on_in_the_slot_of_another_is_no_damage(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, places = Service("reading"), SQLiteStore.places
+
+    @reading.on
+    async def handle(event: Added) -> None: ...
+
+    async with running(owner, bus=bus_url) as bus:
+
+        async def go_on(self: SQLiteStore, consumer: str, log: str, head: int) -> dict[tuple[str, int], int]:
+            at = (await bus.call(Add("a"))).position
+            self.move(None, consumer, "counters", slot_of("a"), log, at)
+            await self.flush()
+            return await places(self, consumer, log, head)
+
+        monkeypatch.setattr(SQLiteStore, "places", go_on)
+        async with running(reading, bus=bus_url) as here:
+            await here.settled()
 
 
 async def test_what_could_not_be_given_at_once_is_given_later(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 
 from cauce.errors import Damaged, Fenced, Refused
-from cauce.store import BadStatement, Place, Share, Store, Stores, Timer, Unit, Waiting
+from cauce.store import BadStatement, Place, Share, Store, Stores, Timer, Unit, Waiting, mark_of
 from tests.kept import stores_of
 
 WITH_TABLES = ("sqlite", "postgresql")
@@ -217,6 +217,35 @@ async def test_what_waits_is_kept_as_it_is_in_order_until_it_is_taken_out(opened
     gone.unparked = "react", 12
     await asyncio.gather(store.commit(again), store.commit(gone))
     assert await store.waiting("react") == [first]
+
+
+async def test_a_mark_of_what_was_handled_ahead_is_one_with_its_unit_and_goes_with_the_place(
+    opened: Opened, fresh: Fresh
+) -> None:
+    store = await opened()
+    share = await share_of(store)
+    for position in (9, 12, 14):
+        ahead = unit(share)
+        ahead.said = [("react", 1, b"%d" % position)]
+        ahead.parked = "react", mark_of(position, "things/é ü", 1, f"id-{position}")
+        await store.commit(ahead)
+    other = await opened()
+    assert [(each.position, each.mark) for each in await other.waiting("react")] == [
+        (9, "id-9"), (12, "id-12"), (14, "id-14"),
+    ]  # fmt: skip
+    assert [said for *_, said in await other.outbox(0, 9)] == [b"9", b"12", b"14"]
+    assert await (await fresh()).letters() == []
+    assert (await (await fresh()).outline("s", 0)).pending == [], "it does not wait"
+    passing = unit(share, position=12)
+    passing.passed = [("react", 9), ("react", 12)]
+    await store.commit(passing)
+    assert [each.mark for each in await other.waiting("react")] == ["id-14"]
+    assert await other.places("react", "log", 100) == {("things", 1): 12}
+    stale = unit(Share(share.name, share.fence - 1, True, ""))
+    stale.passed = [("react", 14)]
+    with pytest.raises(Fenced):
+        await store.commit(stale)
+    assert [each.mark for each in await other.waiting("react")] == ["id-14"]
 
 
 async def test_an_error_of_any_text_is_kept(opened: Opened) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from cauce.cli.logs import tell
-from cauce.cli.signals import when_orphaned
+from cauce.cli.signals import LATEST, when_orphaned
 from cauce.clock import Clock, SystemClock
 
 __all__ = ["run_each"]
@@ -19,7 +19,9 @@ _LONGEST_PAUSE = 30.0
 _WELL = 60.0
 """Seconds after which a process that dies is started again at once, as if it had never died before."""
 
-_MORE = 5.0
+_MORE = 2.0
+"""Seconds beyond those by which a process ends by itself, after which it is killed."""
+
 _HOPELESS = {1, 2}
 """Exit codes for what another start would only repeat: refused, and wrong usage."""
 
@@ -59,16 +61,16 @@ class _Supervisor:
     async def run(self, with_parent: bool) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled)
+            loop.add_signal_handler(number, self._signalled, number)
         if with_parent:
             when_orphaned(self._stopping.set)
         await asyncio.gather(*(self._keep(name) for name in self._names))
         return self._code
 
-    def _signalled(self) -> None:
+    def _signalled(self, number: int) -> None:
         if self._stopping.is_set():
             self._send(signal.SIGKILL)
-            os._exit(1)
+            os._exit(128 + number)
         self._stopping.set()
 
     def _send(self, number: signal.Signals) -> None:
@@ -111,7 +113,7 @@ class _Supervisor:
             await asyncio.wait({ended, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not ended.done():
                 process.terminate()
-                done, _ = await asyncio.wait({ended}, timeout=self._drain * 3 + _MORE)
+                done, _ = await asyncio.wait({ended}, timeout=self._drain + LATEST + _MORE)
                 if not done:
                     tell(f"{name} did not end in time and is killed")
                     process.kill()

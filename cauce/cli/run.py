@@ -35,6 +35,9 @@ __all__ = ["find", "modules", "run"]
 _OTHERS = (__file__, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
 """Where the code of others lies."""
 
+_PATIENCE = 1.0
+"""Seconds for what is cancelled at the end."""
+
 
 def _seconds(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
     if not (math.isfinite(value) and value >= 0):
@@ -81,7 +84,7 @@ def run(
     """Run services until SIGTERM or Ctrl-C.
 
     MODULE runs every service in a module, or in a package and its modules; MODULE:SERVICE runs one. The first signal
-    drains and exits with 0, a second one stops at once.
+    drains and exits with 0; a second one stops at once, with 143, or 130 for Ctrl-C.
     """
     scheme_of(bus)
     begin(log_format)
@@ -89,11 +92,12 @@ def run(
     if each:
         more = options(http, log_format)
         ctx.exit(asyncio.run(run_each(list(found.values()), bus, store, drain, more=more, with_parent=with_parent)))
-    asyncio.run(_run(list(found), bus, store, drain, with_parent, http))
-    if at_work():
-        # What hangs was told of. It must not run on into the end of the interpreter.
-        logging.shutdown()
-        os._exit(0)
+    with asyncio.Runner() as runner:
+        runner.run(_run(list(found), bus, store, drain, with_parent, http))
+        if at_work() or asyncio.all_tasks(runner.get_loop()):
+            # What hangs was told of. Neither the end of the loop nor that of the interpreter must wait for it.
+            logging.shutdown()
+            os._exit(0)
 
 
 async def _run(
@@ -106,7 +110,12 @@ async def _run(
     ):
         probes.started(face)
         tell(f"running {', '.join(names)} on {without_password(bus)}")
-        await stopped(face, with_parent=with_parent)
+        await stopped(face, with_parent=with_parent, drain=drain)
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=_PATIENCE)
 
 
 def find(name: str) -> dict[str, Service]:

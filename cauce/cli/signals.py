@@ -12,8 +12,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 from cauce.bus import Bus
+from cauce.cli.endings import exit_code
+from cauce.errors import CauceError
 
-__all__ = ["stopped", "terminable", "when_orphaned"]
+__all__ = ["LATEST", "stopped", "terminable", "when_orphaned"]
+
+LATEST = 5.0
+"""Seconds that a process takes to end, at most, once its handlers had their time."""
 
 
 @contextmanager
@@ -36,25 +41,51 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-async def stopped(bus: Bus, *, with_parent: bool = False) -> None:
-    """Wait for SIGTERM or Ctrl-C, or for a service that stops by itself. A second signal ends the process at once.
+async def stopped(bus: Bus, *, with_parent: bool = False, drain: float | None = None) -> None:
+    """Wait for SIGTERM or Ctrl-C, or for a service that stops by itself.
+
+    A second signal ends the process at once, as if it had been killed by it: with 128 and the signal's number.
 
     Parameters:
         with_parent: stop, too, when the other end of standard input closes: who started this process is gone.
+        drain: seconds after which, and `LATEST` more, the first signal has ended the process, whatever it still does.
     """
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[None] = loop.create_future()
+    came = list[int]()
 
-    def signalled() -> None:
-        if stop.done():
-            os._exit(1)
-        stop.set_result(None)
+    def end() -> None:
+        if not stop.done():
+            stop.set_result(None)
+
+    def signalled(number: int, frame: FrameType | None) -> None:
+        if came:
+            os._exit(128 + number)
+        came.append(number)
+        if drain is not None:
+            _end_within(drain + LATEST)
+        loop.call_soon_threadsafe(end)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signalled)
+        # Not a handler of the loop: a function that blocks it must not keep the process from ending.
+        signal.signal(number, signalled)
     if with_parent:
-        when_orphaned(lambda: None if stop.done() else stop.set_result(None))
+        when_orphaned(end)
     await asyncio.wait({stop, bus.failed}, return_when=asyncio.FIRST_COMPLETED)
+    if drain is not None and not stop.done():
+        error = bus.failed.exception()
+        _end_within(drain + LATEST, exit_code(error) if isinstance(error, CauceError) else 1)
+
+
+def _end_within(seconds: float, code: int = 0) -> None:
+    """End the process after so many seconds, with this code: what is not finished by then is handled again."""
+
+    def end() -> None:
+        threading.Event().wait(seconds)
+        os.write(2, b"what is in hand does not end, so the process does: it is handled again\n")
+        os._exit(code)
+
+    threading.Thread(target=end, name="cauce end", daemon=True).start()
 
 
 def when_orphaned(call: Callable[[], object]) -> None:

@@ -69,7 +69,7 @@ class NatsStores:
         due = [int(each.payload) for each in await bucket.read("timer.*")]
         due += [each.due for each in await timers_in(bucket)]
         return Outline(
-            places, pending_of((consumer, position, each.stream, each.dead) for consumer, position, each in rows),
+            places, pending_of((consumer, position, each.stream, each.dead) for consumer, position, each in rows if not each.mark),
             len(await bucket.read("outbox.>")), len(due), sum(each <= now for each in due),
         )  # fmt: skip
 

@@ -275,6 +275,7 @@ def _puts(unit: Unit, fresh: Callable[[], str]) -> list[Put]:
     if unit.unparked is not None:
         consumer, position = unit.unparked
         puts.append(Put(f"waiting.{token(consumer)}.{position}", gone=True))
+    puts += [Put(f"waiting.{token(consumer)}.{position}", gone=True) for consumer, position in unit.passed]
     puts += [Put(f"outbox.{slot}.{token(consumer)}.{fresh()}", said) for consumer, slot, said in unit.said]
     if unit.timer is not None:
         name, due = unit.timer

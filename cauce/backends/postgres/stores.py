@@ -29,7 +29,7 @@ _OUTLINE = """select
     coalesce((select array_agg((consumer, domain, slot, log, position) order by consumer, domain, slot)
         from {home}.cauce_places), '{}') as places,
     coalesce((select array_agg((consumer, position, stream, dead) order by consumer, position)
-        from {home}.cauce_waiting), '{}') as waiting,
+        from {home}.cauce_waiting where attempts >= 0), '{}') as waiting,
     (select count(*) from {home}.cauce_outbox), (select count(*) from {home}.cauce_timers),
     (select count(*) from {home}.cauce_timers where due <= $1)"""
 _DUE = "select count(*), count(*) filter (where due <= $1) from {home}.cauce_later"

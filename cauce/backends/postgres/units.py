@@ -93,6 +93,7 @@ class _Batch:
             self.waiting[consumer, waiting.position] = waiting
         if unit.unparked is not None:
             self.waiting[unit.unparked] = None
+        self.waiting.update(dict.fromkeys(unit.passed))
         if unit.timer is not None:
             self.timers[unit.timer[0]] = unit.timer[1]
         self.later |= dict.fromkeys(unit.cancelled)

@@ -315,6 +315,8 @@ class SQLiteStore:
             )
         if unit.unparked is not None:
             run("delete from cauce_waiting where consumer = ? and position = ?", unit.unparked)
+        for mark in unit.passed:
+            run("delete from cauce_waiting where consumer = ? and position = ?", mark)
         for each in unit.said:
             run("insert into cauce_outbox (consumer, slot, said) values (?, ?, ?)", each)
         if unit.timer is not None:

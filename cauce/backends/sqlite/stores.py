@@ -27,6 +27,7 @@ _DEAD = """select consumer, position, stream, attempts, error, trace, raw, due, 
 _PLACES = "select consumer, domain, slot, log, position from cauce_places order by 1, 2, 3"
 _SAID = "select count(*) from cauce_outbox"
 _DUE = "select count(*), count(*) filter (where due <= ?) from"
+_PENDING = "select consumer, position, stream, dead from cauce_waiting where attempts >= 0 order by 1, 2"
 _RETRY = "update cauce_waiting set dead = 0, attempts = 0, due = 0 where consumer = ? and position = ? and dead"
 _INTERVALS = "select name, 'lead', name, due, x'' from cauce_timers order by due, name"
 _TIMERS = "select id, share, handler, due, said from cauce_later order by due, number limit ?"
@@ -138,7 +139,7 @@ def _outline(path: Path, now: int) -> Outline:
         # All of one moment: what is set aside moves its place with it.
         connection.execute("begin")
         places: list[Any] = connection.execute(_PLACES).fetchall()
-        rows: Any = connection.execute("select consumer, position, stream, dead from cauce_waiting order by 1, 2")
+        rows: Any = connection.execute(_PENDING)
         pending = pending_of((consumer, position, stream, bool(dead)) for consumer, position, stream, dead in rows)
         said: int = connection.execute(_SAID).get
         tables = ("cauce_timers", *(("cauce_later",) if connection.execute(_HAS_TIMERS).fetchone() else ()))
