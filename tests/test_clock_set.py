@@ -56,7 +56,7 @@ asyncio.run(main())
 """
 
 THINGS = [f"thing{n}" for n in range(12)]
-ROUNDS = 4
+ROUNDS = 3
 
 
 @pytest.fixture
