@@ -280,7 +280,7 @@ async def test_who_dies_between_the_work_and_the_reply_leaves_a_call_unknown_and
     several = [await begun(program, each_bus, str(tmp_path / "died")) for _ in range(2)]
     async with connect(each_bus) as client:
         with pytest.raises(OutcomeUnknown) as unknown:
-            await client.call(RegisterUser("1", "Ana", "a@example.org"))
+            await client.call(RegisterUser("1", "Ana", "a@example.org"), timeout=5.0)
         async with asyncio.timeout(10):
             while all(each.process.poll() is None for each in several):  # noqa: ASYNC110 - it happens elsewhere
                 await asyncio.sleep(0.01)
