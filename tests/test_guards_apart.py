@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -115,6 +116,22 @@ async def test_a_reply_that_comes_after_the_deadline_answers_neither_the_next_qu
         assert [each.key for each in receipts] == [*"aaaaa", "b", "a"]
         assert sorted(versions(receipts, "a")) == [2, 3, 4, 5, 6, 7]
         assert len({each.id for each in receipts}) == 7
+
+
+async def test_a_caller_that_blocks_its_own_loop_hears_what_was_answered_meanwhile_and_opens_no_breaker(
+    program: Callable[..., subprocess.Popen[str]], each_bus: str
+) -> None:
+    last = await started(program, each_bus, "last")
+    async with connect(each_bus, guards=Guards(breaker=Limits(least=3))) as bus:
+        assert await bus.ask(Whoami()) == last.process.pid
+        for _ in range(3):
+            asked = [asyncio.ensure_future(bus.ask(Whoami(), timeout=0.5)) for _ in range(20)]
+            await asyncio.sleep(0)
+            asyncio.get_running_loop().call_soon(time.sleep, 1.0)
+            found = await asyncio.gather(*asked, return_exceptions=True)
+            told = {str(each) for each in found if each != last.process.pid}
+            assert all("in which this process stood still itself" in each for each in told), told
+        assert (state_of(bus), bus.guards["lasts"].under_way) == ("closed", 0)
 
 
 async def test_a_chain_whose_end_is_stopped_keeps_the_time_of_who_asked_first_and_cancels_what_is_between(
