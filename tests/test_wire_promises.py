@@ -8,6 +8,7 @@ import signal
 import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from subprocess import Popen
 
@@ -484,6 +485,27 @@ async def test_of_three_of_which_one_stands_still_all_questions_that_change_noth
     still.goes_on()
     assert len(answers) == 200
     assert {int(each) for each in answers} <= {each.process.pid for each in well}
+
+
+async def test_a_slot_that_another_took_from_one_that_stands_still_is_asked_of_that_other(
+    wire: Wire, peer: Start
+) -> None:
+    still = await peer("users/3")
+    await still.does("runs users/3")
+    assert int(await ask(wire, "users/3", b"pid")) == still.process.pid
+    await still.stops()
+    async with asyncio.timeout(30):
+        while any(is_well(each, CLOCK.now()) for each in await wire.instances()):  # noqa: ASYNC110 - likewise
+            await asyncio.sleep(0.05)
+    other = await peer("users/3")
+    await other.does("runs users/3")
+    for _ in range(3):
+        # It is known within a beat.
+        with suppress(TimeoutError):
+            await ask(wire, "users/3", b"pid", 1.0)
+    for _ in range(20):
+        assert int(await ask(wire, "users/3", b"pid", 1.0)) == other.process.pid
+    still.goes_on()
 
 
 async def test_a_question_that_changes_nothing_is_asked_elsewhere_when_who_was_asked_dies(

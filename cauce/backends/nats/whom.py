@@ -37,8 +37,8 @@ class Whom:
         self._read_at = float("-inf")
         self._reading: asyncio.Task[None] | None = None
 
-    async def order(self, address: str) -> list[str]:
-        """The names of the processes that may be asked, in this order: those that are well, then the others."""
+    async def order(self, address: str) -> tuple[list[str], list[str]]:
+        """The names of the processes that serve an address: the well ones, in the order to ask them, and others."""
         if self._reading is None and self._clock.monotonic() - self._read_at > BEAT:
             self._reading = asyncio.get_running_loop().create_task(self._refresh())
             if self._read_at == float("-inf"):
@@ -48,7 +48,7 @@ class Whom:
             serving = [each for each in instances if address in each.addresses] if name != self._me else []
             if serving:
                 (well if all(is_well(each, now) for each in serving) else others).append(name)
-        return self._spread.order(well) + others
+        return self._spread.order(well), others
 
     def doubt(self) -> None:
         """Read it again with the next question."""

@@ -50,8 +50,9 @@ class NatsWire:
 
     Who asks hears at once from the server that nobody has subscribed, so no list of who serves what is kept: an address
     is the subject `ask.users` or `ask.users.3`, that somebody answers in a domain at all is a subscription to
-    `in.users`, and that a process lives one to `wire.<pid>-<chance>`. Only what may be asked twice is asked by name, at
-    `ask.users.<pid>-<chance>`, of those whom the registry says to be well.
+    `in.users`, and that a process lives one to `wire.<pid>-<chance>`. What may be asked twice, and what the holder of a
+    slot is asked, is asked by name, at `ask.users.<pid>-<chance>` or `ask.users.3-<pid>-<chance>`, of those whom the
+    registry says to be well: the server gives a question also to one that stands still, for minutes.
     """
 
     def __init__(self, link: Link, clock: Clock) -> None:
@@ -94,7 +95,9 @@ class NatsWire:
                 await self._link.connected(min(left, _MOVING))
                 continue
             try:
-                return await (self._ask_by_name if safe else self._ask_anyone)(address, payload, deadline)
+                if safe or "/" in address:
+                    return await self._ask_by_name(address, payload, deadline, safe)
+                return await self._ask_anyone(address, payload, deadline)
             except NotServed:
                 pass
             except Lost as error:
@@ -122,18 +125,27 @@ class NatsWire:
         left = deadline - self._clock.monotonic()
         return await self._deadlines.within(left, self._asking.ask(self._subject_of(address), payload, left))
 
-    async def _ask_by_name(self, address: str, payload: bytes, deadline: float) -> bytes:
+    async def _ask_by_name(self, address: str, payload: bytes, deadline: float, safe: bool) -> bytes:
         """Ask one that is well, or two; whom the server chooses if none is known, or none of them serves it."""
 
         async def one(name: str) -> bytes:
             left = deadline - self._clock.monotonic()
             return await self._deadlines.within(left, self._asking.ask(self._own_subject(address, name), payload, left))
 
-        left = deadline - self._clock.monotonic()
-        if "/" not in address and (order := await self._deadlines.within(left, self._whom.order(address))):
-            with suppress(NotServed):
-                return await self._spread.ask(order, one, deadline - self._clock.monotonic(), safe=True)
+        left, is_slot = deadline - self._clock.monotonic(), "/" in address
+        well, others = await self._deadlines.within(left, self._whom.order(address))
+        order = well if is_slot else well + others
+        if others and not well:
+            # Another may take over any moment.
             self._whom.doubt()
+        if order:
+            try:
+                return await self._spread.ask(order, one, deadline - self._clock.monotonic(), safe=safe and not is_slot)
+            except NotServed:
+                self._whom.doubt()
+                if is_slot and others:
+                    # The server might choose one that stands still, and has lost it.
+                    raise
         return await self._ask_anyone(address, payload, deadline)
 
     def _subject_of(self, address: str) -> str:
@@ -143,8 +155,9 @@ class NatsWire:
         return subject
 
     def _own_subject(self, address: str, name: str) -> str:
-        """Where one process is asked that serves an address as others do; empty for a slot, which only one serves."""
-        return "" if "/" in address else self._link.subject("ask", token(address), token(name))
+        """Where one process is asked that serves an address, as others do or did."""
+        domain, _, slot = address.partition("/")
+        return self._link.subject("ask", token(domain), token(f"{slot}-{name}" if slot else name))
 
     def _domain_subject(self, address: str) -> str:
         return self._link.subject("in", token(address.partition("/")[0]))
