@@ -483,9 +483,10 @@ class _Running:
             raise
 
     def _outbox_stops(self, error: BaseException) -> None:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            return  # It was given up already, and others do its work.
+        from cauce.aside import given_up
+
+        if given_up():
+            return  # Others do its work.
         if isinstance(error, Fenced) and self._shares is not None:
             self._shares.fenced(error)
         else:
@@ -871,6 +872,8 @@ class _Running:
 
     async def _interval(self, bound: Bound, share: Share) -> None:
         """Run a function every so often, for ever; when it is due is kept in the store."""
+        from cauce.aside import given_up
+
         assert self._store is not None
         assert self._shares is not None
         assert bound.part.schedule is not None
@@ -894,13 +897,18 @@ class _Running:
             handling.set(context)
             unit = Unit(share)
             try:
-                self._say(bound, context, unit, 0, await self._run(bound, (), context, bound.name))
+                result = await self._run(bound, (), context, bound.name)
+                if given_up():
+                    return  # Whatever it made of that: another leads.
+                self._say(bound, context, unit, 0, result)
                 unit.timer = name, behind(due, clock.now(), schedule, missed)
                 await store.commit(unit)
             except Fenced as error:
                 self._shares.fenced(error)
                 return
             except Exception as error:
+                if given_up():
+                    return
                 _log.exception("%s.%s failed and is run again: %s", self._service.name, bound.name, error)
                 # One that is due more often would not have to wait for long either.
                 pause = (schedule.following(due) - due) / 1_000_000
