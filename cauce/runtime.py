@@ -605,6 +605,11 @@ class _Running:
         except Refused as error:
             _log.warning("%s ends without saying so: %s", self._service.name, error)
         await self._stop_leading()
+        try:
+            # Or it would begin to work on what it is given when all that is in hand here has been dropped.
+            await self._shares.rest(max(0.0, left()))
+        except CauceError as error:
+            _log.warning("%s does not know what it holds: %s", self._service.name, error)
         if not self._shares.is_alone:
             try:
                 await self._shares.hand_over(max(0.0, left()))

@@ -175,6 +175,20 @@ class Shares:
         """Take and give no more: the end is near, and until then the beat keeps what is held."""
         self._still = self._ends = True
 
+    async def rest(self, within: float) -> None:
+        """Wait until what is being taken or given is done, so many seconds; what takes longer is given up."""
+        moving = self._moving
+        if moving is None:
+            return
+        _, late = await asyncio.wait({moving}, timeout=within)
+        if late:
+            moving.cancel()
+            await asyncio.wait(late)
+        if self._moving is moving:
+            # What could not be gained is nobody's, and what could not be given is given with the rest.
+            with suppress(Unavailable, asyncio.CancelledError):
+                await self._moved()
+
     @property
     def is_alone(self) -> bool:
         """Whether no other instance was seen at the last look, or this one never joined them."""
@@ -189,12 +203,7 @@ class Shares:
         Raises `Fenced` if they have taken over meanwhile.
         """
         self.close()
-        if (before := self._moving) is not None:
-            await asyncio.wait({before})
-            if self._moving is before:
-                # What could not be gained is nobody's, and what could not be given is given now.
-                with suppress(Unavailable, asyncio.CancelledError):
-                    await self._moved()
+        await self.rest(within)
         # As any other step, so that it ends at once when this instance is struck off.
         moving = self._moving = asyncio.get_running_loop().create_task(self._hand_over(within))
         await asyncio.wait({moving})

@@ -19,7 +19,7 @@ from cauce.consumer import Consumer, Tail
 from cauce.errors import Busy, Fenced
 from cauce.log import Log
 from cauce.retry import NEVER, Retry
-from cauce.shares import Shares
+from cauce.shares import NAMES, Shares
 from cauce.store import Share, Unit, Waiting
 from tests.test_backlog import Heavy
 from tests.test_instances import until
@@ -221,3 +221,33 @@ async def test_who_is_struck_off_while_handing_over_ends_at_once_and_does_not_co
     runs.cancel()
     await asyncio.gather(runs, return_exceptions=True)
     await one.stop()
+
+
+async def test_who_leaves_while_it_takes_over_gives_that_up_when_its_time_is_over(store: SQLiteStore) -> None:
+    clock, gaining = SystemClock(), asyncio.Event()
+
+    async def gain(shares: Sequence[Share]) -> None:
+        if any(share.before for share in shares):
+            gaining.set()
+            await asyncio.Event().wait()
+
+    async def lose(shares: Sequence[Share]) -> None: ...
+
+    await store.tick("dead", (), join=True)
+    await store.take("dead", ["slot/3"])
+    standing = await store.tick("dead", ())
+    one = Shares(store, "one", clock, gain, lose)
+    one.go()
+    await one._step()
+    await one._finished()
+    await store.tick("x", [("dead", standing.instances["dead"])])
+    await one._step()
+    await gaining.wait()
+    async with asyncio.timeout(20):
+        await one.hand_over(0.1)
+    await one.stop()
+    await store.tick("two", (), join=True)
+    taken = await store.take("two", list(NAMES))
+    # It held its half already. What it never worked on must look as it was left: by one who died.
+    unclean = {share.name: share.before for share in taken if not share.clean}
+    assert (len(taken), len(unclean), unclean["slot/3"]) == (17, 8, "one")
