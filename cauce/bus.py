@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from contextvars import ContextVar
 from datetime import datetime, timedelta
 from functools import partial
-from math import inf
+from math import inf, isnan
 from typing import Any, Generic, Protocol, TypeVar, cast, overload
 
 import msgspec
@@ -17,7 +17,7 @@ from cauce.accept import check_key, slot_of
 from cauce.agenda import Agenda
 from cauce.clock import Clock
 from cauce.codec import Entry, Meta, derive_id, micros, moment, sealed
-from cauce.deadline import ending, share
+from cauce.deadline import StoodStill, ending, share
 from cauce.errors import (
     CauceError,
     Conflict,
@@ -594,6 +594,8 @@ class Bus:
             raise NoAnswer(f"{domain} did not answer: {error}; ask again") from None
 
     def _ask(self, address: str, ask: Ask, timeout: float) -> Awaitable[Reply]:
+        if not isinstance(timeout, (int, float)) or isnan(timeout):
+            raise Refused(f"timeout={timeout!r}: say seconds, inf for as long as it takes")
         seconds = share(timeout)
         if not seconds and timeout > 0:
             raise NoAnswer(f"{address} is not asked {ask.type}: no time is left of the question because of which it is")
@@ -604,6 +606,8 @@ class Bus:
             payload = await self.wire.ask(
                 address, _encode(ask), self.clock.monotonic() + seconds, safe=ask.kind in _SAFE
             )
+        except StoodStill:
+            raise StoodStill(f"within {round(seconds, 3):g} s, in which this process stood still itself") from None
         except TimeoutError:
             raise TimeoutError(f"within {round(seconds, 3):g} s") from None
         reply = _decode_reply(payload)

@@ -8,9 +8,19 @@ from contextvars import ContextVar
 from math import inf
 from typing import TypeVar
 
-__all__ = ["Deadlines", "End", "ending", "share"]
+__all__ = ["STILL", "Deadlines", "End", "StoodStill", "ending", "share"]
 
 T = TypeVar("T")
+
+STILL = 0.1
+"""Seconds by which a time-out may be late. More, and the loop stood still: that is not the fault of others."""
+
+_MORE = 0.1
+"""Seconds in which is heard, before a late time-out counts, what came while the loop stood still."""
+
+
+class StoodStill(TimeoutError):
+    """The time was over while this loop itself stood still, which says nothing of who was waited for."""
 
 
 class End:
@@ -52,20 +62,22 @@ class Deadlines:
         self._timer: asyncio.TimerHandle | None = None
         self._over: set[object] = set()
         self._late: dict[object, Callable[[float], float]] = {}
+        self._still: set[object] = set()
 
     async def within(self, seconds: float, work: Awaitable[T], late: Callable[[float], float] | None = None) -> T:
         """The result of the work; after so many seconds it is cancelled and `TimeoutError` raised.
 
-        What the work asks of others meanwhile is given no more time than is left of it.
+        What the work asks of others meanwhile is given no more time than is left of it. Where the loop stood still
+        until the time was over, what came meanwhile is heard first, and `StoodStill` raised if it was not the result.
 
         Parameters:
             late: called when the time is over, with the seconds since then: they are many where the loop stood still.
-                It gives the seconds that the work gets still; 0: it is cancelled now.
+                It gives the seconds that the work gets still; 0: it is cancelled now, and never by `StoodStill`.
         """
         task = asyncio.current_task()
         assert task is not None
-        me = object()
-        end = self._loop.time() + seconds
+        me, cancelled = object(), task.cancelling()
+        end = self._loop.time() + max(seconds, 0.0)
         self._waiting[me] = end, task
         if late is not None:
             self._late[me] = late
@@ -76,14 +88,20 @@ class Deadlines:
         try:
             return await work
         except asyncio.CancelledError:
-            if me in self._over and task.uncancel() == 0:
-                raise TimeoutError from None
+            if me in self._over:
+                self._over.discard(me)
+                if task.uncancel() <= cancelled:
+                    raise (StoodStill if me in self._still else TimeoutError) from None
             raise
         finally:
             ending.reset(before)
             bound.at = inf
             del self._waiting[me]
-            self._over.discard(me)
+            if me in self._over:
+                # The work swallowed it. What this task waits for later must not take it for a cancellation.
+                self._over.discard(me)
+                task.uncancel()
+            self._still.discard(me)
             if late is not None:
                 del self._late[me]
 
@@ -97,7 +115,7 @@ class Deadlines:
         self._timer = None
         for me, (end, task) in self._waiting.items():
             if end <= now and me not in self._over:
-                if me in self._late and (more := self._late[me](now - end)) > 0:
+                if (more := self._more(me, now - end)) > 0:
                     self._waiting[me] = now + more, task
                     continue
                 self._over.add(me)
@@ -105,3 +123,13 @@ class Deadlines:
         left = [end for me, (end, _) in self._waiting.items() if me not in self._over]
         if left:
             self._arm(min(left))
+
+    def _more(self, me: object, behind: float) -> float:
+        """The seconds that what is over, and by how much, gets still."""
+        late = self._late.get(me)
+        if late is not None:
+            return late(behind)
+        if behind <= STILL or me in self._still:
+            return 0.0
+        self._still.add(me)
+        return _MORE

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from cauce.clock import Clock, SystemClock
-from cauce.errors import NoAnswer, Unavailable
+from cauce.errors import NoAnswer, Unavailable, Unreachable
 from cauce.guarded import Bounded, Guarded
 from cauce.store import Store, Unit
 from cauce.wire import Handler, Instance, Wire
@@ -70,7 +70,7 @@ class Answered:
 
 
 class Asked:
-    """What was asked of one domain: answered, nobody was there, the time was over, or the one that was asked went."""
+    """What was asked of one domain: answered, nobody was there, the time was over, who was asked or the way lost."""
 
     __slots__ = ("answered", "in_flight", "lost", "nobody", "timeout", "times")
 
@@ -266,7 +266,7 @@ class _Wire:
         except TimeoutError:
             counts.timeout += 1
             raise
-        except ConnectionError:
+        except (ConnectionError, Unreachable):
             counts.lost += 1
             raise
         finally:

@@ -973,7 +973,8 @@ class _Running:
         """The bulkhead of this name, made when it is first wanted, and seen from then on."""
         bulkhead = self._bulkheads.get(name)
         if bulkhead is None:
-            self._bus.bulkheads[name] = bulkhead = self._bulkheads[name] = Bulkhead(name, most, cure)
+            bulkhead = Bulkhead(name, most, cure, self._bus.clock)
+            self._bus.bulkheads[name] = self._bulkheads[name] = bulkhead
         return bulkhead
 
     async def _granted(self, domain: Domain, ask: Ask, by_hand: bool) -> Reply:

@@ -161,6 +161,13 @@ def _read_on(number: int) -> None:
         return
 
 
+@pytest.mark.parametrize("words", [("consumers", "--window"), ("top", "--once", "--interval")])
+def test_what_is_no_length_of_time_is_wrong_usage(words: tuple[str, ...]) -> None:
+    found = CliRunner().invoke(main, [*words, "nan"])
+    assert found.exit_code == 2
+    assert "nan is no length of time: write seconds" in found.output
+
+
 def test_ages_and_rates_are_told_in_few_letters() -> None:
     cases: list[tuple[Callable[[float | None], str], float | None, str]] = [
         (age, None, "-"), (age, 0, "0 s"), (age, 1.25, "1.2 s"), (age, 90, "1.5 min"), (age, 7200, "2.0 h"),

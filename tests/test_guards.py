@@ -179,6 +179,30 @@ def test_a_frozen_callee_is_soon_left_alone_and_asked_again_when_it_is_well(
     assert [turn.partition(",")[0].rpartition(" ")[2] for turn in turns] == ["open", "half-open", "closed"]
 
 
+def test_a_caller_whose_own_loop_stood_still_hears_the_answers_that_came_and_opens_no_breaker(
+    virtual: Run, clock: VirtualClock, bus_url: str
+) -> None:
+    async def main() -> None:
+        owner = Owner(clock)
+        async with running(owner.service, bus=bus_url, clock=clock, guards=Guards(breaker=LIMITS)) as bus:
+            owner.seconds = 0.05
+            asyncio.get_running_loop().call_later(0.01, clock.advance, 9.0)
+            asked = [bus.ask(Count(), timeout=0.5) for _ in range(20)]
+            assert await asyncio.gather(*asked, return_exceptions=True) == [20] * 20, "they had answered in time"
+            await clock.sleep(30)
+            owner.freeze()
+            asyncio.get_running_loop().call_later(0.01, clock.advance, 9.0)
+            found = await asyncio.gather(*(bus.ask(Count(), timeout=0.5) for _ in range(20)), return_exceptions=True)
+            assert {str(each).partition(":")[0] for each in found} == {
+                "things did not answer Count within 0.5 s, in which this process stood still itself"
+            }
+            assert bus.guards["things"].state == "closed", "that is nobody's fault but one's own"
+            assert await outcomes(lambda: bus.ask(Count(), timeout=0.5), 5) == ["NoAnswer"] * 4 + ["BreakerOpen"]
+            owner.thaw()
+
+    virtual(main)
+
+
 def test_one_breaker_stands_before_all_slots_of_a_domain_and_all_that_it_is_asked(
     virtual: Run, clock: VirtualClock, bus_url: str
 ) -> None:
@@ -368,6 +392,27 @@ def test_more_questions_than_may_be_under_way_are_turned_away_at_once_and_nothin
     virtual(main)
 
 
+def test_a_storm_that_is_turned_away_is_told_of_every_ten_seconds_and_not_each_time(
+    virtual: Run, clock: VirtualClock, bus_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        owner = Owner(clock)
+        async with running(owner.service, bus=bus_url, clock=clock, guards=Guards(breaker=None, at_once=1)) as bus:
+            owner.freeze()
+            asked = asyncio.ensure_future(bus.ask(Count(), timeout=60.0))
+            for _ in range(300):
+                await clock.sleep(0.05)
+                assert await outcomes(lambda: bus.ask(Count()), 10) == ["Overloaded"] * 10
+            owner.thaw()
+            await asked
+
+    with caplog.at_level(logging.WARNING, "cauce"):
+        virtual(main)
+    told = [each.getMessage() for each in caplog.records if "turned away" in each.getMessage()]
+    assert len(told) == 2
+    assert told[0] == "things: 1 questions are under way, what comes beyond is turned away; 1 until now"
+
+
 def test_who_gives_up_or_is_told_no_makes_room(virtual: Run, clock: VirtualClock, bus_url: str) -> None:
     async def main() -> None:
         owner = Owner(clock)
@@ -410,6 +455,78 @@ def test_guards_are_switched_off_each_by_itself(virtual: Run, clock: VirtualCloc
             asked = [bus.ask(Count(), timeout=1.0) for _ in range(1500)]
             assert {type(each) for each in await asyncio.gather(*asked, return_exceptions=True)} == {NoAnswer}
             assert await outcomes(lambda: bus.ask(Count(), timeout=0.1), 30) == ["NoAnswer"] * 30
+            owner.thaw()
+
+    virtual(main)
+
+
+def test_a_time_out_that_is_no_length_of_time_is_refused_and_one_that_is_over_is_nobody_s_standing_still(
+    virtual: Run, clock: VirtualClock, bus_url: str
+) -> None:
+    async def main() -> None:
+        owner = Owner(clock)
+        owner.seconds = 1.0
+        async with running(owner.service, bus=bus_url, clock=clock) as bus:
+            wrong: list[Any] = [float("nan"), "5", None]
+            for timeout in wrong:
+                for work in (bus.ask(Count(), timeout=timeout), bus.call(Make("a"), timeout=timeout)):
+                    with pytest.raises(Refused, match="say seconds, inf for as long as it takes"):
+                        await work
+            assert await bus.ask(Count(), timeout=float("inf")) == 1
+            for over in (0.0, -1.0):
+                with pytest.raises(NoAnswer, match=rf"did not answer Count within {over:g} s: look"):
+                    await bus.ask(Count(), timeout=over)
+
+    virtual(main)
+
+
+def test_a_time_out_leaves_nothing_behind_in_the_task_though_who_was_asked_swallowed_it(
+    virtual: Run, clock: VirtualClock, bus_url: str
+) -> None:
+    stubborn = Service("stubborn", owns=backs)
+
+    @stubborn.answer
+    async def back(query: Back) -> str:
+        try:
+            await clock.sleep(60.0)
+        except asyncio.CancelledError:
+            return "all the same"
+        return ""
+
+    async def main() -> None:
+        owner, task = Owner(clock), asyncio.current_task()
+        assert task is not None
+        async with running(stubborn, owner.service, bus=bus_url, clock=clock) as bus:
+            owner.freeze()
+            assert await bus.ask(Back(), timeout=1.0) == "all the same"
+            assert task.cancelling() == 0
+            with pytest.raises(NoAnswer):
+                await bus.ask(Count(), timeout=1.0)
+            owner.thaw()
+
+    virtual(main)
+
+
+def test_who_is_cancelled_may_ask_once_more_and_is_told_of_the_time_out(
+    virtual: Run, clock: VirtualClock, bus_url: str
+) -> None:
+    async def main() -> None:
+        owner, told = Owner(clock), list[str]()
+        async with running(owner.service, bus=bus_url, clock=clock) as bus:
+            owner.freeze()
+
+            async def work() -> None:
+                try:
+                    await clock.sleep(60.0)
+                finally:
+                    told.extend(await outcomes(lambda: bus.ask(Count(), timeout=1.0), 2))
+
+            task = asyncio.ensure_future(work())
+            await clock.sleep(0.1)
+            task.cancel()
+            await asyncio.wait({task})
+            assert task.cancelled()
+            assert told == ["NoAnswer"] * 2
             owner.thaw()
 
     virtual(main)

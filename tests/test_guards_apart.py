@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import time
 from collections.abc import Callable
 
 import pytest
@@ -52,6 +53,22 @@ async def test_a_process_that_is_stopped_is_left_alone_its_fallback_answers_and_
             while await bus.ask(Whoami(), timeout=5.0, fallback=lambda: -1) < 0:  # noqa: ASYNC110 - it goes on outside
                 await asyncio.sleep(0.02)
         assert state_of(bus) == "closed"
+
+
+async def test_a_caller_that_blocks_its_own_loop_hears_what_was_answered_meanwhile_and_opens_no_breaker(
+    program: Callable[..., subprocess.Popen[str]], each_bus: str
+) -> None:
+    last = await started(program, each_bus, "last")
+    async with connect(each_bus, guards=Guards(breaker=Limits(least=3))) as bus:
+        assert await bus.ask(Whoami()) == last.process.pid
+        for _ in range(3):
+            asked = [asyncio.ensure_future(bus.ask(Whoami(), timeout=0.5)) for _ in range(20)]
+            await asyncio.sleep(0)
+            asyncio.get_running_loop().call_soon(time.sleep, 1.0)
+            found = await asyncio.gather(*asked, return_exceptions=True)
+            told = {str(each) for each in found if each != last.process.pid}
+            assert all("in which this process stood still itself" in each for each in told), told
+        assert (state_of(bus), bus.guards["lasts"].under_way) == ("closed", 0)
 
 
 async def test_a_chain_whose_end_is_stopped_keeps_the_time_of_who_asked_first_and_cancels_what_is_between(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -301,6 +303,25 @@ def test_pages_in_a_browser_are_told_nothing(start: Callable[..., Process]) -> N
     connection.request("POST", "/livez", body=b"{}")
     assert connection.getresponse().status == 501
     connection.close()
+
+
+def test_those_who_never_come_to_the_end_of_their_request_keep_no_probe_out(start: Callable[..., Process]) -> None:
+    process = start("--http", "0")
+    process.ask("/livez")
+    many = list[socket.socket]()
+    for _ in range(80):
+        many.append(socket.create_connection(("127.0.0.1", process.port)))
+        many[-1].sendall(b"GET /livez HTTP/1.0\r\n")
+        time.sleep(0.01)  # As fast as they are taken: else those that are not heard of yet wait in the kernel.
+    for n in range(5):
+        for each in many:
+            with contextlib.suppress(OSError):
+                each.sendall(b"X: y\r\n")
+        assert process.ask("/livez")[0] == 200, n
+    tasks = Path(f"/proc/{process.process.pid}/task")
+    assert len(list(tasks.iterdir())) < 60, "and no thread is left for each of them"
+    for each in many:
+        each.close()
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_runs(start: Callable[..., Process], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -236,6 +237,48 @@ async def test_who_was_silent_is_asked_last_for_two_seconds_and_who_answers_agai
         stopped.clear()
         firsts = {spread.order(["a", "b"])[0] for _ in range(10)}
         assert firsts == {"a", "b"}
+
+    await asyncio.to_thread(_virtually, clock, main)
+
+
+async def test_nobody_was_silent_while_it_was_the_asker_that_stood_still(clock: VirtualClock) -> None:
+    async def main() -> None:
+        spread, asked = Spread(clock), list[str]()
+
+        async def one(token: str) -> bytes:
+            asked.append(token)
+            await clock.sleep(0.6)
+            return token.encode()
+
+        asyncio.get_running_loop().call_later(0.1, clock.advance, 9.0)
+        assert await spread.ask(["a", "b"], one, 2.0, safe=True) == b"a"
+        assert asked == ["a"], "no second one is burdened"
+        assert {spread.order(["a", "b"])[0] for _ in range(10)} == {"a", "b"}
+
+    await asyncio.to_thread(_virtually, clock, main)
+
+
+async def test_where_all_are_silent_few_are_asked_twice_and_when_one_answers_again_it_is_asked_beside(
+    clock: VirtualClock,
+) -> None:
+    asked = Counter[str]()
+
+    async def main() -> None:
+        spread, stopped = Spread(clock), {"a"}
+
+        async def one(token: str) -> bytes:
+            asked[token] += 1
+            await clock.sleep(1000.0 if token in stopped else 3.0)
+            return token.encode()
+
+        questions = [spread.ask(order, one, 30.0, safe=True) for order in 50 * (["a", "b"], ["b", "a"])]
+        began = clock.monotonic()
+        whole = asyncio.ensure_future(asyncio.gather(*questions))
+        await clock.sleep(2.9)
+        assert 102 <= asked.total() <= 111, "who is overloaded is not given the double"
+        assert set(await whole) == {b"b"}, "but who is stopped is passed by as soon as the other is heard of"
+        assert asked["b"] == 100
+        assert clock.monotonic() - began < 8.0
 
     await asyncio.to_thread(_virtually, clock, main)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import logging
 import sys
@@ -99,6 +100,26 @@ def test_json_is_one_object_a_line_whatever_others_wrote() -> None:
     assert told["extra"]["odd"].startswith("<object")
     assert told["time"].endswith("+00:00")
     assert not {"service", "handler", "exception"} & told.keys(), "what is not known is left out"
+
+
+def test_what_cannot_be_told_is_still_an_object_and_ends_no_handler() -> None:
+    class Mute:
+        def __repr__(self) -> str:
+            raise ValueError("no")
+
+    class Kind(enum.StrEnum):
+        ONE = "1"
+
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    odd = {"mute": Mute(), "deep": deep, "nan": float("nan"), "large": 2**80, "kind": Kind.ONE, "service": Mute()}
+    told = json.loads(formatter("json").format(record_of("hello", **odd)), parse_constant=pytest.fail)
+    assert told["extra"]["mute"] == told["service"] == "<Mute without a repr: ValueError>"
+    assert told["extra"]["deep"] == "<list without a repr: RecursionError>"
+    assert (told["extra"]["large"], told["extra"]["nan"]) == (str(2**80), None)
+    told = json.loads(formatter("json").format(record_of("%d of %s", "x")))
+    assert told["message"] == "'%d of %s' cannot be told with ('x',): TypeError"
 
 
 def test_json_holds_the_exception_and_what_it_was_because_of() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any, cast
 
 import pytest
 
 from cauce import Domain, NoAnswer, Query, Service, running
 from cauce.backends import look
 from cauce.clock import SystemClock
+from cauce.errors import Unreachable
 from cauce.meter import Meter, address_of
 from tests.test_lag import Note, Read, bills, owner, say
 
@@ -76,6 +78,19 @@ async def test_what_is_asked_and_answered_is_counted_by_how_it_ended(each_bus: s
     assert (answered.answered, answered.failed, answered.in_flight) == (1, 1, 0)
     assert sum(answered.times.parts) == 3, "what was given up took its time, too"
     assert meter.answered["meters", "meters", "call", "Note"].answered == 1
+
+
+async def test_what_is_asked_while_the_server_between_is_away_is_counted_as_lost() -> None:
+    class Away:
+        serve = None
+
+        async def ask(self, address: str, payload: bytes, deadline: float) -> bytes:
+            raise Unreachable("the server is away")
+
+    meter, away = Meter(), cast(Any, Away())
+    with pytest.raises(Unreachable):
+        await meter.wire(away).ask("talk", b"{}", 1.0)
+    assert (meter.asked["talk"].lost, meter.asked["talk"].in_flight) == (1, 0)
 
 
 async def test_an_instance_tells_what_it_counted_as_long_as_it_runs(each_bus: str) -> None:

@@ -37,6 +37,7 @@ from cauce import (
 from cauce.bus import Ask
 from cauce.cli import main
 from cauce.codec import derive_id
+from cauce.commander import _PATIENCE
 from cauce.folding import fold_of
 from cauce.log import Filter, Log
 from cauce.rules import _Building, are_coming, build
@@ -634,6 +635,7 @@ asyncio.run(main())
 async def test_who_counts_for_long_is_waited_for_by_those_with_the_same_rules(
     each_bus: str, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    patience = _PATIENCE
     monkeypatch.setattr("cauce.commander._PATIENCE", 0.0)
     monkeypatch.setattr("cauce.commander._PAUSE", 0.01)
     async with running(made(email=False), bus=each_bus) as bus:
@@ -648,6 +650,8 @@ async def test_who_counts_for_long_is_waited_for_by_those_with_the_same_rules(
     async def looked(*arguments: Any) -> bool:
         looks.append(await are_coming(*arguments))
         if len(looks) == 3:
+            # What it holds while it looks is waited for as ever.
+            monkeypatch.setattr("cauce.commander._PATIENCE", patience)
             stdin.write("go on\n")
             stdin.flush()
         return looks[-1]

@@ -330,7 +330,10 @@ async def test_another_loop_in_the_same_process_is_asked_like_another_process(wi
     finally:
         ended.set()
         await thread
-    assert await place.known() == 0
+    async with asyncio.timeout(20):
+        # On a server it is heard of when the other end has read it.
+        while await place.known():  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0.01)
 
 
 async def test_who_ends_in_good_order_leaves_nothing(wire: Wire, peer: Start, place: Place) -> None:

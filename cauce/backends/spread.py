@@ -7,11 +7,15 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from cauce.clock import Clock
+from cauce.deadline import STILL
 
 __all__ = ["Lost", "NotServed", "Spread"]
 
 _PART, _LONGEST = 4, 1.0
 """After this part of its time, and at most so many seconds, a question is asked at a second process, too."""
+
+_FEW, _PART_BESIDE = 2, 10
+"""Where all are silent, so many questions, or one of so many, are asked at a second process: they may be overloaded."""
 
 _SILENT = 2.0
 """Seconds for which a process that was silent is asked last."""
@@ -38,9 +42,9 @@ class Spread:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._turn = 0
+        self._turn = self._beside = 0
         self._under_way: Counter[str] = Counter()
-        self._heard: dict[str, float] = {}
+        self._heard: dict[str, float] = {}  # or since when something is under way there
         self._silent: dict[str, float] = {}
 
     def order(self, tokens: Sequence[str]) -> list[str]:
@@ -76,9 +80,10 @@ class Spread:
         """The answer of the first in this order who serves the address. Raises `NotServed` if nobody does.
 
         Parameters:
-            safe: ask the next one, once, too when nothing at all has come from who was asked for a part of these
+            safe: ask another one, once, too when nothing at all has come from who was asked for a part of these
                 seconds: the first answer counts, and the other question is withdrawn (Dean and Barroso, "The Tail at
-                Scale", 2013, section "Hedged requests"). Once more it is asked when who was asked went away. So a
+                Scale", 2013, section "Hedged requests"). Where all are silent few questions are: if
+                they are overloaded it would double the load. Once more it is asked when who was asked went away. So a
                 question that kills who answers it, or that takes everybody long, comes to two or three, not to all.
         """
         if safe and len(order) > 1:
@@ -92,6 +97,7 @@ class Spread:
 
     async def _asked(self, token: str, one: One) -> bytes:
         self._under_way[token] += 1
+        self._heard.setdefault(token, self._clock.monotonic())
         try:
             answer = await one(token)
             self._heard[token] = self._clock.monotonic()
@@ -112,9 +118,10 @@ class Spread:
                 if not tries:
                     if not order:
                         raise failure or NotServed
-                    self._begin(tries, order, one)
+                    self._begin(tries, order.popleft(), one)
                 alone = not beside and bool(order)
                 timeout = self._left(tries, patience) if alone else None
+                until = self._clock.monotonic() + (timeout or 0.0)
                 done, _ = await asyncio.wait(tries, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     del tries[task]
@@ -127,16 +134,26 @@ class Spread:
                         failure = error
                     elif not isinstance(error, NotServed):
                         raise error
-                if alone and not done and self._left(tries, patience) <= 0:
+                now = self._clock.monotonic()
+                if alone and not done and now - until > STILL:
+                    # It was this process that stood still: what came meanwhile is heard first.
+                    tries = {task: (token, now) for task, (token, _) in tries.items()}
+                elif alone and not done and self._left(tries, patience) <= 0:
                     self._note_silence(token for token, _ in tries.values())
-                    beside = True
-                    self._begin(tries, order, one)
+                    other = self._other(order, patience)
+                    if other is None:
+                        tries = {task: (token, now) for task, (token, _) in tries.items()}
+                    else:
+                        beside = True
+                        self._beside += 1
+                        order.remove(other)
+                        self._begin(tries, other, one)
         finally:
+            self._beside -= beside
             for task in tries:
                 task.cancel()
 
-    def _begin(self, tries: dict[asyncio.Task[bytes], tuple[str, float]], order: deque[str], one: One) -> None:
-        token = order.popleft()
+    def _begin(self, tries: dict[asyncio.Task[bytes], tuple[str, float]], token: str, one: One) -> None:
         task = asyncio.get_running_loop().create_task(self._asked(token, one))
         tries[task] = token, self._clock.monotonic()
         # What the one says that was not waited for any more is nobody's affair.
@@ -146,6 +163,15 @@ class Spread:
         now = self._clock.monotonic()
         self._silent = {token: until for token, until in self._silent.items() if until > now}
         self._silent |= dict.fromkeys(tokens, now + _SILENT)
+
+    def _other(self, order: Iterable[str], patience: float) -> str | None:
+        """Who is asked beside one that is silent: one that is not as silent itself; of those that are, not for all."""
+        now = self._clock.monotonic()
+        for token in order:
+            if now - self._heard.get(token, now) < patience:
+                return token
+        few = max(_FEW, sum(self._under_way.values()) // _PART_BESIDE)
+        return next(iter(order)) if self._beside < few else None
 
     def _left(self, tries: dict[asyncio.Task[bytes], tuple[str, float]], patience: float) -> float:
         """Seconds until who was asked counts as silent: since the question, or since it last answered another one."""

@@ -6,7 +6,7 @@ import asyncio
 
 import click
 
-from cauce.cli.place import as_json, bus, store
+from cauce.cli.place import Seconds, as_json, bus, store
 from cauce.cli.sight import Sight, lines, plain, sights
 from cauce.cli.text import print_json
 from cauce.errors import Refused
@@ -23,7 +23,7 @@ __all__ = ["consumers"]
     "--window",
     default=1.0,
     show_default=True,
-    type=click.FloatRange(0, 3600),
+    type=Seconds(0, 3600),
     help="Seconds for which rates are measured; 0: they are not.",
 )
 def consumers(service: str, url: str, store: str | None, as_json: bool, window: float) -> None:

@@ -58,6 +58,8 @@ class _Text(logging.Formatter):
 
 
 _OURS = {*vars(logging.makeLogRecord({})), *FIELDS, "message", "asctime", "because", "taskName"}
+_LARGEST = 63
+"""Bits of a number that is one in every reader of JSON."""
 
 
 class _Json(logging.Formatter):
@@ -68,9 +70,9 @@ class _Json(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds"),
             "level": record.levelname,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _said(record),
         }
-        told |= {name: found for name in FIELDS if (found := getattr(record, name, None))}
+        told |= {name: _plain(found) for name in FIELDS if (found := getattr(record, name, None))}
         if record.exc_info:
             told["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
@@ -81,5 +83,22 @@ class _Json(logging.Formatter):
         return json_line(told)
 
 
+def _said(record: logging.LogRecord) -> str:
+    """Its message. Whoever logs what cannot be told must still find it, as an object, among the others."""
+    try:
+        return record.getMessage()
+    except Exception as error:
+        return f"{_repr(record.msg)} cannot be told with {_repr(record.args)}: {type(error).__name__}"
+
+
 def _plain(value: Any) -> Any:
-    return value if value is None or isinstance(value, (str, int, float, bool)) else repr(value)
+    if type(value) is int and value.bit_length() > _LARGEST:
+        return _repr(value)
+    return value if value is None or type(value) in (str, int, float, bool) else _repr(value)
+
+
+def _repr(value: Any) -> str:
+    try:
+        return repr(value)
+    except Exception as error:
+        return f"<{type(value).__name__} without a repr: {type(error).__name__}>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -14,10 +15,20 @@ from cauce.clock import SystemClock
 from cauce.errors import Refused
 from cauce.store import Stores
 
-__all__ = ["DEFAULT", "as_json", "bus", "log_option", "path_of", "reading", "store", "stores_of"]
+__all__ = ["DEFAULT", "Seconds", "as_json", "bus", "log_option", "path_of", "reading", "store", "stores_of"]
 
 DEFAULT = "sqlite:///.cauce/bus.db"
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Seconds(click.FloatRange):
+    """A length of time within bounds. Unlike of its base, "nan" is none."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> float:
+        found: float = super().convert(value, parameter, ctx)
+        if math.isnan(found):
+            self.fail(f"{value} is no length of time: write seconds", parameter, ctx)
+        return found
 
 
 def bus(command: F) -> F:

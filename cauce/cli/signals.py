@@ -67,7 +67,8 @@ async def stopped(bus: Bus, *, with_parent: bool = False, drain: float | None = 
         loop.call_soon_threadsafe(end)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        # Not a handler of the loop: a function that blocks it must not keep the process from ending.
+        # Not a handler of the loop, as there may have been: a function that blocks it must not keep the process alive.
+        loop.remove_signal_handler(number)
         signal.signal(number, signalled)
     if with_parent:
         when_orphaned(end)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cauce.cli.place import as_json, bus, store
+from cauce.cli.place import Seconds, as_json, bus, store
 from cauce.cli.services import summary
 from cauce.cli.sight import Sight, Sights, age, lines, notes, plain, row, sights
 from cauce.cli.text import one_line, print_json
@@ -32,9 +32,7 @@ _QUIT = frozenset(b"qQ\x03\x04")
 @bus
 @store
 @as_json
-@click.option(
-    "--interval", default=1.0, show_default=True, type=click.FloatRange(0.1, 3600), help="Seconds between two looks."
-)
+@click.option("--interval", default=1.0, show_default=True, type=Seconds(0.1, 3600), help="Seconds between two looks.")
 @click.option("--once", is_flag=True, help="Two looks, an interval apart, then the end: for scripts.")
 @click.argument("services", nargs=-1)
 def top(url: str, store: str | None, as_json: bool, interval: float, once: bool, services: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from typing import Any
@@ -27,7 +28,7 @@ _log = logging.getLogger("cauce")
 
 LOOPBACK = "127.0.0.1"
 _MOST = 32
-"""Requests that are answered at once; a further one is hung up on."""
+"""Requests that are answered at once. With one more, who has taken longest is hung up on: a sound one takes no time."""
 
 _SECONDS = 5.0
 _OLD = 60.0
@@ -129,24 +130,30 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     # Who has ended lets the next one have the port at once.
     allow_reuse_address = True
+    request_queue_size = 2 * _MOST
 
     def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
         if ":" in host:
             self.address_family = socket.AF_INET6
-        self._free = threading.Semaphore(_MOST)
+        self._open, self._lock = dict[Any, None](), threading.Lock()
         super().__init__((host, port), handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._free.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+        with self._lock:
+            longest = next(iter(self._open)) if len(self._open) >= _MOST else None
+            self._open.pop(longest, None)
+            self._open[request] = None
+            if longest is not None:
+                with suppress(OSError):
+                    longest.shutdown(socket.SHUT_RDWR)
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._free.release()
+            with self._lock:
+                self._open.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         # Who asked went away; nothing of ours is at stake.

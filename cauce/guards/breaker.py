@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 import msgspec
 
 from cauce.clock import Clock
+from cauce.deadline import StoodStill
 from cauce.errors import BreakerOpen, NoAnswer, Overloaded, Refused, Unavailable
 from cauce.guarded import State
 
@@ -106,6 +107,10 @@ class Breaker:
         round, began = self._round, self._clock() if self._slow else 0.0
         try:
             result = await work(*args, **kwargs)
+        except StoodStill:
+            # The one that stood still is who asks.
+            self._given_up(round)
+            raise
         except _FAILURES as error:
             self._ended(round, began, not isinstance(error, _NO_FAILURES))
             raise

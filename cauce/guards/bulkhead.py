@@ -10,11 +10,15 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import ParamSpec, TypeVar
 
+from cauce.clock import Clock
 from cauce.errors import Overloaded
 
 __all__ = ["Bulkhead"]
 
 _log = logging.getLogger("cauce")
+
+_TELL = 10.0
+"""Seconds between two lines of the log about what is turned away: it must not drown in them."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,10 +37,11 @@ class Bulkhead:
         shed: how many were too many.
     """
 
-    __slots__ = ("_cure", "most", "name", "shed", "under_way")
+    __slots__ = ("_clock", "_cure", "_told", "most", "name", "shed", "under_way")
 
-    def __init__(self, name: str, most: float, cure: str) -> None:
-        self.name, self.most, self._cure = name, most, cure
+    def __init__(self, name: str, most: float, cure: str, clock: Clock) -> None:
+        self.name, self.most, self._cure, self._clock = name, most, cure, clock.monotonic
+        self._told: float | None = None
         self.under_way = self.shed = 0
 
     async def call(self, work: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -50,10 +55,14 @@ class Bulkhead:
             self.under_way -= 1
 
     def _refuse(self) -> None:
-        # Told once for as many as may be under way: the log must not drown in what is shed.
-        if self.shed % self.most == 0:
-            _log.warning("%s: %d questions are under way, what comes beyond is turned away", self.name, self.most)
         self.shed += 1
+        now = self._clock()
+        if self._told is None or now - self._told >= _TELL:
+            self._told = now
+            _log.warning(
+                "%s: %d questions are under way, what comes beyond is turned away; %d until now",
+                self.name, self.most, self.shed,
+            )  # fmt: skip
         raise Overloaded(
             f"{self.name}: {self.most:,} questions are under way already, so nothing ran: ask fewer at once, or {self._cure}"
         )

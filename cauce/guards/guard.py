@@ -38,7 +38,7 @@ class Guards(msgspec.Struct, frozen=True):
     at_once: int | None = AT_ONCE
 
     def __post_init__(self) -> None:
-        if self.at_once is not None and self.at_once < 1:
+        if self.at_once is not None and not self.at_once >= 1:
             raise Refused(f"at_once={self.at_once}: say a number of questions, 1 or more, or None for any number")
 
 
@@ -49,7 +49,7 @@ class Guard:
 
     def __init__(self, name: str, clock: Clock, guards: Guards, ask: Asking) -> None:
         self.name = name
-        self._bulkhead = Bulkhead(name, guards.at_once or inf, "raise at_once of its guards")
+        self._bulkhead = Bulkhead(name, guards.at_once or inf, "raise at_once of its guards", clock)
         self._breaker = Breaker(name, clock, guards.breaker or _NEVER)
         # The bulkhead comes first: what it turns away says nothing of how the callee is.
         # (mypy misses the arguments that are not given yet.)
