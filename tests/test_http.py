@@ -335,10 +335,11 @@ def test_a_port_that_is_taken_is_refused_before_anything_runs(start: Callable[..
 def test_each_process_of_many_has_a_port_of_its_own(start: Callable[..., Process]) -> None:
     process = start("--http", "0", "--each")
     deadline = time.monotonic() + 60
-    while len(found := set(re.findall(r"answering http://127\.0\.0\.1:(\d+)/", process.said))) < 2:
+    while len(found := dict(re.findall(r"(\w+): answering http://127\.0\.0\.1:(\d+)/", process.said))) < 2:
         assert time.monotonic() < deadline, process.said
         process.until_said(rf"(?s){re.escape(process.said)}.+")
-    for port in found:
+    assert len(set(found.values())) == 2
+    for port in found.values():
         process.port = int(port)
         process.until("/readyz", lambda code, _: code == 200)
     assert process.end() == 0

@@ -21,12 +21,13 @@ from cauce import Domain, OutcomeUnknown, Query, Refused, Service, connect, runn
 from cauce.backends.present import Present, instances_of, read
 from cauce.backends.spread import Lost, NotServed, Spread
 from cauce.backends.sqlite.wire import present
+from cauce.clock import SystemClock
 from cauce.errors import Unavailable
 from cauce.testing import VirtualClock, VirtualLoop
 from cauce.wire import Instance, Load, healthy_first, is_well, located
 from shop.users import RegisterUser, User
 from tests.servers import Missing, Nats, Postgres, absent
-from tests.wires import CLOCK, Peer, SQLitePlace, ask, starter, until
+from tests.wires import CLOCK, Peer, SQLitePlace, ask, starter, until, wire_at
 
 Program = Callable[..., Popen[str]]
 
@@ -322,7 +323,7 @@ async def test_who_dies_between_the_work_and_the_reply_leaves_a_call_unknown_and
     several = [await begun(program, each_bus, str(tmp_path / "died")) for _ in range(2)]
     async with connect(each_bus) as client:
         with pytest.raises(OutcomeUnknown) as unknown:
-            await client.call(RegisterUser("1", "Ana", "a@example.org"))
+            await client.call(RegisterUser("1", "Ana", "a@example.org"), timeout=5.0)
         async with asyncio.timeout(10):
             while all(each.process.poll() is None for each in several):  # noqa: ASYNC110 - it happens elsewhere
                 await asyncio.sleep(0.01)
@@ -349,6 +350,18 @@ async def test_a_query_whose_process_dies_before_the_reply_is_answered_by_anothe
 # ------------------------------------------------------------------------------------- when the registry cannot be read
 
 
+class Later(SystemClock):
+    """The real clock, so many seconds later."""
+
+    by = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.by
+
+    def now(self) -> int:
+        return super().now() + round(self.by * 1_000_000)
+
+
 def _stale(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [each.getMessage() for each in caplog.records if "as last known" in each.getMessage()]
 
@@ -359,16 +372,18 @@ async def test_while_the_registry_cannot_be_read_the_last_known_list_serves_mark
     place = SQLitePlace(tmp_path)
     there = await starter(program, place.url)("users")
     await there.does("runs users")
-    async with place.opened() as wire, place.opened() as fresh:
+    clock = Later()
+    async with wire_at(place.url, clock) as wire, place.opened() as fresh:
         (known,) = await wire.instances()
         assert not known.stale
         broken = Broken(monkeypatch)
         broken.begin()
-        for _ in range(3):
+        for seconds in (0.0, 1.0, 10.0, 30.0):
+            clock.by = seconds
             (found,) = await wire.instances()
             assert found.stale
             assert (found.id, found.version, found.beat) == (known.id, known.version, known.beat)
-            assert int(await ask(wire, "users", b"pid")) == there.process.pid
+            assert int(await wire.ask("users", b"pid", clock.monotonic() + 20)) == there.process.pid
             assert int(await ask(fresh, "users", b"pid", safe=True)) == there.process.pid
             await asyncio.sleep(0.02)
         assert len(_stale(caplog)) == 1, caplog.text
@@ -483,11 +498,13 @@ def own_nats() -> Iterator[Nats]:
 async def _down_and_up(server: Postgres | Nats, url: str, program: Program, caplog: pytest.LogCaptureFixture) -> None:
     there = await starter(program, url)("users")
     await there.does("runs users")
-    async with connect(url) as client:
+    clock = Later()
+    async with connect(url, clock=clock) as client:
         (known,) = await client.locate("users")
         await asyncio.to_thread(server.kill)
         with caplog.at_level(logging.WARNING, "cauce"):
-            for _ in range(2):
+            for seconds in (0.0, 30.0):
+                clock.by = seconds
                 async with asyncio.timeout(30):
                     (found,) = await client.locate("users")
                 assert found.stale

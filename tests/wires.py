@@ -19,7 +19,7 @@ from cauce.backends.nats.wire import NatsWire
 from cauce.backends.postgres.link import Link
 from cauce.backends.postgres.migrations import ensure
 from cauce.backends.postgres.wire import PostgresWire
-from cauce.clock import SystemClock
+from cauce.clock import Clock, SystemClock
 from cauce.wire import Wire
 from tests.servers import Nats, Postgres
 
@@ -42,6 +42,8 @@ CLOCK = SystemClock()
 PEER = """
 import asyncio, os, signal, sys
 from cauce.wire import Instance, Load
+from cauce.clock import SystemClock
+from shifted import Shifted
 from wires import wire_at
 
 took, asked = 0.002, 0
@@ -86,7 +88,7 @@ async def handler(payload):
     return payload
 
 async def main():
-    async with wire_at(sys.argv[1]) as wire:
+    async with wire_at(sys.argv[1], Shifted(sys.argv[2]) if len(sys.argv) > 2 else SystemClock()) as wire:
         leave = {}
         lines = asyncio.StreamReader()
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
@@ -119,17 +121,17 @@ asyncio.run(main())
 
 
 @asynccontextmanager
-async def wire_at(url: str) -> AsyncIterator[Wire]:
+async def wire_at(url: str, clock: Clock = CLOCK) -> AsyncIterator[Wire]:
     """The wire of a bus, until it is left."""
     if url.startswith("nats://"):
-        async with nats_wire(url) as nats:
+        async with nats_wire(url, clock) as nats:
             yield nats
         return
     if url.startswith("postgresql:"):
-        async with postgres_wire(url) as postgres:
+        async with postgres_wire(url, clock) as postgres:
             yield postgres
         return
-    backend = await open_backend(url, CLOCK)
+    backend = await open_backend(url, clock)
     try:
         yield backend.wire
     finally:
@@ -137,9 +139,9 @@ async def wire_at(url: str) -> AsyncIterator[Wire]:
 
 
 @asynccontextmanager
-async def nats_wire(url: str) -> AsyncIterator[NatsWire]:
-    link = await connect(url, CLOCK)
-    wire = NatsWire(link, CLOCK)
+async def nats_wire(url: str, clock: Clock = CLOCK) -> AsyncIterator[NatsWire]:
+    link = await connect(url, clock)
+    wire = NatsWire(link, clock)
     try:
         yield wire
     finally:
@@ -148,12 +150,12 @@ async def nats_wire(url: str) -> AsyncIterator[NatsWire]:
 
 
 @asynccontextmanager
-async def postgres_wire(url: str) -> AsyncIterator[PostgresWire]:
-    link = Link(url, CLOCK)
+async def postgres_wire(url: str, clock: Clock = CLOCK) -> AsyncIterator[PostgresWire]:
+    link = Link(url, clock)
     await link.open()
     try:
         await ensure(link)
-        wire = PostgresWire(link, CLOCK)
+        wire = PostgresWire(link, clock)
         try:
             yield wire
         finally:
@@ -263,11 +265,15 @@ class Peer:
 Start = Callable[..., Coroutine[Any, Any, Peer]]
 
 
-def starter(program: Callable[..., subprocess.Popen[str]], url: str) -> Start:
-    """Starts processes at the wire of a bus, each of which serves the addresses it is given."""
+def starter(program: Callable[..., subprocess.Popen[str]], url: str, *more: str) -> Start:
+    """Starts processes at the wire of a bus, each of which serves the addresses it is given.
+
+    Parameters:
+        more: the file of their clock, if it is to be set.
+    """
 
     async def start(*addresses: str, url: str = url) -> Peer:
-        peer = Peer(program(PEER, url))
+        peer = Peer(program(PEER, url, *more))
         assert await peer.said() == "ready"
         for address in addresses:
             await peer.does(f"serve {address}")

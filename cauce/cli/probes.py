@@ -46,7 +46,7 @@ async def probed(services: Sequence[str], bus: str, store: str | None, http: str
     probes = Probes(observer)
     server = HttpServer(*parse_address(http), Health(services, probes.meter, pulse, observer, probes.stopped))
     server.start()
-    tell(f"answering {server.address}/livez, /readyz and /metrics")
+    tell(f"{', '.join(services)}: answering {server.address}/livez, /readyz and /metrics")
     try:
         yield probes
     finally:

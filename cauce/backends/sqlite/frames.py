@@ -40,7 +40,7 @@ class Broken(Exception):
 
 
 class Question(NamedTuple):
-    """`seconds` were left to answer it when it was `sent`, in microseconds since 1970."""
+    """`seconds` were left to answer it when it was `sent`, in microseconds of a time that is never set."""
 
     id: int
     seconds: float

@@ -126,6 +126,11 @@ class Line(asyncio.Protocol):
         return int(self._transport.get_extra_info("socket").fileno())
 
 
+def _micros(clock: Clock) -> int:
+    """A time that both ends share, for they are on one machine; the wall clock may be set meanwhile."""
+    return round(clock.monotonic() * 1_000_000)
+
+
 class Asking:
     """The end that asks. `who` names the other one in errors."""
 
@@ -139,7 +144,7 @@ class Asking:
     async def ask(self, address: str, payload: bytes, seconds: float) -> bytes:
         """The answer. Raises `NotServed`, and `ConnectionError` if there will be none."""
         self._last = id = self._last + 1
-        frame = question(id, seconds, self._clock.now(), address, payload)
+        frame = question(id, seconds, _micros(self._clock), address, payload)
         future: asyncio.Future[bytes] = self._loop.create_future()
         self._waiting[id] = future
         self.line.send(id, frame)
@@ -183,7 +188,7 @@ class Answering:
     def _received(self, frame: bytes) -> None:
         id, seconds, sent, address, payload = read_question(frame)
         # What lay in the socket while this process stood still may be pointless by now.
-        left = seconds - max(0, self._clock.now() - sent) / 1_000_000
+        left = seconds - max(0, _micros(self._clock) - sent) / 1_000_000
         if not left > 0:
             return
         handler = self._handlers.get(address)

@@ -45,7 +45,8 @@ class Registry:
     """A folder with a few files for each process: `<token>.json` with what it says, `<token>.sock` where it listens.
 
     Both appear whole, by rename, the socket first and listening; so a socket that refuses is of a dead process.
-    `<token>.load` is written over with each beat, which does not change the folder: so nobody reads that again.
+    The first has the time of the last beat, since the machine started. `<token>.load` is written over with each beat,
+    which does not change the folder: so nobody reads that again.
     While the folder cannot be read it is `stale`, and tells what it last knew.
     Raises `OSError` where there is no such folder, unless it may be made.
     """
@@ -181,7 +182,7 @@ class Registry:
         except OSError:
             # What cannot be looked at is no silence.
             return not (self.stale and self._may_live(token))
-        return self._clock.now() * 1000 - beat > QUIET * 1_000_000_000
+        return self._age(beat) > QUIET
 
     def instances(self, *, but: str = "") -> list[Instance]:
         """What all processes that are alive announce, but for one; as last known where the folder cannot be read."""
@@ -196,12 +197,13 @@ class Registry:
 
     def _fresh_of(self, token: str, present: Present) -> list[Instance]:
         try:
-            beat = os.stat(f"{token}.json", dir_fd=self._directory).st_mtime_ns // 1000
+            age = self._age(os.stat(f"{token}.json", dir_fd=self._directory).st_mtime_ns)
         except OSError:
             return []
-        loads = self._loads(token)
+        loads, now = self._loads(token), self._clock.now()
+        beat = now - round(age * 1_000_000)
         return [
-            as_seen(msgspec.structs.replace(each, beat=beat, load=loads.get(each.id, each.load)), self._clock.now())
+            as_seen(msgspec.structs.replace(each, beat=beat, load=loads.get(each.id, each.load)), now)
             for each in present.instances
         ]
 
@@ -298,8 +300,13 @@ class Registry:
         self.doubt()
 
     def _now(self) -> tuple[int, int]:
-        now = self._clock.now() * 1000
+        # Not by the wall clock: were it set back, one that is stopped would seem well until it had come to that time.
+        now = round(self._clock.monotonic() * 1_000_000_000)
         return now, now
+
+    def _age(self, beat: int) -> float:
+        """Seconds since a beat."""
+        return max(0.0, self._clock.monotonic() - beat / 1_000_000_000)
 
     def _remove(self, name: str) -> None:
         # Not there, or not ours to remove: it is passed over by everybody in any case.
