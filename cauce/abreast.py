@@ -97,21 +97,25 @@ class Abreast:
 
     async def _run(self, lane: Lane, entry: Entry) -> None:
         try:
-            while not self._may_begin():
-                if not self._is_open(lane):
-                    return
-                await self._clock.sleep(_MOMENT)
-            await self._one(lane, entry)
-            await self._advance(lane)
+            try:
+                while not self._may_begin():
+                    if not self._is_open(lane):
+                        return
+                    await self._clock.sleep(_MOMENT)
+                await self._one(lane, entry)
+            finally:
+                # A slot whose place cannot move on keeps no other waiting.
+                self._many -= 1
+                self._begin()
+            if not lane.moves:
+                await self._advance(lane)
         except Exception as error:
             self._stops(error)
         finally:
             task = asyncio.current_task()
             assert task is not None
             lane.tasks.discard(task)
-            self._many -= 1
             self._moved.set()
-            self._begin()
 
     async def _one(self, lane: Lane, entry: Entry) -> None:
         """Handle an entry, unless it must be the first for that."""
@@ -160,7 +164,8 @@ class Abreast:
 
     async def _advance(self, lane: Lane) -> None:
         """Move the place on over all that is handled, and set aside what has become the first."""
-        async with lane.turn:
+        lane.moves = True
+        try:
             while lane.queue and not lane.gone:
                 first = lane.queue[0]
                 if first.position in lane.done:
@@ -170,6 +175,10 @@ class Abreast:
                         break
                 else:
                     break
+                self._begin()
+        finally:
+            lane.moves = False
+            self._begin()
 
     async def _pass(self, lane: Lane) -> None:
         marks, place = list[tuple[str, int]](), lane.place

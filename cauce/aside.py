@@ -20,7 +20,7 @@ from cauce.log import Filter, Log
 from cauce.retry import Retries, longest, retry_for, usual
 from cauce.store import Share, Store, Unit, Waiting
 
-__all__ = ["DIED", "Aside", "Handle", "entry_of", "handled"]
+__all__ = ["DIED", "Aside", "Handle", "entry_of", "given_up", "handled"]
 
 _log = logging.getLogger("cauce")
 
@@ -37,6 +37,12 @@ _DEATHS = 3
 Handle = Callable[[Entry, Unit], Awaitable[None]]
 
 
+def given_up() -> bool:
+    """Whether somebody has cancelled the task that runs now, whatever a handler made of that."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
 async def handled(handle: Handle, entry: Entry, unit: Unit) -> Exception | None:
     """What the handler raised, if trying again may help. Raises `Damaged`, and what stops this task."""
     failed: Exception | None = None
@@ -49,8 +55,7 @@ async def handled(handle: Handle, entry: Entry, unit: Unit) -> Exception | None:
         failed = RuntimeError(f"what it waited for was cancelled: {error!r}")
     except Exception as error:
         failed = error
-    task = asyncio.current_task()
-    if task is None or task.cancelling():
+    if given_up():
         # Whatever the handler made of that: its slot may be another's by now, who handles this again.
         raise asyncio.CancelledError
     return failed
@@ -108,7 +113,7 @@ class Aside:
         self._waiting: dict[str, deque[Waiting]] = {}
         self._many: Counter[int] = Counter()
         self._retries: dict[str, asyncio.Task[None]] = {}
-        self._in_hand: set[str] = set()
+        self._in_hand: set[asyncio.Task[None] | None] = set()
         self._newer: set[str] = set()
         self._slots: dict[int, asyncio.Semaphore] = {}
 
@@ -144,10 +149,10 @@ class Aside:
 
     def leave(self, slots: Collection[int]) -> set[asyncio.Task[None]]:
         """Begin nothing more in these slots. Gives the tasks that have something in hand there."""
-        streams = {stream for stream in self._retries if self._waiting[stream][0].slot in slots}
-        for stream in streams - self._in_hand:
-            self._retries[stream].cancel()
-        return {self._retries[each] for each in streams}
+        tasks = {task for stream, task in self._retries.items() if self._waiting[stream][0].slot in slots}
+        for task in tasks - self._in_hand:
+            task.cancel()
+        return tasks
 
     def drop(self, slots: Collection[int]) -> None:
         """Forget what waits in these slots: another instance has it."""
@@ -257,7 +262,9 @@ class Aside:
             self._stops(error)
             return
         finally:
-            retries.pop(stream, None)
+            # Who goes on though it was cancelled may end when another tries the same again.
+            if retries.get(stream) is asyncio.current_task():
+                del retries[stream]
             if not queue and self._waiting.get(stream) is queue:
                 del self._waiting[stream]
             self._moved.set()
@@ -283,12 +290,12 @@ class Aside:
         deaths = max(0, -waiting.due)
         if self._usual.attempts and deaths >= min(_DEATHS, self._usual.attempts):
             waiting.error, waiting.attempts = f"{DIED}, {deaths} times", max(waiting.attempts, deaths)
-            self.bury(waiting, "", await self._read(waiting))
+            self.bury(waiting, "", await self._read_at_last(waiting))
             await self._park(share, waiting)
             return False
         while not self._may_begin():
             await self._clock.sleep(_MOMENT)
-        self._in_hand.add(waiting.stream)
+        self._in_hand.add(asyncio.current_task())
         try:
             waiting.attempts, waiting.due = waiting.attempts + 1, -1 - deaths
             await self._park(share, waiting)
@@ -318,7 +325,16 @@ class Aside:
             await self._park(share, waiting)
             return False
         finally:
-            self._in_hand.discard(waiting.stream)
+            self._in_hand.discard(asyncio.current_task())
+
+    async def _read_at_last(self, waiting: Waiting) -> Entry:
+        """What waits, however long its log is away."""
+        while True:
+            try:
+                return await self._read(waiting)
+            except Unavailable as error:
+                _log.warning("%s: reading waits: %s", self._name, error)
+                await self._clock.sleep(1.0)
 
     async def _park(self, share: Share | None, waiting: Waiting) -> None:
         unit = Unit(share)

@@ -16,7 +16,7 @@ import msgspec
 
 from cauce.abreast import Abreast
 from cauce.accept import slot_of
-from cauce.aside import DIED, Aside, Handle, entry_of, handled
+from cauce.aside import DIED, Aside, Handle, entry_of, given_up, handled
 from cauce.clock import Clock
 from cauce.codec import Entry
 from cauce.errors import Fenced, Unavailable
@@ -184,6 +184,8 @@ class Consumer:
                         len(deaf),
                     )
         for lane in lanes:
+            if lane.gone:
+                continue  # Ended meanwhile by another, who emptied it: that nothing waits says nothing of the place.
             self._note(lane, lane.place if lane.queue else lane.handed)
             self._lanes.pop(lane.slot, None)
             lane.close()
@@ -204,6 +206,8 @@ class Consumer:
         working, lanes = self._at_work(), list(self._lanes.values())
         self._lanes, self._readers = {}, set()
         self._aside.abandon()
+        for lane in lanes:
+            lane.gone = True
         for task in working:
             task.cancel()
         if working and (late := (await asyncio.wait(working, timeout=within))[1]):
@@ -443,9 +447,8 @@ class Consumer:
             self._store.move(lane.share, self.name, *lane.slot, self._log.id, position)
 
     def _stops(self, error: BaseException) -> None:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            return  # It was given up already, and others do its work.
+        if given_up():
+            return  # Others do its work.
         if isinstance(error, Fenced) and self._fenced is not None:
             self._fenced(error)
             return

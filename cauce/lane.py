@@ -24,7 +24,7 @@ class Lane:
 
     Where several things are handled at once: `things` are the entries of each that are not handled, `done` the
     positions handled ahead of the place, with whether the store has a mark of it, `failed` what is set aside when it is
-    the first, and `held` the things that wait for their turn to be the first.
+    the first, and `held` the things that wait for their turn to be the first; `moves`: the place is being moved on.
     """
 
     __slots__ = (
@@ -39,6 +39,7 @@ class Lane:
         "joined",
         "load",
         "marks",
+        "moves",
         "place",
         "queue",
         "room",
@@ -47,7 +48,6 @@ class Lane:
         "task",
         "tasks",
         "things",
-        "turn",
         "written",
     )
 
@@ -68,7 +68,7 @@ class Lane:
         self.done: dict[int, bool] = {}
         self.failed: dict[int, Waiting] = {}
         self.held: set[str] = set()
-        self.turn = asyncio.Lock()
+        self.moves = False
 
     def add(self, entry: Entry) -> None:
         """An entry waits."""

@@ -113,7 +113,7 @@ class Outbox:
         for waiting in await self._store.waiting(SAID):
             if waiting.slot in shares:
                 self._aside(waiting.slot).add(waiting)
-        self._said.set()
+        self.look(anew=True)
 
     async def drop(self, slots: Iterable[int], within: float) -> None:
         """Begin no more in these slots of what waits, and forget it.
@@ -133,7 +133,8 @@ class Outbox:
                 await asyncio.wait(late)
         for slot, aside in asides:
             aside.drop(gone)
-            del self._asides[slot]
+            if self._asides.get(slot) is aside:
+                del self._asides[slot]
 
     async def abandon(self, within: float) -> None:
         """Forget all that is known of its slots: others have them.
@@ -157,6 +158,9 @@ class Outbox:
         for aside in list(self._asides.values()):
             await aside.reload()
 
+    def _works_on(self, slot: int) -> bool:
+        return slot in self._shares and slot not in self._leaving
+
     def _aside(self, slot: int) -> Aside:
         from cauce.aside import Aside
         from cauce.store import SAID
@@ -176,10 +180,11 @@ class Outbox:
         assert isinstance(entry, Spoken)
         await self._relay_one(entry)
 
-    async def _set_aside(self, row: _Row, aside: Aside, error: BaseException | None = None, failures: int = 0) -> None:
+    async def _set_aside(self, row: _Row, error: BaseException | None = None, failures: int = 0) -> None:
         """Let a person decide about what failed for good; without an error, about what is before it."""
         from cauce.store import SAID, Unit, Waiting
 
+        aside = self._aside(row.slot)
         waiting = Waiting(row.number, row.said.stream, row.slot, failures, error="waits behind an earlier one")
         waiting.raw = kept(row.said, row.handler)
         if error is not None:
@@ -187,7 +192,7 @@ class Outbox:
             aside.bury(waiting, "".join(traceback.format_exception(error)), None)
         last = aside.last(row.said.stream)
         if last is None or last.position < row.number:
-            unit = Unit(self._shares.get(row.slot))
+            unit = Unit(self._shares[row.slot])
             unit.parked = SAID, waiting
             await aside.commit(unit)
             aside.add(waiting)
@@ -311,21 +316,23 @@ class Outbox:
             del self._under_way[stream]
 
     async def _relay_row(self, row: _Row, me: asyncio.Task[None]) -> bool:
-        """Whether it is in its log, or a person decides. False: it is tried again later."""
-        aside = self._aside(row.slot)
+        """Whether it is in its log, or a person decides. False: it is tried again later, here or by another."""
+        if not self._works_on(row.slot):
+            return False
         try:
-            if aside.last(row.said.stream) is not None:
-                await self._set_aside(row, aside)
+            if self._aside(row.slot).last(row.said.stream) is not None:
+                await self._set_aside(row)
                 return True
             await self._relay_one(spoken(row.said))
         except (Exception, asyncio.CancelledError) as error:
             if me.cancelling():
                 raise
             off = self._delay(row.said, error)
-            if off.failures < _RETRY.attempts:
+            # Without its slot nothing is set aside: whoever has it counts anew.
+            if off.failures < _RETRY.attempts or not self._works_on(row.slot):
                 return False
             try:
-                await self._set_aside(row, aside, error, off.failures)
+                await self._set_aside(row, error, off.failures)
             except (Fenced, Unavailable):
                 return False
             return True

@@ -483,9 +483,10 @@ class _Running:
             raise
 
     def _outbox_stops(self, error: BaseException) -> None:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            return  # It was given up already, and others do its work.
+        from cauce.aside import given_up
+
+        if given_up():
+            return  # Others do its work.
         if isinstance(error, Fenced) and self._shares is not None:
             self._shares.fenced(error)
         else:
@@ -604,6 +605,11 @@ class _Running:
         except Refused as error:
             _log.warning("%s ends without saying so: %s", self._service.name, error)
         await self._stop_leading()
+        try:
+            # Or it would begin to work on what it is given when all that is in hand here has been dropped.
+            await self._shares.rest(max(0.0, left()))
+        except CauceError as error:
+            _log.warning("%s does not know what it holds: %s", self._service.name, error)
         if not self._shares.is_alone:
             try:
                 await self._shares.hand_over(max(0.0, left()))
@@ -871,6 +877,8 @@ class _Running:
 
     async def _interval(self, bound: Bound, share: Share) -> None:
         """Run a function every so often, for ever; when it is due is kept in the store."""
+        from cauce.aside import given_up
+
         assert self._store is not None
         assert self._shares is not None
         assert bound.part.schedule is not None
@@ -894,13 +902,18 @@ class _Running:
             handling.set(context)
             unit = Unit(share)
             try:
-                self._say(bound, context, unit, 0, await self._run(bound, (), context, bound.name))
+                result = await self._run(bound, (), context, bound.name)
+                if given_up():
+                    return  # Whatever it made of that: another leads.
+                self._say(bound, context, unit, 0, result)
                 unit.timer = name, behind(due, clock.now(), schedule, missed)
                 await store.commit(unit)
             except Fenced as error:
                 self._shares.fenced(error)
                 return
             except Exception as error:
+                if given_up():
+                    return
                 _log.exception("%s.%s failed and is run again: %s", self._service.name, bound.name, error)
                 # One that is due more often would not have to wait for long either.
                 pause = (schedule.following(due) - due) / 1_000_000

@@ -70,7 +70,7 @@ class Shares:
         self._beaten = float("-inf")
         self._lost: Fenced | None = None
         self._doubt = asyncio.Event()
-        self._joined, self._is_settled, self._still = False, True, True
+        self._joined, self._is_settled, self._still, self._ends = False, True, True, False
         self._apart = False
         self._leaving: Share | None = None
         self._news = False
@@ -152,7 +152,7 @@ class Shares:
         self._doubt.clear()
         _log.error(
             "%s: this instance stood still, or was cut off, and others may have taken over: all that it has in hand is "
-            "dropped, and it joins again: %s", service, why,
+            "dropped, and it %s: %s", service, "ends" if self._ends else "joins again", why,
         )  # fmt: skip
         if self._moving is not None:
             self._moving.cancel()
@@ -165,12 +165,29 @@ class Shares:
         await self._store.release([], owner=old)
         self.owner, self._joined = new, False
         self._lost, self._is_settled = None, False
+        # Who is about to leave would only take part in the count, and others would leave alone what is its fair share.
+        self._apart = self._ends
         await self._step()
-        _log.warning("%s: this instance has joined again", service)
+        if not self._apart:
+            _log.warning("%s: this instance has joined again", service)
 
     def close(self) -> None:
         """Take and give no more: the end is near, and until then the beat keeps what is held."""
-        self._still = True
+        self._still = self._ends = True
+
+    async def rest(self, within: float) -> None:
+        """Wait until what is being taken or given is done, so many seconds; what takes longer is given up."""
+        moving = self._moving
+        if moving is None:
+            return
+        _, late = await asyncio.wait({moving}, timeout=within)
+        if late:
+            moving.cancel()
+            await asyncio.wait(late)
+        if self._moving is moving:
+            # What could not be gained is nobody's, and what could not be given is given with the rest.
+            with suppress(Unavailable, asyncio.CancelledError):
+                await self._moved()
 
     @property
     def is_alone(self) -> bool:
@@ -182,10 +199,21 @@ class Shares:
 
         Parameters:
             within: seconds to wait until they do; one that lives needs no more than a beat.
+
+        Raises `Fenced` if they have taken over meanwhile.
         """
         self.close()
-        if self._moving is not None:
-            await asyncio.wait({self._moving})
+        await self.rest(within)
+        # As any other step, so that it ends at once when this instance is struck off.
+        moving = self._moving = asyncio.get_running_loop().create_task(self._hand_over(within))
+        await asyncio.wait({moving})
+        if self._moving is moving:
+            self._moving = None
+        if moving.cancelled():
+            raise Fenced(f"{self.owner.partition(' ')[0]}: others have taken over what it was about to give")
+        moving.result()
+
+    async def _hand_over(self, within: float) -> None:
         until = self._clock.monotonic() + min(within, 2 * BEAT)
         try:
             await self._tell_the_others(until)

@@ -59,7 +59,7 @@ SAID = "the outbox"
 
 
 class BadStatement(Refused):
-    """SQL of a handler that cannot be carried out; nothing of its message was stored."""
+    """What a handler wants to be stored, such as SQL, and cannot be; nothing of its message was stored."""
 
 
 class Waiting(msgspec.Struct):

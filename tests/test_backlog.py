@@ -31,12 +31,12 @@ MIB = 1024 * 1024
 
 
 class Heavy:
-    """A log of so many entries that share one heavy body."""
+    """A log of so many entries that share one body."""
 
     id = "heavy"
 
-    def __init__(self, many: int) -> None:
-        body = b"x" * HEAVY
+    def __init__(self, many: int, weight: int = HEAVY) -> None:
+        body = b"x" * weight
         meta = Meta(1)
         self.entries = [sealed(f"things/thing{n % 64}", "Grown", f"id{n}", meta, body) for n in range(many)]
         self.given = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cauce import running
+from cauce import Service, running
 from cauce.cli.signals import LATEST
 from tests.test_instances import Add, owner, seen, until_seen
 
@@ -231,3 +232,21 @@ async def test_what_is_handed_back_is_taken_by_another_instance_at_once(
     assert time.monotonic() - began < 8, "long before a lease is over"
     await asyncio.to_thread(ended, process, 0.5 + LATEST)
     assert await seen(bus_url, "draining") == [("a", 1, "other")]
+
+
+async def test_an_interval_that_swallows_that_it_was_cancelled_is_not_run_again(bus_url: str) -> None:
+    service, runs, begun = Service("ticking"), 0, asyncio.Event()
+
+    @service.every(0.01)
+    async def tick() -> None:
+        nonlocal runs
+        runs += 1
+        begun.set()
+        if runs == 1:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(30)
+
+    async with running(service, bus=bus_url):
+        await begun.wait()
+    await asyncio.sleep(0.2)
+    assert runs == 1

@@ -17,9 +17,10 @@ import pytest
 from nats.aio.client import Client
 from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 
-from cauce import running
+from cauce import Retry, Service, running
 from shop import users
 from tests.servers import Nats
+from tests.test_instances import Add, Added, letters_of, owner
 
 ROOT = Path(__file__).parent.parent
 ASK = '{"type": "User", "key": "42"}'
@@ -212,3 +213,27 @@ async def test_who_does_not_know_which_instance_holds_a_thing_asks_any(
         ]
         assert (len(passed_on), sum(passed_on) > 0) == (16, True)
         other.terminate()
+
+
+# -------------------------------------------------------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize("concurrency", [0, 5])
+async def test_a_handler_that_says_more_than_a_bucket_takes_at_once_is_a_dead_letter_and_stops_nobody(
+    concurrency: int, nats_bus: str
+) -> None:
+    service, handled = Service("saying"), set[str]()
+
+    @service.on(concurrency=concurrency, retry=Retry(attempts=2, first=0.01))
+    async def say(event: Added) -> list[Add] | None:
+        handled.add(event.name)
+        return [Add(f"said{n}") for n in range(1_000)] if event.name == "much" else None
+
+    async with running(owner, service, bus=nats_bus) as bus:
+        for name in ("much", *(f"thing{n}" for n in range(20))):
+            await bus.call(Add(name))
+        await bus.settled()
+        assert not bus.failed.done()
+    assert handled == {"much", *(f"thing{n}" for n in range(20))}
+    (letter,) = await letters_of(nats_bus, "saying")
+    assert (letter.stream, "say fewer" in letter.error) == ("counters/much", True)

@@ -21,7 +21,7 @@ from cauce.backends.nats.fences import Fences, claim_of
 from cauce.backends.nats.names import token
 from cauce.backends.nats.timers import Timers, cancelled, puts_of
 from cauce.errors import CauceError, Fenced, Overloaded, Refused
-from cauce.store import Share, Unit, Waiting
+from cauce.store import BadStatement, Share, Unit, Waiting
 
 __all__ = ["Place", "Units", "packed"]
 
@@ -78,10 +78,13 @@ class Units:
     # ------------------------------------------------------------------------------------------------- what comes
 
     def write(self, unit: Unit | None) -> asyncio.Future[None]:
-        """Write a unit, or with none the places that wait. Raises `Overloaded` and `Refused` at once."""
+        """Write a unit, or with none the places that wait. Raises `BadStatement`, `Overloaded`, `Refused` at once."""
         puts = [] if unit is None else _puts(unit, self._bucket.link.clock.id)
         if len(puts) >= MOST:
-            raise Refused(f"{len(puts):,} messages were said at once, a bucket of NATS takes {MOST - 1}: say fewer")
+            # The handler's fault, which must not stop the service.
+            raise BadStatement(
+                f"one message says and changes {len(puts):,} things, a bucket of NATS takes {MOST - 1} at once: say fewer"
+            )
         future = self._add(_Job(unit, puts))
         if unit is not None and unit.later:
             # Not before: who looks for what is due would find nothing there yet.
