@@ -7,7 +7,7 @@ import os
 import sys
 
 from cauce import Domain, Event, Record, Retry, Service, running
-from tests.test_instances import Added
+from tests.counters import Added
 
 __all__ = ["POISON", "Note", "Noted", "made"]
 

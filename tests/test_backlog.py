@@ -94,7 +94,7 @@ async def test_what_waits_for_a_slow_handler_is_bounded_by_its_weight(concurrenc
 BEHIND = """
 import asyncio, json, os, sys
 sys.path.insert(0, {tests!r})
-from test_instances import Added, Context, SEEN, Service, running
+from counters import Added, Context, SEEN, Service, running
 service = Service("behind", schema=SEEN)
 
 def memory():

@@ -14,9 +14,10 @@ import pytest
 from cauce import Bus, Context, Retry, Service, connect, running
 from cauce.log import Filter, entries_of
 from cauce.store import Store
+from tests.counters import Add, Added, owner
 from tests.kept import forget_places, store_of, waiting
 from tests.shifted import Shifted, hours
-from tests.test_instances import Add, Added, owner, schema_of, seen, standing, until_seen, until_shared
+from tests.test_instances import schema_of, seen, standing, until_seen, until_shared
 from tests.test_owner import persist, stop
 from tests.wires import Start, ask, starter, wire_at
 
@@ -28,7 +29,7 @@ import cauce.lease, cauce.shares
 from cauce import Retry, running
 sys.path.insert(0, {tests!r})
 from shifted import Shifted
-from test_instances import Added, Context, SEEN, Service, owner
+from counters import Added, Context, SEEN, Service, owner
 url, name, clock, log = sys.argv[1:]
 logging.basicConfig(filename=log, level=logging.INFO)
 # Were a lease to be reckoned by the wall clock it would be over at once.

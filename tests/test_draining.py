@@ -16,13 +16,14 @@ import pytest
 
 from cauce import Service, running
 from cauce.cli.signals import LATEST
-from tests.test_instances import Add, owner, seen, until_seen
+from tests.counters import Add, owner
+from tests.test_instances import seen, until_seen
 
 TESTS = Path(__file__).parent
 
 MODULE = """
 import asyncio, threading, time
-from test_instances import SEEN, Added, Context, Service, owner
+from tests.counters import SEEN, Added, Context, Service, owner
 
 def say(text):
     print(text, flush=True)
@@ -94,7 +95,7 @@ async def tick() -> None:
 
 OTHER = """
 import asyncio, sys
-from test_instances import SEEN, Added, Context, Service, running
+from counters import SEEN, Added, Context, Service, running
 
 service = Service("draining", schema=SEEN)
 

@@ -12,7 +12,7 @@ from cauce import Retry, Service, running
 from cauce.lease import TTL
 from cauce.shares import Shares
 from cauce.testing import VirtualClock
-from tests.test_instances import Add, Added, owner
+from tests.counters import Add, Added, owner
 
 Run = Callable[[Callable[[], Any]], Any]
 

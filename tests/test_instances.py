@@ -19,7 +19,7 @@ from typing import Any
 import apsw
 import pytest
 
-from cauce import Command, Context, Domain, Event, Record, Refused, Rejected, Retry, Service, connect, running
+from cauce import Context, Refused, Retry, Service, connect, running
 from cauce.accept import slot_of
 from cauce.backends.sqlite.file import folder_of
 from cauce.backends.sqlite.store import SQLiteStore
@@ -32,65 +32,11 @@ from cauce.log import Log
 from cauce.shares import Shares
 from cauce.store import Letter, Share, Store
 from cauce.testing import VirtualClock
+from tests.counters import SEEN, Add, Added, Counted, Double, owner
 from tests.kept import hurry, rows, store_of, stores_of
 
 Run = Callable[[Callable[[], Any]], Any]
 Program = Callable[..., subprocess.Popen[str]]
-
-counters = Domain("counters", key="name")
-
-
-class Counted(Record, domain=counters):
-    name: str
-    n: int
-
-
-class Added(Event, domain=counters):
-    name: str
-    n: int
-
-
-class Add(Command, domain=counters):
-    name: str
-
-
-class Doubled(Event, domain=counters):
-    name: str
-
-
-class Double(Command, domain=counters):
-    name: str
-
-
-owner = Service("counters", owns=counters)
-
-
-@owner.decide
-def add(counted: Counted | None, command: Add) -> Added:
-    return Added(command.name, (counted.n if counted else 0) + 1)
-
-
-@owner.decide
-def double(counted: Counted | None, command: Double) -> Doubled:
-    if counted is None:
-        raise Rejected("there is none")
-    return Doubled(command.name)
-
-
-@owner.evolve
-def added(counted: Counted | None, event: Added) -> Counted:
-    return Counted(event.name, event.n)
-
-
-@owner.evolve
-def doubled(counted: Counted, event: Doubled) -> Counted:
-    return Counted(counted.name, counted.n * 2)
-
-
-SEEN = {
-    "sqlite": "create table seen (name text, n integer, by text)",
-    "postgresql": "create table seen (name text, n integer, by text, rowid bigserial)",
-}
 
 
 def schema_of(url: str) -> str:
@@ -427,7 +373,7 @@ async def test_a_dead_letter_waits_through_a_restart_with_those_behind_it(each_b
 KILLER = """
 import asyncio, os, signal, sys
 sys.path.insert(0, {tests!r})
-from test_instances import Added, Retry, Service, Context, SEEN, running
+from counters import Added, Retry, Service, Context, SEEN, running
 service = Service("killed", schema=SEEN)
 
 @service.on(retry=Retry(attempts=2))
@@ -477,7 +423,7 @@ def test_a_message_that_kills_the_process_is_parked_and_no_other(each_bus: str, 
 LOST = """
 import asyncio, os, sys
 sys.path.insert(0, {tests!r})
-from test_instances import Added, Double, Service, Context, SEEN, running
+from counters import Added, Double, Service, Context, SEEN, running
 from cauce.backends.{log}
 from cauce.backends.{store}
 service = Service("saying", schema=SEEN)
@@ -614,7 +560,7 @@ INSTANCE = """
 import asyncio, logging, sys
 sys.path.insert(0, {tests!r})
 import test_instances
-from test_instances import Added, Doubled, Service, Context, SEEN, running, owner
+from counters import Added, Doubled, Service, Context, SEEN, running, owner
 logging.basicConfig(level=logging.WARNING)
 name = sys.argv[2]
 service = Service("seeing", schema=SEEN)
@@ -876,7 +822,7 @@ def test_a_service_that_was_struck_off_joins_again_in_the_same_process(bus_url: 
 
 HANGING = """
 import threading
-from test_instances import Added, Service, owner
+from counters import Added, Service, owner
 service = Service("hanging")
 
 @service.on
@@ -930,7 +876,7 @@ def test_a_process_whose_plain_handler_hangs_ends_all_the_same(end: str, bus_url
 
 SPEAKING = """
 import logging
-from test_instances import Add, Added, Service, owner
+from counters import Add, Added, Service, owner
 log = logging.getLogger("speaking")
 service = Service("speaking")
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cauce import connect, running
-from tests.test_instances import Add, owner, seen, until_seen
+from tests.counters import Add, owner
+from tests.test_instances import seen, until_seen
 
 TESTS = Path(__file__).parent
 Program = Callable[..., subprocess.Popen[str]]
@@ -18,7 +19,7 @@ Program = Callable[..., subprocess.Popen[str]]
 KILLED = """
 import asyncio, os, signal, sys
 sys.path.insert(0, {tests!r})
-from test_instances import Added, Context, Double, SEEN, Service, running
+from counters import Added, Context, Double, SEEN, Service, running
 
 backend, url, when, keys = sys.argv[1:]
 service = Service("killed", **({{}} if backend == "nats" else {{"schema": SEEN}}))
@@ -115,7 +116,7 @@ def test_a_kill_between_an_effect_and_its_place_leaves_both_or_none(
 MANY = """
 import asyncio, sys
 sys.path.insert(0, {tests!r})
-from test_instances import Added, Context, SEEN, Service, running
+from counters import Added, Context, SEEN, Service, running
 service = Service("many", schema=SEEN)
 hangs, many = sys.argv[2] == "hangs", [0]
 

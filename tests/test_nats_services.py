@@ -19,8 +19,9 @@ from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 
 from cauce import Retry, Service, running
 from shop import users
+from tests.counters import Add, Added, owner
 from tests.servers import Nats
-from tests.test_instances import Add, Added, letters_of, owner
+from tests.test_instances import letters_of
 
 ROOT = Path(__file__).parent.parent
 ASK = '{"type": "User", "key": "42"}'

@@ -12,8 +12,9 @@ import pytest
 from cauce import Bus, connect, running
 from cauce.codec import Entry
 from cauce.log import Filter, entries_of
+from tests.counters import Add, owner
 from tests.noting import POISON
-from tests.test_instances import Add, letters_of, owner
+from tests.test_instances import letters_of
 
 Program = Callable[..., subprocess.Popen[str]]
 
@@ -63,6 +64,8 @@ async def test_one_poison_among_a_hundred_delays_only_its_own_thing_though_it_ki
                     # What looks after them does so.
                     await start()
                 await asyncio.sleep(0.05)
+    if how == "raises":
+        await asyncio.to_thread(processes[0].wait)
     (letter,) = letters
     assert (letter.stream, letter.attempts, letter.behind) == ("counters/job7", 3, 7)
     died = [each.returncode for each in processes if each.poll() is not None]

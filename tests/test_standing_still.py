@@ -19,19 +19,8 @@ import pytest
 from cauce import Context, Domain, Query, Refused, Retry, Service, Store, Unavailable, connect, running
 from cauce.clock import SystemClock
 from cauce.log import Filter, entries_of
-from tests.test_instances import (
-    SEEN,
-    Add,
-    Added,
-    Counted,
-    letters_of,
-    owner,
-    schema_of,
-    seen,
-    standing,
-    until_seen,
-    until_shared,
-)
+from tests.counters import SEEN, Add, Added, Counted, owner
+from tests.test_instances import letters_of, schema_of, seen, standing, until_seen, until_shared
 from tests.test_owner import persist, stop
 
 Program = Callable[..., subprocess.Popen[str]]

@@ -29,9 +29,9 @@ from cauce.log import Filter
 from cauce.schedule import Cron, Missed, Often, behind, schedule_of
 from cauce.store import Timer
 from cauce.testing import VirtualClock, VirtualLoop
+from tests.counters import Add, Added, Counted, Double, counters, owner
 from tests.kept import stores_of
 from tests.test_history import everything
-from tests.test_instances import Add, Added, Counted, Double, counters, owner
 
 Run = Callable[[Callable[[], Any]], Any]
 Program = Callable[..., subprocess.Popen[str]]
@@ -402,7 +402,7 @@ async def test_a_moment_that_is_past_is_due_at_once(bus_url: str) -> None:
 SETTING = """
 import asyncio, sys
 sys.path.insert(0, {tests!r})
-from test_instances import Add, Added, Service, Context, running, owner
+from counters import Add, Added, Service, Context, running, owner
 
 service = Service("reminding")
 
