@@ -19,19 +19,15 @@ from click.testing import CliRunner
 from cauce import (
     Bus,
     Command,
-    Domain,
-    Event,
     Fenced,
     Gone,
     Held,
     Inconsistent,
-    Record,
     Refused,
     Rejected,
     Service,
     Unavailable,
     connect,
-    replace,
     running,
 )
 from cauce.bus import Ask
@@ -45,157 +41,24 @@ from cauce.rules import standing as bound
 from cauce.service import bind
 from cauce.tags import Tags
 from cauce.testing import given
+from tests.people import (
+    Gift,
+    Join,
+    Joined,
+    Leave,
+    Move,
+    Moved,
+    Other,
+    Person,
+    Redeem,
+    Seat,
+    made,
+    people,
+)
 from tests.servers import Nats
 from tests.test_instances import close, standing, until_shared
 
 Program = Callable[..., subprocess.Popen[str]]
-
-people = Domain("people", key="name")
-
-
-class Person(Record, domain=people):
-    name: str
-    email: str
-    show: str = ""
-
-
-class Joined(Event, domain=people):
-    name: str
-    email: str
-
-
-class Moved(Event, domain=people):
-    name: str
-    email: str
-
-
-class Seated(Event, domain=people):
-    name: str
-    show: str
-
-
-class Left(Event, domain=people):
-    name: str
-
-
-class Join(Command, domain=people):
-    name: str
-    email: str
-
-
-class Move(Command, domain=people):
-    name: str
-    email: str
-
-
-class Seat(Command, domain=people):
-    name: str
-    show: str
-
-
-class Leave(Command, domain=people):
-    name: str
-
-
-others = Domain("others", key="name")
-
-
-class Other(Record, domain=others):
-    name: str
-
-
-gifts = Domain("gifts", key="card")
-
-
-class Gift(Record, domain=gifts):
-    card: str
-    left: int
-
-
-class Redeemed(Event, domain=gifts):
-    card: str
-    left: int
-
-
-class Redeem(Command, domain=gifts):
-    card: str
-    amount: int
-
-
-giving = Service("gifts", owns=gifts)
-
-
-@giving.decide
-def redeem(gift: Gift | None, command: Redeem) -> Redeemed:
-    left = (100 if gift is None else gift.left) - command.amount
-    if left < 0:
-        raise Rejected("not enough is left")
-    return Redeemed(command.card, left)
-
-
-@giving.evolve
-def redeemed(gift: Gift | None, event: Redeemed) -> Gift:
-    return Gift(event.card, event.left)
-
-
-def made(*, email: bool = True, seats: Any = 0, fold: bool = True) -> Service:
-    """The owner of people, with the rules that are wanted."""
-    service = Service("people", owns=people)
-
-    @service.decide
-    def join(person: Person | None, command: Join) -> Joined | None:
-        return None if person else Joined(command.name, command.email)
-
-    @service.decide
-    def move(person: Person | None, command: Move) -> Moved:
-        if person is None:
-            raise Rejected("nobody")
-        return Moved(command.name, command.email)
-
-    @service.decide
-    def seat(person: Person | None, command: Seat) -> tuple[Event, ...]:
-        seated = Seated(command.name, command.show)
-        return (seated,) if person else (Joined(command.name, ""), seated)
-
-    @service.decide
-    def leave(person: Person | None, command: Leave) -> Left | None:
-        return Left(command.name) if person else None
-
-    @service.evolve
-    def joined(person: Person | None, event: Joined) -> Person:
-        return Person(event.name, event.email)
-
-    @service.evolve
-    def moved(person: Person, event: Moved) -> Person:
-        return replace(person, email=event.email)
-
-    @service.evolve
-    def seated(person: Person, event: Seated) -> Person:
-        return replace(person, show=event.show)
-
-    @service.evolve
-    def left(person: Person, event: Left) -> None:
-        return None
-
-    if email and fold:
-
-        @service.unique
-        def mail(person: Person) -> str | None:
-            return person.email.casefold() or None
-
-    elif email:
-
-        @service.unique
-        def mail(person: Person) -> str | None:
-            return person.email or None
-
-    if seats:
-
-        @service.unique(most=seats)
-        def show(person: Person) -> str | None:
-            return person.show or None
-
-    return service
 
 
 async def verdicts(*calls: Any) -> Counter[str]:
@@ -211,10 +74,10 @@ async def audited(bus: Bus) -> list[str]:
 PROCESS = """
 import asyncio, sys
 from cauce import running
-from tests import test_unique
+from tests import people
 
 async def main():
-    async with running(eval(sys.argv[2], vars(test_unique)), bus=sys.argv[1]) as bus:
+    async with running(eval(sys.argv[2], vars(people)), bus=sys.argv[1]) as bus:
         print("ready", flush=True)
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
@@ -614,7 +477,7 @@ async def test_of_many_that_start_at_once_with_a_new_rule_one_counts(each_bus: s
 SLOW = """
 import asyncio, sys
 from cauce import rules, running
-from tests import test_unique
+from tests import people
 
 page = rules._Building._page
 
@@ -625,7 +488,7 @@ async def slow(building, entries):
 
 async def main():
     rules._Building._page = slow
-    async with running(test_unique.made(), bus=sys.argv[1]):
+    async with running(people.made(), bus=sys.argv[1]):
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
 asyncio.run(main())
