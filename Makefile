@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 
 # pytest comes last, and so does its closing line. Many tests wait for servers and processes, so three files are run at a time, on two cores, too.
 test: check
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -29,6 +29,9 @@ _MOMENT = 0.05
 _CAUTION = 10.0
 """Seconds for which a message that may have killed the process keeps others of its kind from beginning."""
 
+_CALM = 1.0
+"""Seconds that a process must have lived, for each before it that died, until it tries what that had in hand."""
+
 DIED = "the process died, or stood still, while this was handled"
 
 _DEATHS = 3
@@ -249,6 +252,8 @@ class Aside:
                 left = (waiting.due - self._clock.now()) / 1_000_000
                 await self._clock.sleep(min(max(0.0, left), 2 * self._longest))
                 if waiting.due < 0:
+                    # What dies of something else, again and again, must not use up the tries of what it had in hand.
+                    await self._clock.sleep(_CALM * -waiting.due)
                     done = await self._carefully(waiting, tries)
                 else:
                     async with self._slots.setdefault(slot, asyncio.Semaphore(_RETRIES_AT_ONCE)):

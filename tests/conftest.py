@@ -25,6 +25,22 @@ BACKENDS = ("sqlite", "postgresql", "nats")
 _numbers = itertools.count(1)
 
 
+LONGEST = (
+    "churn",
+    "standing_still",
+    "wire_promises",
+    "instances",
+    "failure",
+    "unique",
+    "concurrency",
+    "owner",
+    "servers",
+    "draining",
+    "kills",
+    "backlog",
+)
+"""Files that take long begin first: what begins last is waited for with the other processor idle."""
+
 WHOLE = pytest.StashKey[list[str]]()
 """The ids of all tests, where all were collected, whichever of them are run."""
 
@@ -33,6 +49,8 @@ WHOLE = pytest.StashKey[list[str]]()
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("lf", False):
         config.stash[WHOLE] = [item.nodeid for item in items]
+        order = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture

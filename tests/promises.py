@@ -214,7 +214,7 @@ PROMISES: tuple[Promise, ...] = (
         "Every call has a deadline that travels and shrinks; every callee has a breaker and a bulkhead. Work of an instance that hangs "
         "goes to another. A handler that blocks the loop or outlives its patience is reported with its stack.",
         [
-            "test_standing_still::test_a_handler_that_blocks_its_loop_is_parked_after_three_instances_which_all_come_back",
+            "test_standing_still::test_a_handler_that_blocks_its_loop_is_parked_after_three_times_and_all_instances_come_back",
             "test_standing_still::test_a_handler_that_never_gives_the_loop_back_is_shown_as_blocked_and_parked_when_three_were_replaced",
             "test_standing_still::test_a_handler_that_outlives_its_patience_is_cancelled_and_counts_as_failed_while_others_go_on",
             "test_standing_still::test_a_plain_handler_that_outlives_its_patience_is_left_to_its_thread_and_nothing_of_its_thing_begins_there",

@@ -121,7 +121,7 @@ async def main():
 asyncio.run(main())
 """
 
-MANY = {"sqlite": 200_000, "postgresql": 50_000, "nats": 50_000}
+MANY = {"sqlite": 200_000, "postgresql": 20_000, "nats": 20_000}
 """What waits in memory is bounded by the same lines on all; to write so much takes long on a server."""
 
 

@@ -27,7 +27,7 @@ from tests.test_instances import standing, until, until_shared
 ROOT = Path(__file__).parent.parent
 SEED = int(os.environ.get("CAUCE_CHAOS_SEED", "1"))
 CHURNING = float(os.environ.get("CAUCE_CHURN_SECONDS", "0"))
-"""How long instances come and go; 0: half a minute on SQLite, and a third of that elsewhere."""
+"""How long instances come and go; 0: half a minute on SQLite, and a fifth of that elsewhere."""
 
 SETTLING = 60.0
 MOVING = 5.0
@@ -219,7 +219,7 @@ async def test_instances_that_join_and_leave_all_the_time_lose_nothing_and_do_no
             asyncio.ensure_future(calling(bus, history, failed, longest, Random(f"{SEED} {n}"))) for n in range(8)
         ]
         clients.append(asyncio.ensure_future(steady(bus, STAYING, gaps)))
-        killed, left = await churning(start, Random(SEED), CHURNING or (30 if each_bus.startswith("sqlite") else 10))
+        killed, left = await churning(start, Random(SEED), CHURNING or (30 if each_bus.startswith("sqlite") else 6))
         await ended(clients)
         assert await quiet(bus, each_bus, history) == [], told_by(tmp_path)
     assert stays.poll() is None

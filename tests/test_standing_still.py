@@ -125,7 +125,7 @@ def in_order(stored: list[tuple[Any, ...]], names: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("hasty")
-async def test_a_handler_that_blocks_its_loop_is_parked_after_three_instances_which_all_come_back(
+async def test_a_handler_that_blocks_its_loop_is_parked_after_three_times_and_all_instances_come_back(
     each_bus: str, program: Program, tmp_path: Path
 ) -> None:
     processes = Processes(program, each_bus, tmp_path, "seeing", "time.sleep(7)")
@@ -153,13 +153,13 @@ async def test_a_handler_that_blocks_its_loop_is_parked_after_three_instances_wh
     in_order(stored, INNOCENTS)
     assert len(stored) == 80
     assert {by for _, _, by in stored[40:]} == {"one", "two", "three"}, "all work again"
-    logs = [processes.log(name) for name in processes.all]
-    for log in logs:
-        assert "seeing.handle keeps the event loop for" in log
-        assert "time.sleep(7)" in log or "in handle" in log
-        assert "other instances take its slots over" in log
-        assert re.search(r"the event loop goes on, after [6-9]\.", log)
-        assert "seeing: this instance has joined again" in log
+    log = "".join(processes.log(name) for name in processes.all)
+    assert "seeing.handle keeps the event loop for" in log
+    assert "time.sleep(7)" in log or "in handle" in log
+    assert "other instances take its slots over" in log
+    assert re.search(r"the event loop goes on, after [6-9]\.", log)
+    # One that came back may have been given the slot, and what blocks, once more.
+    assert log.count("seeing: this instance has joined again") == 3
 
 
 @pytest.mark.usefixtures("hasty")
@@ -419,6 +419,9 @@ async def test_a_function_that_keeps_the_event_loop_is_named_with_its_stack_whil
     async with running(service, bus=bus_url) as bus:
         await bus.call(Add("a"))
         await bus.settled()
+        async with asyncio.timeout(20):
+            while "the event loop goes on" not in caplog.text:  # noqa: ASYNC110 - a thread tells it
+                await asyncio.sleep(0.02)
     told = [each for each in caplog.records if "keeps the event loop" in each.getMessage()]
     assert [each.getMessage().partition(" ")[0] for each in told] == [f"blocking.{kind}"] * len(told)
     assert f'blocks("{kind}")' in (told[0].stack_info or "")
