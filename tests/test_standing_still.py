@@ -159,7 +159,7 @@ async def test_a_handler_that_blocks_its_loop_is_parked_after_three_times_and_al
     assert "other instances take its slots over" in log
     assert re.search(r"the event loop goes on, after [6-9]\.", log)
     # One that came back may have been given the slot, and what blocks, once more.
-    assert log.count("seeing: this instance has joined again") == 3
+    assert log.count("seeing: this instance has joined again") >= 3
 
 
 @pytest.mark.usefixtures("hasty")
