@@ -183,7 +183,8 @@ def test_a_process_is_ready_when_all_its_services_run_and_not_while_it_drains(st
     process.call("long")
     process.until_metric(1, "cauce_messages_in_flight", service="worker", handler="work")
     process.process.send_signal(signal.SIGTERM)
-    told = process.until("/readyz", lambda code, _: code == 503)
+    # One service after the other says so.
+    told = process.until("/readyz", lambda code, told: code == 503 and "worker" in told)
     assert "worker is draining" in told
     assert process.ask("/livez") == (200, "ok\n"), "who drains lives"
     code, told = process.ask("/readyz", Accept="application/json")

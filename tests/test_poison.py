@@ -70,7 +70,9 @@ async def test_one_poison_among_a_hundred_delays_only_its_own_thing_though_it_ki
     assert (letter.stream, letter.attempts, letter.behind) == ("counters/job7", 3, 7)
     died = [each.returncode for each in processes if each.poll() is not None]
     if how == "dies":
-        assert died == [7, 7, 7]
+        # Where it is given away in between, that process is not counted.
+        assert set(died) == {7}
+        assert 3 <= len(died) <= 4
     else:
         assert letter.error == "ValueError: poison"
         assert died == [-9]
