@@ -19,8 +19,9 @@ from cauce.letter import letter_of, mended, mending_of
 from cauce.log import Filter, Log
 from cauce.retry import Retries, longest, retry_for, usual
 from cauce.store import Share, Store, Unit, Waiting
+from cauce.task import given_up
 
-__all__ = ["DIED", "Aside", "Handle", "entry_of", "given_up", "handled"]
+__all__ = ["DIED", "Aside", "Handle", "entry_of", "handled"]
 
 _log = logging.getLogger("cauce")
 
@@ -38,12 +39,6 @@ _DEATHS = 3
 """How many processes in a row, dead or struck off, a message may be in the hands of before it is a dead letter."""
 
 Handle = Callable[[Entry, Unit], Awaitable[None]]
-
-
-def given_up() -> bool:
-    """Whether somebody has cancelled the task that runs now, whatever a handler made of that."""
-    task = asyncio.current_task()
-    return task is None or task.cancelling() > 0
 
 
 async def handled(handle: Handle, entry: Entry, unit: Unit) -> Exception | None:

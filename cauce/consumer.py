@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
 from cauce.abreast import Abreast
 from cauce.accept import slot_of
-from cauce.aside import DIED, Aside, Handle, entry_of, given_up, handled
+from cauce.aside import DIED, Aside, Handle, entry_of, handled
 from cauce.clock import Clock
 from cauce.codec import Entry
 from cauce.errors import Fenced, Unavailable
@@ -25,6 +25,7 @@ from cauce.log import Log, filter_of
 from cauce.portion import Load, Portion
 from cauce.retry import USUAL, Retries
 from cauce.store import BadStatement, Share, Store, Unit, Waiting, places_in
+from cauce.task import ended, given_up
 
 __all__ = ["Consumer", "Tail"]
 
@@ -105,26 +106,26 @@ class Consumer:
         if self._now:
             self._begin = head
 
-    async def hold(self, tail: Tail, shares: dict[int, Share | None]) -> None:
+    async def hold(self, tail: Tail, shares: Mapping[int, Share | None]) -> None:
         """Work on these slots from now on. Raises `Damaged` for places that are not of this log."""
         self._tail = tail
         self._looked = max(self._looked, tail.looked)
         self._leaving.difference_update(shares)
         places = await places_in(self._store, self.name, self._log)
         kept = [waiting for waiting in await self._store.waiting(self.name) if waiting.slot in shares]
+        marks: dict[Slot, dict[int, str]] = {}
+        for waiting in kept:
+            if mark := waiting.mark:
+                marks.setdefault((waiting.stream.partition("/")[0], waiting.slot), {})[waiting.position] = mark
         lanes = []
         careful = 1 if self._abreast is None else self._abreast.most
         for domain in self.wants:
             for slot, share in shares.items():
-                place = places.get((domain, slot))
-                marks = {
-                    each.position: each.mark
-                    for each in kept
-                    if each.slot == slot and each.mark and each.stream.partition("/")[0] == domain
-                }
-                lane = Lane((domain, slot), share, self._begin if place is None else place, self._load, marks, careful)
+                place, here = places.get((domain, slot)), (domain, slot)
+                begin = self._begin if place is None else place
+                lane = Lane(here, share, begin, self._load, marks.get(here, {}), careful)
                 await self._forget_marks(lane)
-                self._lanes[domain, slot] = lane
+                self._lanes[here] = lane
                 lanes.append(lane)
                 if place is None:
                     # Written down at once: what "now" meant must not change with a restart.
@@ -174,10 +175,7 @@ class Consumer:
             _, late = await asyncio.wait(working, timeout=within)
             if late:
                 _log.warning("%s: %d handlers did not finish within %g s", self.name, len(late), within)
-                for task in late:
-                    task.cancel()
-                _, deaf = await asyncio.wait(late, timeout=_DEAF)
-                if deaf:
+                if deaf := await ended(late, _DEAF):
                     _log.error(
                         "%s: %d handlers go on though they were cancelled: nothing of it is stored",
                         self.name,
@@ -208,9 +206,7 @@ class Consumer:
         self._aside.abandon()
         for lane in lanes:
             lane.gone = True
-        for task in working:
-            task.cancel()
-        if working and (late := (await asyncio.wait(working, timeout=within))[1]):
+        if late := await ended(working, within):
             _log.warning("%s: %d handlers did not end when they were cancelled", self.name, len(late))
         for lane in lanes:
             lane.close()

@@ -13,19 +13,17 @@ import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import msgspec
 
+from cauce.aside import Aside
 from cauce.bus import Ask, Bus
 from cauce.codec import Entry
 from cauce.errors import CauceError, Fenced, Unavailable
 from cauce.retry import Retry
 from cauce.said import Said, Spoken, kept, read_said, spoken, spoken_again
-
-if TYPE_CHECKING:
-    from cauce.aside import Aside
-    from cauce.store import Share, Store, Unit, Waiting
+from cauce.store import SAID, Share, Store, Unit, Waiting
+from cauce.task import ended
 
 __all__ = ["Outbox"]
 
@@ -36,6 +34,8 @@ _PAUSE = 0.25
 _RETRY = Retry(first=0.25, longest=30.0)
 _REST = 1.0
 _MOST_UNDER_WAY = 5_000
+_DEAF = 1.0
+"""Seconds that what is relayed gets to end once it is cancelled."""
 
 
 class _PutOff(msgspec.Struct):
@@ -106,8 +106,6 @@ class Outbox:
 
     async def hold(self, shares: dict[int, Share]) -> None:
         """Work on these slots from now on."""
-        from cauce.store import SAID
-
         self._leaving.difference_update(shares)
         self._shares.update(shares)
         for waiting in await self._store.waiting(SAID):
@@ -126,11 +124,7 @@ class Outbox:
         asides = [(slot, aside) for slot, aside in self._asides.items() if slot in gone]
         tasks = {task for _, aside in asides for task in aside.leave(gone)}
         if tasks:
-            _, late = await asyncio.wait(tasks, timeout=within)
-            for task in late:
-                task.cancel()
-            if late:
-                await asyncio.wait(late)
+            await ended((await asyncio.wait(tasks, timeout=within))[1], _DEAF)
         for slot, aside in asides:
             aside.drop(gone)
             if self._asides.get(slot) is aside:
@@ -146,10 +140,7 @@ class Outbox:
         tasks = {task for aside in asides.values() for task in aside.tasks}
         for aside in asides.values():
             aside.abandon()
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=within)
+        await ended(tasks, within)
         self.look(anew=True)
 
     async def reload(self) -> None:
@@ -162,9 +153,6 @@ class Outbox:
         return slot in self._shares and slot not in self._leaving
 
     def _aside(self, slot: int) -> Aside:
-        from cauce.aside import Aside
-        from cauce.store import SAID
-
         found = self._asides.get(slot)
         if found is None:
             found = self._asides[slot] = Aside(
@@ -182,8 +170,6 @@ class Outbox:
 
     async def _set_aside(self, row: _Row, error: BaseException | None = None, failures: int = 0) -> None:
         """Let a person decide about what failed for good; without an error, about what is before it."""
-        from cauce.store import SAID, Unit, Waiting
-
         aside = self._aside(row.slot)
         waiting = Waiting(row.number, row.said.stream, row.slot, failures, error="waits behind an earlier one")
         waiting.raw = kept(row.said, row.handler)

@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from cauce.accept import SLOTS, check_body, check_value, slot_of
+from cauce.aside import Handle
 from cauce.audit import Audit
 from cauce.backends import Backend, open_backend, stores_at
 from cauce.backends.health import warn
@@ -24,6 +25,9 @@ from cauce.carried import LastOfEach, Superseded, carried
 from cauce.clock import Clock, SystemClock, uuid7
 from cauce.codec import Entry, Meta, derive_id, seal
 from cauce.commander import Commander, Decider
+from cauce.consumer import Consumer, Tail
+from cauce.copies import Copies
+from cauce.copying import copies_of
 from cauce.errors import CauceError, Fenced, Gone, NoAnswer, NotOwner, Refused, Unavailable, Unreadable
 from cauce.fold import Folder, messages_of
 from cauce.folding import fold_of, rules_of
@@ -42,22 +46,18 @@ from cauce.said import packed
 from cauce.schedule import LATE, Missed, Schedule, behind
 from cauce.schema import Schema, encode, is_about
 from cauce.service import Bound, Service, bind
+from cauce.shares import Shares
 from cauce.sql import Store as Sql
 from cauce.sql import spoken
 from cauce.store import Share, Store, Stores, Timer, Unit
-from cauce.takes import Takes, enter
+from cauce.takes import enter
+from cauce.task import ended, given_up
 from cauce.threads import Threads
 from cauce.timers import Timers, until
 from cauce.undo import part
 from cauce.undone import Asked
-from cauce.wanted import reads_of
+from cauce.wanted import reads_of, wants_of
 from cauce.wire import Handler, Instance, Load, State
-
-if TYPE_CHECKING:
-    from cauce.aside import Handle
-    from cauce.consumer import Consumer, Tail
-    from cauce.copies import Copies
-    from cauce.shares import Shares
 
 __all__ = ["DEFAULT_BUS", "connect", "running"]
 
@@ -244,24 +244,13 @@ class _Tasks:
 
     async def stop(self, name: str | None = None) -> None:
         """Cancel those of a name, or all, and wait for them."""
-        tasks = [task for task, each in self._tasks.items() if name in (None, each)]
-        await _ended(tasks)
-
-
-async def _ended(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """Cancel tasks, and wait until they have ended; but not for functions of a user that do not."""
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks, timeout=_LAST)
+        await ended([task for task, each in self._tasks.items() if name in (None, each)], _LAST)
 
 
 class Tails:
     """One reader for each log in this process, shared by all services."""
 
     def __init__(self, bus: Bus) -> None:
-        from cauce.consumer import Tail  # Opens SQLite; who only imports cauce must not pay for that.
-
         self.facts, self.commands, self.records = (
             Tail(log, bus.clock) for log in (bus.facts, bus.commands, bus.records)
         )
@@ -325,14 +314,10 @@ class _Running:
             await owned(self._bus.facts, domain.name, self._service.name)
             self._prepare(domain)
         if any(bound.part.kind in ("view", "replica") for bound in self._parts):
-            from cauce.copying import copies_of
-
             self._copies = copies_of(self._service, self._parts, self._stores.shelf(self._service.name), self._bus)
 
     async def open(self) -> None:
         """Open the store, and prepare all that this instance may be given to do."""
-        from cauce.shares import Shares
-
         bus, name = self._bus, self._service.name
         migrations = [spoken(each, self._stores.dialect, f"service {name}") for each in self._service.schema]
         keeps = bool(migrations or self._copies is not None)
@@ -364,7 +349,7 @@ class _Running:
         bus.settles(self._settled_behind, behind=True)
 
     async def own(self) -> None:
-        await enter(self._bus.facts, self._service.name, _takes(self._parts), self._bus.clock, reads_of(self._parts))
+        await enter(self._bus.facts, self._service.name, reads_of(self._parts), self._bus.clock)
         for domain in self._service.owns:
             await own(self._bus.facts, domain.name, self._service.name, self._bus.clock)
 
@@ -483,8 +468,6 @@ class _Running:
             raise
 
     def _outbox_stops(self, error: BaseException) -> None:
-        from cauce.aside import given_up
-
         if given_up():
             return  # Others do its work.
         if isinstance(error, Fenced) and self._shares is not None:
@@ -522,12 +505,12 @@ class _Running:
 
     async def _hold(self, shares: Sequence[Share]) -> None:
         """Begin to work on what was taken."""
-        by_slot: dict[int, Share | None] = {share.slot: share for share in shares if share.slot is not None}
+        by_slot = {share.slot: share for share in shares if share.slot is not None}
         if by_slot:
             for consumer, tail in self._consumers:
                 await consumer.hold(tail, by_slot)
             assert self._outbox is not None
-            await self._outbox.hold({share.slot: share for share in shares if share.slot is not None})
+            await self._outbox.hold(by_slot)
         for share in shares:
             if share.slot is None:
                 self._leading = [
@@ -673,7 +656,7 @@ class _Running:
 
     async def _stop_leading(self) -> None:
         tasks, self._leading = self._leading, []
-        await _ended(tasks)
+        await ended(tasks, _LAST)
 
     # ---------------------------------------------------------------------------------------------------------- parts
 
@@ -683,14 +666,14 @@ class _Running:
         name = f"{self._service.name}.{bound.name}"
         return self._patience.guard(name, seconds, bound.part.function, is_async=bound.is_async)
 
-    async def _run(self, bound: Bound, told: tuple[Any, ...], context: Context, thing: str = "") -> Any:
+    def _run(self, bound: Bound, told: tuple[Any, ...], context: Context, thing: str = "") -> Awaitable[Any]:
         """Call a handler: a plain one in a thread, because it may block.
 
         Parameters:
             thing: of what only one is in hand at a time.
         """
         named = {} if bound.context is None else {bound.context: context}
-        return await self._guarded[bound.part.function](thing, *told, **named)
+        return self._guarded[bound.part.function](thing, *told, **named)
 
     def _of(self, kind: str) -> list[Bound]:
         return [bound for bound in self._parts if bound.part.kind == kind]
@@ -722,8 +705,6 @@ class _Running:
         return {cls: bound for bound in self._of(kind) for cls in bound.messages}
 
     def _decider(self, domain: str, commander: Commander, caution: asyncio.Lock) -> Consumer:
-        from cauce.consumer import Consumer
-
         async def handle(entry: Entry, unit: Unit) -> None:
             await commander.handle(entry)
 
@@ -736,8 +717,6 @@ class _Running:
         )  # fmt: skip
 
     def _reaction(self, bound: Bound, caution: asyncio.Lock) -> Consumer:
-        from cauce.consumer import Consumer
-
         service, bus = self._service.name, self._bus
         schema = Schema(bound.messages)
         log = LastOfEach(bus.records) if _is_record(bound) else bus.facts
@@ -746,7 +725,7 @@ class _Running:
         store, shares = self._store, self._shares
 
         name, is_record = bound.name, _is_record(bound)
-        call, takes = self._guarded[bound.part.function], bound.context
+        wants = {domain: frozenset(types) for domain, types in wants_of(bound.messages).items()}
 
         async def handle(entry: Entry, unit: Unit) -> None:
             meta = entry.meta if bound.notice else entry.checked().meta
@@ -767,15 +746,12 @@ class _Running:
             cause = Cause(entry.id, began, "", meta.trace, meta.tracestate)
             context = Context(bus, service, name, entry, cause, Sql(store.fetch), timers=store.due)
             handling.set(context)
-            if takes is None:
-                result = await call(entry.stream, message)
-            else:
-                result = await call(entry.stream, message, **{takes: context})
+            result = await self._run(bound, (message,), context, entry.stream)
             if result is not None or bound.context is not None:
                 self._say(bound, context, unit, slot_of(key), result)
 
         return Consumer(
-            name, _wants(bound), self._metered(name, handle), log, store, bus.clock, bodies=not bound.notice,
+            name, wants, self._metered(name, handle), log, store, bus.clock, bodies=not bound.notice,
             retry=bound.part.retry, now=bound.part.start == "now", may_begin=lambda: shares.is_fresh, caution=caution,
             fenced=shares.fenced,
             concurrency=bound.part.concurrency,
@@ -826,16 +802,17 @@ class _Running:
         await asyncio.gather(
             *(consumer.settled() for consumer, tail in self._consumers if tail is not self._tails.records)
         )
-        assert self._outbox is not None
-        assert self._timers is not None
-        await self._timers.fire()
-        await self._outbox.relayed()
+        await self._spoken()
         # What was decided or recorded meanwhile has its record, too.
         await asyncio.gather(*(commander.settled() for commander in self._commanders.values()))
 
     async def _settled_behind(self) -> None:
         """The same of those that react to records, which are written behind."""
         await asyncio.gather(*(consumer.settled() for consumer, tail in self._consumers if tail is self._tails.records))
+        await self._spoken()
+
+    async def _spoken(self) -> None:
+        """Wait until what was said, also for a time that is over, is in its log."""
         assert self._outbox is not None
         assert self._timers is not None
         await self._timers.fire()
@@ -877,8 +854,6 @@ class _Running:
 
     async def _interval(self, bound: Bound, share: Share) -> None:
         """Run a function every so often, for ever; when it is due is kept in the store."""
-        from cauce.aside import given_up
-
         assert self._store is not None
         assert self._shares is not None
         assert bound.part.schedule is not None
@@ -945,7 +920,7 @@ class _Running:
                 if ask.kind == "ask":
                     reply = await self._answered(domain, ask, answers)
                 elif ask.kind in ("call", "undo", "publish"):
-                    reply = await wishes.call(self._granted, domain, ask, by_hand)
+                    reply = await wishes.call(self._granted, domain, ask)
                 else:
                     reply = await looks.call(self._looked_up, domain, ask, by_hand)
             except CauceError as error:
@@ -977,21 +952,19 @@ class _Running:
             self._bus.bulkheads[name] = self._bulkheads[name] = bulkhead
         return bulkhead
 
-    async def _granted(self, domain: Domain, ask: Ask, by_hand: bool) -> Reply:
+    async def _granted(self, domain: Domain, ask: Ask) -> Reply:
+        commander = self._commanders.get(domain.name)
+        if commander is None:
+            raise NoAnswer(f"{domain.name} has no things, so nothing can be wished of it")
+        if slot_of(ask.key) not in commander.slots:
+            # Who asks by hand need not know which instance holds what, and a slot may have gone just now.
+            return await self._bus.wish(domain.name, ask)
         if ask.kind == "call":
-            commander = self._commanders.get(domain.name)
-            if commander is None:
-                raise NoAnswer(f"{domain.name} has no things, so nothing can be wished of it")
-            if slot_of(ask.key) not in commander.slots:
-                # Who asks by hand need not know which instance holds what, and a slot may have gone just now.
-                return await self._bus.wish(domain.name, ask)
             receipt = await commander.call(ask)
             return Reply("", "", receipt.version, receipt.position, receipt.changed)
-        if ask.kind in ("undo", "publish") and slot_of(ask.key) not in self._commanders[domain.name].slots:
-            return await self._bus.wish(domain.name, ask)
         if ask.kind == "undo":
-            return await self._undo(domain, ask)
-        await self._publish(self._commanders[domain.name], ask)
+            return await self._undo(domain, commander, ask)
+        await self._publish(commander, ask)
         return Reply()
 
     async def _looked_up(self, domain: Domain, ask: Ask, by_hand: bool) -> Reply:
@@ -1010,7 +983,7 @@ class _Running:
             schema=0 if folded.state is None else declared(folded.state).version,
         )  # fmt: skip
 
-    async def _undo(self, domain: Domain, ask: Ask) -> Reply:
+    async def _undo(self, domain: Domain, commander: Commander, ask: Ask) -> Reply:
         record = domain.messages.get(ask.type) or domain.renamed.get(ask.type)
         if record is None or not issubclass(record, Record):
             raise Refused(f"{domain.name} has no record {ask.type!r}: name one that it has")
@@ -1023,7 +996,7 @@ class _Running:
             asked = _decode_asked(ask.body)
         except msgspec.MsgspecError as error:
             raise Refused(f"what is to be undone of {domain.name}/{ask.key} cannot be read: {error}") from None
-        told = await self._commanders[domain.name].undo(ask, asked, record)
+        told = await commander.undo(ask, asked, record)
         return Reply(body=msgspec.Raw(_encode(part(told, ask.since))))
 
     async def _answered(self, domain: Domain, ask: Ask, answers: _Answers) -> Reply:
@@ -1083,35 +1056,9 @@ def _deciding(domain: str) -> str:
     return f"decide {domain}"
 
 
-def _takes(parts: Sequence[Bound]) -> Takes:
-    """Which events its views and reactions take: the reactions together, who undoes must tell one of them."""
-    found: dict[str, dict[str, set[str]]] = {}
-    for bound in parts:
-        if bound.part.kind in ("on", "view") and not _is_record(bound):
-            handler = f"view {bound.part.view}" if bound.part.kind == "view" else "the reactions"
-            for cls in bound.messages:
-                kind = declared(cls)
-                found.setdefault(kind.domain.name, {}).setdefault(handler, set()).update(kind.names)
-    return {
-        domain: {handler: tuple(sorted(types)) for handler, types in handlers.items()}
-        for domain, handlers in found.items()
-    }
-
-
 def _slots_of(shares: Iterable[Share]) -> list[int]:
     return [share.slot for share in shares if share.slot is not None]
 
 
 def _is_record(bound: Bound) -> bool:
     return issubclass(bound.messages[0], Record)
-
-
-def _wants(bound: Bound) -> dict[str, frozenset[str]]:
-    wants: dict[str, set[str]] = {}
-    for cls in bound.messages:
-        kind = declared(cls)
-        names = wants.setdefault(kind.domain.name, set())
-        if not _is_record(bound):
-            # Of records a deletion is wanted, too, which has a name of its own.
-            names |= kind.names
-    return {domain: frozenset(types) for domain, types in wants.items()}

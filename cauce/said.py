@@ -7,7 +7,7 @@ import msgspec
 from cauce.codec import Entry, from_cloudevent
 from cauce.letter import letter_of, mended
 
-__all__ = ["Said", "Spoken", "kept", "packed", "read_said", "spoken", "spoken_again", "unpacked"]
+__all__ = ["Said", "Spoken", "kept", "packed", "read_said", "spoken", "spoken_again"]
 
 
 class Said(msgspec.Struct, frozen=True, array_like=True):
@@ -43,12 +43,6 @@ _decode = msgspec.json.Decoder(_Kept).decode
 def packed(kind: str, entry: Entry) -> bytes:
     """What a handler said, as it is stored."""
     return _pack(Said(kind, entry.stream, entry.type, entry.id, entry.raw, entry.body or b""))
-
-
-def unpacked(said: bytes) -> Entry:
-    """The message that a handler said, as it goes to its log."""
-    each = read_said(said)
-    return Entry(0, each.stream, 0, each.type, each.id, each.raw, None, each.body, 0)
 
 
 def spoken(said: Said) -> Spoken:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 import msgspec
@@ -43,13 +43,9 @@ class _Entry(msgspec.Struct, frozen=True, omit_defaults=True):
 _decode = msgspec.json.Decoder(_Entry).decode
 
 
-async def enter(facts: Log, service: str, takes: Takes, clock: Clock, reads: tuple[Reads, ...] = ()) -> None:
-    """Enter what a service takes, if that is not what the catalogue says already.
-
-    Parameters:
-        reads: the same, reader by reader: by this one sees from outside how far each is behind.
-    """
-    entered = _Entry(service, takes, reads)
+async def enter(facts: Log, service: str, reads: tuple[Reads, ...], clock: Clock) -> None:
+    """Enter what the readers of a service want, if that is not what the catalogue says already."""
+    entered = _Entry(service, _taken(reads), reads)
     while True:
         all_of_them, version = await _read(facts)
         if all_of_them.get(service, _Entry(service, {})) == entered:
@@ -82,6 +78,20 @@ async def check_told(
             f"{'; '.join(deaf)}: would not be told. Let {'each' if len(deaf) > 1 else 'it'} take {_typed(event)}, too, give those events inverses "
             "with @service.invert, or name services that are gone, or do not mind, with without="
         )
+
+
+def _taken(reads: Iterable[Reads]) -> Takes:
+    """Which events its views and reactions take: the reactions together, who undoes must tell one of them."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for each in reads:
+        if each.log == "facts":
+            handler = f"view {each.name}" if each.kind == "view" else "the reactions"
+            for domain, types in each.wants.items():
+                found.setdefault(domain, {}).setdefault(handler, set()).update(types)
+    return {
+        domain: {handler: tuple(sorted(types)) for handler, types in handlers.items()}
+        for domain, handlers in found.items()
+    }
 
 
 def _typed(event: str) -> str:

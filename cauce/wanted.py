@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Literal, cast
 
 from cauce.messages import Copy, Message, Record, copied, declared
 from cauce.service import Bound
 from cauce.takes import Reads
 
-__all__ = ["reads_of"]
+__all__ = ["reads_of", "wants_of"]
 
 
 def reads_of(parts: Sequence[Bound]) -> tuple[Reads, ...]:
@@ -17,27 +17,25 @@ def reads_of(parts: Sequence[Bound]) -> tuple[Reads, ...]:
     found, views = list[Reads](), dict[str, list[type[Message]]]()
     for bound in parts:
         part = bound.part
-        if part.kind == "on" and issubclass(bound.messages[0], Record):
-            found.append(Reads("on", bound.name, "records", _all_of(bound.messages), part.start == "now"))
-        elif part.kind == "on":
-            found.append(Reads("on", bound.name, "facts", _types_of(bound.messages), part.start == "now"))
+        if part.kind == "on":
+            log: Literal["facts", "records"] = "records" if issubclass(bound.messages[0], Record) else "facts"
+            found.append(Reads("on", bound.name, log, wants_of(bound.messages), part.start == "now"))
         elif part.kind == "view":
             views.setdefault(part.view, []).extend(bound.messages)
         elif part.kind == "replica":
             copy = cast("type[Copy]", part.function)
-            found.append(Reads("replica", copy.__name__, "records", _all_of([copied(copy)])))
-    found += [Reads("view", name, "facts", _types_of(messages)) for name, messages in views.items()]
+            found.append(Reads("replica", copy.__name__, "records", wants_of([copied(copy)])))
+    found += [Reads("view", name, "facts", wants_of(messages)) for name, messages in views.items()]
     return tuple(sorted(found, key=lambda each: (each.kind, each.name)))
 
 
-def _all_of(messages: Iterable[type[Message]]) -> dict[str, tuple[str, ...]]:
-    """Of records a deletion is wanted, too, which has a name of its own."""
-    return {declared(cls).domain.name: () for cls in messages}
-
-
-def _types_of(messages: Iterable[type[Message]]) -> dict[str, tuple[str, ...]]:
+def wants_of(messages: Iterable[type[Message]]) -> dict[str, tuple[str, ...]]:
+    """By domain all names of the types of these; none means all."""
     found = dict[str, set[str]]()
     for cls in messages:
         kind = declared(cls)
-        found.setdefault(kind.domain.name, set()).update(kind.names)
+        names = found.setdefault(kind.domain.name, set())
+        if not issubclass(cls, Record):
+            # Of records a deletion is wanted, too, which has a name of its own.
+            names.update(kind.names)
     return {domain: tuple(sorted(types)) for domain, types in sorted(found.items())}

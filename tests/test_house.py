@@ -42,6 +42,7 @@ FLOORS = (
         "log",
         "wire",
         "sql",
+        "task",
         "threads",
         "shelf",
         "store",

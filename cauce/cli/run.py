@@ -27,6 +27,7 @@ from cauce.errors import Refused
 from cauce.ext.http import parse_address
 from cauce.runtime import DEFAULT_BUS, running
 from cauce.service import Service
+from cauce.task import ended
 from cauce.threads import at_work
 
 __all__ = ["find", "modules", "run"]
@@ -111,11 +112,7 @@ async def _run(
         probes.started(face)
         tell(f"running {', '.join(names)} on {without_password(bus)}")
         await stopped(face, with_parent=with_parent, drain=drain)
-    left = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in left:
-        task.cancel()
-    if left:
-        await asyncio.wait(left, timeout=_PATIENCE)
+    await ended(asyncio.all_tasks() - {asyncio.current_task()}, _PATIENCE)
 
 
 def find(name: str) -> dict[str, Service]:

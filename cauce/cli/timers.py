@@ -11,7 +11,7 @@ import msgspec
 from cauce.cli.place import as_json, bus, store, stores_of
 from cauce.cli.text import one_line, print_json
 from cauce.codec import moment
-from cauce.said import unpacked
+from cauce.said import read_said, spoken
 from cauce.store import Timer
 
 __all__ = ["timers"]
@@ -71,7 +71,7 @@ def _shown(service: str, timer: Timer) -> dict[str, Any]:
         "interval": not timer.said,
     }  # fmt: skip
     if timer.said:
-        entry = unpacked(timer.said)
+        entry = spoken(read_said(timer.said))
         shown |= {
             "stream": entry.stream, "type": entry.type, "message": entry.id, "data": msgspec.Raw(entry.body or b"null"),
             "causation": entry.meta.causation, "correlation": entry.correlation,
@@ -83,7 +83,7 @@ def _line(service: str, timer: Timer) -> str:
     due = moment(timer.due).isoformat(timespec="seconds")
     if not timer.said:
         return one_line(f"{service} {timer.id}: interval, next {due}")
-    entry = unpacked(timer.said)
+    entry = spoken(read_said(timer.said))
     return one_line(
         f"{service} {timer.id}: {entry.type} of {entry.stream} at {due}, by {timer.handler} because of {entry.meta.causation}"
     )
