@@ -14,6 +14,7 @@ import asyncpg
 import msgspec
 
 from cauce.backends.board import announce, loaded, serve
+from cauce.backends.candidates import answers_in, candidates
 from cauce.backends.postgres.answering import MOST, Answering
 from cauce.backends.postgres.asking import Asking
 from cauce.backends.postgres.lane import Lane
@@ -259,7 +260,7 @@ class _Board:
                 sure = True
                 self.registry.doubt()
                 continue
-            if late or not (self.registry.is_new() or self._answers_in(address.partition("/")[0])):
+            if late or not (self.registry.is_new() or self._answers_in(address)):
                 break
             await clock.sleep(_MOVED)
             self.registry.doubt()
@@ -267,36 +268,13 @@ class _Board:
             raise lost
         raise NoAnswer(f"nobody serves {address}: run the service that owns it, or send a command instead")
 
+    def _answers_in(self, address: str) -> bool:
+        return answers_in(self.registry, self._present, address.partition("/")[0], but=self.token)
+
     def _candidates(self, address: str, *, late: bool) -> list[str]:
-        """Who may be asked, in this order. Who gives no sign of life only if nobody else will be there in time."""
-        tokens = [
-            each for each in self.registry.serving(address) if each != self.token and self.registry.is_alive(each)
-        ]
-        well = [token for token in tokens if not self.registry.is_quiet(token)]
-        domain = address.partition("/")[0]
-        if tokens and not well and (late or not self._will_answer(domain, tokens)):
-            # It may only be slow; and if it is stopped, nobody has taken its place.
-            well = tokens
-        if len(well) < 2:
-            return well
-        running = [token for token in well if self.registry.present[token].is_running(domain)]
-        return self.spread.order(running) + [token for token in well if token not in running]
-
-    def _will_answer(self, domain: str, quiet: list[str]) -> bool:
-        """Whether another instance is well, which may be taking over just now."""
-        return self._present().answers_in(domain) or any(
-            present.answers_in(domain) and not self.registry.is_quiet(token)
-            for token, present in self.registry.present.items()
-            if token not in quiet
-        )
-
-    def _answers_in(self, domain: str) -> bool:
-        """Whether somebody who is alive answers in a domain, if not at this address."""
-        return self._present().answers_in(domain) or any(
-            present.answers_in(domain) and self.registry.is_alive(token)
-            for token, present in self.registry.present.items()
-            if token != self.token
-        )
+        known, domain = self.registry, address.partition("/")[0]
+        serving = [token for token in known.serving(address) if token != self.token and known.is_alive(token)]
+        return candidates(known, self.spread, serving, self._present, domain, late=late)
 
 
 _boards: WeakValueDictionary[tuple[str, asyncio.AbstractEventLoop], _Board] = WeakValueDictionary()

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from cauce.backends.board import announce, loaded, serve
+from cauce.backends.candidates import answers_in, candidates
 from cauce.backends.spread import Lost, NotServed, Spread
 from cauce.backends.sqlite.file import folder_of
 from cauce.backends.sqlite.line import Answering, Asking, Line, is_trusted
@@ -244,43 +245,21 @@ class _Board:
                 sure = True
                 self.registry.doubt()
                 continue
-            if late or not self._answers_in(address.partition("/")[0]):
+            if late or not self._answers_in(address):
                 break
             await clock.sleep(_POLL)
         if lost is not None:
             raise lost
         raise NoAnswer(f"nobody serves {address}: run the service that owns it, or send a command instead")
 
+    def _answers_in(self, address: str) -> bool:
+        return answers_in(self.registry, self._present, address.partition("/")[0], but=self.token)
+
     def _candidates(self, address: str, *, late: bool) -> list[str]:
-        """Who may be asked, in this order. Who gives no sign of life only if nobody else will be there in time."""
         self.registry.look()
-        tokens = [token for token in self.registry.serving(address) if token != self.token]
-        well = [token for token in tokens if not self.registry.is_quiet(token)]
+        serving = [token for token in self.registry.serving(address) if token != self.token]
         domain = address.partition("/")[0]
-        if tokens and not well and (late or not self._will_answer(domain, tokens)):
-            # It may only be slow; and if it is stopped, nobody has taken its place.
-            well = tokens
-        if len(well) < 2:
-            return well
-        present = self.registry.present
-        running = [token for token in well if token in present and present[token].is_running(domain)]
-        return self.spread.order(running) + [token for token in well if token not in running]
-
-    def _will_answer(self, domain: str, quiet: list[str]) -> bool:
-        """Whether another instance is well, which may be taking over just now."""
-        return self._present().answers_in(domain) or any(
-            present.answers_in(domain) and not self.registry.is_quiet(token)
-            for token, present in list(self.registry.present.items())
-            if token not in quiet
-        )
-
-    def _answers_in(self, domain: str) -> bool:
-        """Whether somebody who is alive answers in a domain, if not at this address."""
-        return self._present().answers_in(domain) or any(
-            present.answers_in(domain) and self.registry.is_alive(token)
-            for token, present in list(self.registry.present.items())
-            if token != self.token
-        )
+        return candidates(self.registry, self.spread, serving, self._present, domain, late=late)
 
 
 _boards: WeakValueDictionary[tuple[Path, asyncio.AbstractEventLoop], _Board] = WeakValueDictionary()
