@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Literal, Protocol
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Literal
 
 import msgspec
 
+from cauce.backends import Kept as Bus
+from cauce.backends import stores_at
 from cauce.backlog import WHOLE, Backlog, Spot, WentBack
 from cauce.clock import Clock
 from cauce.errors import Unavailable
-from cauce.log import Log
 from cauce.shelf import Builds
 from cauce.store import SAID, Outline, Pending, Stores
 from cauce.takes import Reads, readers
 
-__all__ = ["Kept", "Logs", "Progress", "Seen", "Survey"]
+__all__ = ["Kept", "Progress", "Seen", "Survey", "surveying"]
 
 _MOST = 2_000_000
 """Positions of one reader that are remembered; what is beyond is not counted until some of them are passed."""
@@ -30,17 +32,6 @@ _NOT_SAID = "was last started by code that did not say what it wants: start it o
 
 Key = tuple[str, str, str]
 """A service, the kind of one of its readers, and its name."""
-
-
-class Logs(Protocol):
-    """The three logs of a bus."""
-
-    @property
-    def facts(self) -> Log: ...
-    @property
-    def commands(self) -> Log: ...
-    @property
-    def records(self) -> Log: ...
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -92,8 +83,8 @@ class Survey:
         within: seconds for which is counted in one look; what is left is counted in the next.
     """
 
-    def __init__(self, logs: Logs, stores: Stores, clock: Clock, *, most: int = _MOST, within: float = _WITHIN) -> None:
-        self._logs = {"facts": logs.facts, "commands": logs.commands, "records": logs.records}
+    def __init__(self, bus: Bus, stores: Stores, clock: Clock, *, most: int = _MOST, within: float = _WITHIN) -> None:
+        self._logs = {"facts": bus.facts, "commands": bus.commands, "records": bus.records}
         self._stores, self._clock, self._most, self._within = stores, clock, most, within
         self._readers: dict[Key, Backlog] = {}
         self._builds: dict[tuple[str, str], Builds] = {}
@@ -213,6 +204,16 @@ class Survey:
         for builds in self._builds.values():
             await builds.reading.close()
         self._builds.clear()
+
+
+@asynccontextmanager
+async def surveying(bus: Bus, store: str | None, clock: Clock) -> AsyncIterator[Survey]:
+    """Looks at a bus, and at the stores there or at an address of their own."""
+    async with AsyncExitStack() as stack:
+        stores = bus.stores if store is None else await stack.enter_async_context(stores_at(store, clock))
+        survey = Survey(bus, stores, clock)
+        stack.push_async_callback(survey.close)
+        yield survey
 
 
 def _key(service: str, reads: Reads) -> Key:

@@ -388,6 +388,8 @@ def test_an_instance_that_is_stopped_keeps_nobody_from_looking(start: Callable[.
     before = json.loads(CliRunner().invoke(main, look).output)["consumers"]
     assert {each["in_flight"] for each in before} == {0}
     process.process.send_signal(signal.SIGSTOP)
+    # A signal takes its time.
+    os.waitid(os.P_PID, process.process.pid, os.WSTOPPED | os.WNOWAIT)
     stopped = json.loads(CliRunner().invoke(main, look).output)["consumers"]
     assert [(each["name"], each["lag"]) for each in stopped] == [(each["name"], each["lag"]) for each in before]
     assert {each["in_flight"] for each in stopped} == {None}

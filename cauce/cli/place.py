@@ -22,11 +22,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Seconds(click.FloatRange):
-    """A length of time within bounds. Unlike of its base, "nan" is none."""
+    """A length of time within bounds. Unlike of its base, "nan" and "inf" are none."""
 
     def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> float:
         found: float = super().convert(value, parameter, ctx)
-        if math.isnan(found):
+        if not math.isfinite(found):
             self.fail(f"{value} is no length of time: write seconds", parameter, ctx)
         return found
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
-import math
 import os
 import pkgutil
 import re
@@ -20,6 +19,7 @@ import click
 from cauce.backends import scheme_of, without_password
 from cauce.cli.each import run_each
 from cauce.cli.logs import FORMATS, begin, tell
+from cauce.cli.place import Seconds
 from cauce.cli.place import store as store_option
 from cauce.cli.probes import options, probed
 from cauce.cli.signals import stopped
@@ -40,12 +40,6 @@ _PATIENCE = 1.0
 """Seconds for what is cancelled at the end."""
 
 
-def _seconds(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
-    if not (math.isfinite(value) and value >= 0):
-        raise click.BadParameter(f"{value} is no length of time: write seconds, 0 or more")
-    return value
-
-
 def _address(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     if value is not None:
         try:
@@ -63,7 +57,7 @@ def _address(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     "--drain",
     default=10.0,
     show_default=True,
-    callback=_seconds,
+    type=Seconds(0),
     help="Seconds that handlers get to finish at the end.",
 )
 @click.option(

@@ -14,9 +14,9 @@ from cauce.clock import SystemClock
 from cauce.codec import moment
 from cauce.wire import QUIET, Instance, healthy_first
 
-__all__ = ["services", "summary"]
+__all__ = ["COLOURS", "services", "summary", "told"]
 
-_COLOURS = {"starting": "yellow", "running": "green", "blocked": "red", "draining": "yellow"}
+COLOURS = {"starting": "yellow", "running": "green", "blocked": "red", "draining": "yellow"}
 
 
 @click.command()
@@ -33,7 +33,14 @@ def services(url: str, as_json: bool) -> None:
     now = SystemClock().now()
     found = healthy_first(asyncio.run(_instances(url)), now)
     if as_json:
-        print_json({"services": [_plain(each, now) for each in sorted(found, key=lambda each: each.service)]})
+        print_json(
+            {
+                "services": [
+                    told(each) | {"quiet": round(_quiet(each, now), 3)}
+                    for each in sorted(found, key=lambda each: each.service)
+                ]
+            }
+        )
         return
     for name in sorted({each.service for each in found}):
         click.secho(one_line(name), bold=True)
@@ -49,19 +56,16 @@ async def _instances(url: str) -> list[Instance]:
         return await bus.instances()
 
 
-def _plain(instance: Instance, now: int) -> dict[str, object]:
-    return {
-        **msgspec.to_builtins(instance),
-        "since": moment(instance.since).isoformat(),
-        "beat": moment(instance.beat).isoformat(),
-        "quiet": round(_quiet(instance, now), 3),
-    }
+def told(instance: Instance) -> dict[str, object]:
+    """As JSON."""
+    since, beat = moment(instance.since).isoformat(), moment(instance.beat).isoformat()
+    return {**msgspec.to_builtins(instance), "since": since, "beat": beat}
 
 
 def _tell(instance: Instance, now: int) -> None:
     quiet = _quiet(instance, now)
     click.echo(
-        click.style(f"  {instance.state:<8}", fg=_COLOURS.get(instance.state, "red"))
+        click.style(f"  {instance.state:<8}", fg=COLOURS.get(instance.state, "red"))
         + f" {one_line(instance.version) or '-':<8.8} {instance.pid:>7}"
         + f" {instance.load.asked:>4} asked {instance.load.waiting:>5} waiting"
         + click.style(f"  up {_short(max(0, now - instance.since) / 1_000_000):>5}", dim=True)

@@ -9,13 +9,14 @@ from typing import Any
 
 import msgspec
 
-from cauce.backends import Look, stores_at
+from cauce.backends import Look
 from cauce.cli.place import reading
+from cauce.cli.services import told
 from cauce.cli.text import one_line, width
 from cauce.clock import Clock, SystemClock
 from cauce.codec import moment
 from cauce.errors import CauceError
-from cauce.lag import Progress, Seen, Survey
+from cauce.lag import Progress, Seen, Survey, surveying
 from cauce.meter import Told, address_of
 from cauce.wire import Instance
 
@@ -106,20 +107,8 @@ def _breakers(told: Iterable[tuple[Instance, Told | None]]) -> list[Breaker]:
 async def sights(url: str, store: str | None, services: Sequence[str] = ()) -> AsyncIterator[Sights]:
     """A bus to look at, beside whoever runs on it."""
     clock = SystemClock()
-    async with reading(url) as bus:
-        if store is None:
-            survey = Survey(bus, bus.stores, clock)
-            try:
-                yield Sights(bus, survey, services, clock)
-            finally:
-                await survey.close()
-            return
-        async with stores_at(store, clock) as stores:
-            survey = Survey(bus, stores, clock)
-            try:
-                yield Sights(bus, survey, services, clock)
-            finally:
-                await survey.close()
+    async with reading(url) as bus, surveying(bus, store, clock) as survey:
+        yield Sights(bus, survey, services, clock)
 
 
 # ---------------------------------------------------------------------------------------------------------- to tell
@@ -130,14 +119,7 @@ def plain(sight: Sight) -> dict[str, Any]:
     return {
         "time": moment(sight.seen.time).isoformat(),
         "heads": sight.seen.heads,
-        "instances": [
-            {
-                **msgspec.to_builtins(each),
-                "since": moment(each.since).isoformat(),
-                "beat": moment(each.beat).isoformat(),
-            }
-            for each in sight.instances
-        ],
+        "instances": [told(each) for each in sight.instances],
         "breakers": [msgspec.to_builtins(each) for each in sight.breakers],
         "services": [msgspec.to_builtins(each) for each in sight.seen.services],
         "consumers": [

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cauce.cli.place import Seconds, as_json, bus, store
-from cauce.cli.services import summary
+from cauce.cli.services import COLOURS, summary
 from cauce.cli.sight import Sight, Sights, age, lines, notes, plain, row, sights
 from cauce.cli.text import one_line, print_json
 from cauce.errors import Unavailable
@@ -123,13 +123,10 @@ def _screen(sight: Sight | None) -> Group:
     )
 
 
-_STATES = {"running": "green", "starting": "yellow", "draining": "yellow"}
-
-
 def _instances(sight: Sight) -> Table:
     table = _table("service", "state", "process", "answers", "up")
     for service, state, *rest in _running(sight):
-        table.add_row(*_texts([service]), *_texts([state], _STATES.get(state, "red")), *_texts(rest))
+        table.add_row(*_texts([service]), *_texts([state], COLOURS.get(state, "red")), *_texts(rest))
     return table
 
 

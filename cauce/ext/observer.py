@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Sequence
 
-from cauce.backends import look, stores_at
+from cauce.backends import look
 from cauce.clock import Clock, SystemClock
 from cauce.errors import CauceError
-from cauce.lag import Seen, Survey
+from cauce.lag import Seen, surveying
 
 __all__ = ["Observer"]
 
@@ -81,7 +80,10 @@ class Observer:
     async def _look_on(self) -> None:
         while True:
             try:
-                async with self._survey() as survey:
+                async with (
+                    look(self._url, self._clock) as bus,
+                    surveying(bus, self._store, self._clock) as survey,
+                ):
                     while True:
                         async with asyncio.timeout(_PATIENCE):
                             seen = await survey.look(self._services)
@@ -92,14 +94,3 @@ class Observer:
             except Exception as error:
                 self.error = repr(error)
             await self._clock.sleep(self._every)
-
-    @asynccontextmanager
-    async def _survey(self) -> AsyncIterator[Survey]:
-        async with AsyncExitStack() as stack:
-            bus = await stack.enter_async_context(look(self._url, self._clock))
-            stores = bus.stores
-            if self._store is not None:
-                stores = await stack.enter_async_context(stores_at(self._store, self._clock))
-            survey = Survey(bus, stores, self._clock)
-            stack.push_async_callback(survey.close)
-            yield survey

@@ -9,9 +9,11 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
+from typing import get_args
 
 from cauce.ext.observer import Observer
 from cauce.ext.pulse import Pulse
+from cauce.guarded import State
 from cauce.meter import BUCKETS, Meter, Times
 
 __all__ = ["CONTENT_TYPE", "NAMES", "text"]
@@ -60,7 +62,7 @@ NAMES: dict[str, tuple[str, str]] = {
 }
 """The metrics by name: their type, and what they are."""
 
-_BREAKER = ("closed", "open", "half-open")
+_BREAKER = get_args(State)
 _STATES = ("starting", "running", "draining", "blocked")
 
 

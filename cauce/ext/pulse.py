@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 
 from cauce.clock import Clock, SystemClock
+from cauce.lease import TTL
 
 __all__ = ["STALL", "Pulse"]
 
-STALL = 10.0
+STALL = TTL
 """Seconds without a tick after which a loop counts as blocked: as long as a rival watches a beat."""
 
 _EVERY = 0.1
