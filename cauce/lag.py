@@ -111,11 +111,11 @@ class Survey:
                 found += [_elsewhere(service, reads) for reads in catalogue[service]]
                 continue
             outline = await self._stores.outline(service, self._clock.now())
-            all_reads = [*catalogue.get(service, ()), *_deciders(outline)]
-            for reads in all_reads:
+            for reads in (*catalogue.get(service, ()), *_deciders(outline)):
                 await self._count(service, reads, outline, heads, until)
             # Once more: what was counted is compared with where they stand after it.
             outline = await self._stores.outline(service, self._clock.now())
+            all_reads = [*catalogue.get(service, ()), *_deciders(outline)]
             kept.append(Kept(service, outline.outbox, outline.timers, outline.due))
             for reads in all_reads:
                 found.append(await self._progress(service, reads, outline, heads, until))
@@ -150,10 +150,12 @@ class Survey:
         waits = (0, 0, 0) if pending is None else (pending.retrying, pending.dead, pending.behind)
         places, note = await self._places(service, reads, outline)
         reader = self._readers.get(key)
-        if note or reader is None:
+        if note:
             self._readers.pop(key, None)
             return Progress(service, reads.kind, reads.name, reads.log, None, False, None, *waits, None, note)
         try:
+            if reader is None:
+                raise WentBack  # It had no place yet, or none that was of use, when was counted.
             reader.move(places)
         except WentBack:
             self._readers[key] = reader = Backlog(reads, self._logs[reads.log])

@@ -8,12 +8,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+from msgspec.structs import replace
+
 from cauce import Command, Context, Copy, Domain, Event, Record, Retry, Service, Store, connect, running
 from cauce.backends import look
 from cauce.clock import SystemClock
 from cauce.codec import Meta, seal
 from cauce.lag import Progress, Seen, Survey
-from cauce.store import SAID, Unit, Waiting
+from cauce.store import SAID, Outline, Unit, Waiting
 from tests.kept import move_places, store_of, stores_of
 
 meters = Domain("meters", key="name")
@@ -234,6 +237,26 @@ async def test_commands_that_wait_for_their_owner_are_his_lag(each_bus: str) -> 
     async with running(owner(), bus=each_bus) as bus:
         await bus.settled()
     assert of(await seen(each_bus), "meters", "decide meters").lag == 0
+
+
+async def test_who_gets_its_first_place_during_a_look_is_no_handler_that_is_gone(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(owner(), bus=bus_url):
+        await until(bus_url, lambda found: bool(found.readers))
+    async with survey_of(bus_url) as survey:
+        outline, looks = survey._stores.outline, 0
+
+        async def late(service: str, now: int) -> Outline:
+            nonlocal looks
+            looks += 1
+            found = await outline(service, now)
+            return replace(found, places=[]) if looks == 1 else found
+
+        monkeypatch.setattr(survey._stores, "outline", late)
+        (reader,) = (await survey.look()).readers
+        assert looks == 2
+    assert (reader.kind, reader.lag, reader.note) == ("decide", 0, "")
 
 
 async def test_what_is_not_counted_is_said_to_be_at_least(bus_url: str) -> None:
