@@ -15,6 +15,7 @@ import pytest
 
 from cauce.testing import VirtualClock, VirtualLoop
 from cauce.testing.fixtures import bus_url, running_bus
+from tests.kept import hurry
 from tests.servers import Missing, Nats, NatsCluster, Postgres, absent
 
 __all__ = ["bus_url", "clock", "program", "running_bus", "virtual"]
@@ -51,6 +52,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[WHOLE] = [item.nodeid for item in items]
         order = {f"test_{name}": number for number, name in enumerate(LONGEST)}
         items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed is tried again soon, and what a person decided is seen soon, where time is real."""
+    hurry(monkeypatch)
+    monkeypatch.setattr("cauce.shares.BEAT", 0.1)
 
 
 @pytest.fixture

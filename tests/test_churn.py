@@ -17,11 +17,10 @@ import pytest
 
 from cauce import Bus, CauceError, OutcomeUnknown, connect
 from cauce.accept import slot_of
-from cauce.log import Filter
 from tests.chaos import EFFECTS, Add
-from tests.history import Effect, Fact, History, Said, Told, findings
+from tests.history import Effect, History, Told, findings
 from tests.kept import rows, store_of
-from tests.test_history import everything
+from tests.test_history import read_logs
 from tests.test_instances import standing, until, until_shared
 
 ROOT = Path(__file__).parent.parent
@@ -100,18 +99,9 @@ async def calling(bus: Bus, history: History, failed: Counter[str], longest: lis
 
 async def read(bus: Bus, url: str, history: History) -> None:
     """Add what is stored now to what the clients were told."""
-    mine, schema = Filter(domains=frozenset({"tallies"})), schema_of(url)
-    stored = await rows(url, "reacting", schema, "select number, key, version, instance from effects")
+    stored = await rows(url, "reacting", schema_of(url), "select number, key, version, instance from effects")
     history.effects = [Effect(*row) for row in stored]
-    history.said = [
-        Said(entry.id, entry.key, entry.meta.causation)
-        async for entry in everything(bus.commands, mine)
-        if not entry.meta.verdict
-    ]
-    history.facts = [
-        Fact(entry.position, entry.key, entry.version, entry.type, entry.id, entry.meta.causation)
-        async for entry in everything(bus.facts, mine)
-    ]
+    await read_logs(bus, history)
 
 
 async def quiet(bus: Bus, url: str, history: History) -> list[str]:

@@ -501,11 +501,8 @@ async def test_what_was_discarded_of_what_was_said_while_nothing_ran_does_not_co
 # ------------------------------------------------------------------------------------------------- what is mended
 
 
-async def test_a_mended_body_is_given_to_the_handler_and_log_and_original_stay_as_they_were(
-    each_bus: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hurry(monkeypatch)
-    monkeypatch.setattr("cauce.shares.BEAT", 0.1)
+@pytest.mark.usefixtures("impatient")
+async def test_a_mended_body_is_given_to_the_handler_and_log_and_original_stay_as_they_were(each_bus: str) -> None:
     handled = list[tuple[str, int]]()
 
     async def handle(event: Begun) -> None:
@@ -587,11 +584,10 @@ async def test_a_command_that_was_sent_is_decided_as_it_was_mended_and_never_abo
     assert (letter.stream, letter.error[:44]) == ("results/b", "Refused: Finish is about another thing than ")
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_message_that_cannot_be_decoded_is_a_dead_letter_with_its_raw_bytes_that_can_be_mended(
-    each_bus: str, monkeypatch: pytest.MonkeyPatch
+    each_bus: str,
 ) -> None:
-    hurry(monkeypatch)
-    monkeypatch.setattr("cauce.shares.BEAT", 0.1)
     handled = list[tuple[str, int]]()
 
     async def handle(event: Begun) -> None:

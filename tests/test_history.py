@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,7 +21,7 @@ from cauce import Bus, CauceError, NoAnswer, OutcomeUnknown, Rejected, connect
 from cauce.backends.sqlite.file import folder_of
 from cauce.backends.sqlite.stores import SQLiteStores
 from cauce.clock import SystemClock
-from cauce.log import Filter, Log
+from cauce.log import Filter, entries_of
 from tests.chaos import Add, Rows, Tally
 from tests.history import Copy, Effect, Fact, History, Said, Seen, Told, findings
 
@@ -391,32 +391,29 @@ async def looking(bus: Bus, history: History, random: Random) -> None:
 # ------------------------------------------------------------------------------------------- what is there after
 
 
-async def everything(log: Log, filter: Filter) -> AsyncIterator[Any]:
-    looked, head = 0, await log.head()
-    while looked < head:
-        page = await log.read(filter, after=looked, bodies=False)
-        for entry in page.entries:
-            yield entry
-        looked = page.looked
-
-
 async def read(bus: Bus, url: str, history: History) -> None:
     """Add what is stored now to what the clients were told."""
     mine = Filter(domains=frozenset({"tallies"}))
     history.copies["record"] = {}
-    async for entry in everything(bus.records, mine):
+    async for entry in entries_of(bus.records, mine, bodies=False):
         tally = await bus.record(Tally, entry.key)
         assert tally is not None
         history.copies["record"][entry.key] = Copy(tally.added, tally.confirmed, entry.version)
     history.effects = [Effect(*row) for row in stored(url, "select number, key, version, instance from effects")]
+    await read_logs(bus, history)
+
+
+async def read_logs(bus: Bus, history: History) -> None:
+    """What was sent and recorded until now."""
+    mine = Filter(domains=frozenset({"tallies"}))
     history.said = [
         Said(entry.id, entry.key, entry.meta.causation)
-        async for entry in everything(bus.commands, mine)
+        async for entry in entries_of(bus.commands, mine, bodies=False)
         if not entry.meta.verdict
     ]
     history.facts = [
         Fact(entry.position, entry.key, entry.version, entry.type, entry.id, entry.meta.causation)
-        async for entry in everything(bus.facts, mine)
+        async for entry in entries_of(bus.facts, mine, bodies=False)
     ]
 
 

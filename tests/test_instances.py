@@ -33,7 +33,7 @@ from cauce.shares import Shares
 from cauce.store import Letter, Share, Store
 from cauce.testing import VirtualClock
 from tests.counters import SEEN, Add, Added, Counted, Double, owner
-from tests.kept import hurry, rows, store_of, stores_of
+from tests.kept import rows, store_of, stores_of
 
 Run = Callable[[Callable[[], Any]], Any]
 Program = Callable[..., subprocess.Popen[str]]
@@ -74,13 +74,6 @@ def stored(url: str, service: str) -> AbstractAsyncContextManager[Store]:
 async def letters_of(url: str, service: str = "") -> list[Letter]:
     async with stores_of(url) as stores:
         return await stores.letters(service)
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What failed is tried again soon, and what a person decided is seen soon, where time is real."""
-    hurry(monkeypatch)
-    monkeypatch.setattr("cauce.shares.BEAT", 0.1)
 
 
 async def head_of(log: Log) -> int:

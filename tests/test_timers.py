@@ -25,13 +25,12 @@ from cauce.cli import main
 from cauce.clock import SystemClock
 from cauce.codec import Entry, micros
 from cauce.errors import Busy
-from cauce.log import Filter
+from cauce.log import Filter, entries_of
 from cauce.schedule import Cron, Missed, Often, behind, schedule_of
 from cauce.store import Timer
 from cauce.testing import VirtualClock, VirtualLoop
 from tests.counters import Add, Added, Counted, Double, counters, owner
 from tests.kept import stores_of
-from tests.test_history import everything
 
 Run = Callable[[Callable[[], Any]], Any]
 Program = Callable[..., subprocess.Popen[str]]
@@ -450,7 +449,11 @@ async def test_of_processes_that_are_killed_at_any_moment_each_timer_comes_once(
         async with asyncio.timeout(60):
             while True:
                 await bus.settled()
-                facts = [entry async for entry in everything(bus.facts, mine) if entry.key.startswith("remind ")]
+                facts = [
+                    entry
+                    async for entry in entries_of(bus.facts, mine, bodies=False)
+                    if entry.key.startswith("remind ")
+                ]
                 if sum(1 for entry in facts if entry.key.removeprefix("remind ").isdigit()) >= wished:
                     break
                 await asyncio.sleep(0.05)
