@@ -127,8 +127,11 @@ class Aside:
         return self._many[slot]
 
     def passed(self, head: int) -> bool:
-        """Whether all that waits up to a position waits for a person."""
-        return all(queue[0].dead or queue[0].position > head for queue in self._waiting.values())
+        """Whether all that waits up to a position waits for a person, and that is stored."""
+        return all(
+            (queue[0].dead and stream not in self._retries) or queue[0].position > head
+            for stream, queue in self._waiting.items()
+        )
 
     @property
     def tasks(self) -> Collection[asyncio.Task[None]]:

@@ -614,6 +614,30 @@ async def test_a_message_that_cannot_be_decoded_is_a_dead_letter_with_its_raw_by
     assert await waiting(each_bus, "reacting", "handle") == []
 
 
+@pytest.mark.usefixtures("impatient")
+async def test_settled_waits_until_a_dead_letter_is_stored(
+    each_bus: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, burying = STORES[backend], asyncio.Event()
+    commit = store.commit
+
+    async def slow(self: Any, unit: Unit) -> None:
+        if unit.parked is not None and unit.parked[1].dead:
+            burying.set()
+            await asyncio.sleep(0.2)
+        await commit(self, unit)
+
+    async def handle(event: Begun) -> None:
+        raise ValueError(event.name)
+
+    monkeypatch.setattr(store, "commit", slow)
+    async with running(owner, reacting(handle, Retry(attempts=2)), bus=each_bus) as bus:
+        await bus.call(Begin("a"))
+        await burying.wait()
+        await bus.settled(timeout=60)
+        assert [each.stream for each in await letters_of(each_bus)] == ["jobs/a"]
+
+
 def test_what_older_code_kept_of_a_message_is_shown_as_far_as_it_goes() -> None:
     """It kept nothing of a notice, and the bytes of a broken body as they were, which made no JSON of the whole."""
     entry = sealed("jobs/a", "Begun", "id", Meta(1_000_000, schema=3, by="eva"), b'{"name": "a"}')

@@ -383,7 +383,9 @@ def test_each_line_of_a_json_log_is_an_object_that_says_because_of_what(start: C
 
 def test_an_instance_that_is_stopped_keeps_nobody_from_looking(start: Callable[..., Process]) -> None:
     process = start("--http", "0")
-    process.until("/readyz", lambda code, _: code == 200)
+    # First places are written behind.
+    process.until_metric(0, "cauce_consumer_lag_messages", service="worker", consumer="work")
+    process.until_metric(0, "cauce_consumer_lag_messages", service="jobs", consumer="decide jobs")
     look = ["consumers", "--window", "0", "--json", "--bus", f"sqlite:///{process.folder}/bus.db"]
     before = json.loads(CliRunner().invoke(main, look).output)["consumers"]
     assert {each["in_flight"] for each in before} == {0}

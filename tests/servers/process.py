@@ -85,9 +85,13 @@ class Process:
             self._ended()
 
     def signal(self, which: signal.Signals) -> None:
-        """To it and all that descends from it: SIGSTOP makes a server hang, SIGCONT lets it go on."""
-        for each in watcher.family(self.pid):
+        """To it and all that descends from it: SIGSTOP makes a server hang, and it does; SIGCONT lets it go on."""
+        family = watcher.family(self.pid)
+        for each in family:
             os.kill(each, which)
+        if which == signal.SIGSTOP:
+            # A signal takes its time, most of all with threads on several processors.
+            until(lambda: all(map(watcher.is_stopped, family)), f"{self.name} to stop")
 
     def log(self) -> str:
         path = self.folder / "log"

@@ -42,6 +42,21 @@ def _parents() -> Iterator[tuple[int, int]]:
             pass  # it has just ended
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether no thread of a process runs any more: all were stopped, or it has ended."""
+    if not os.path.exists("/proc/self/stat"):
+        told = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True).stdout
+        return not told or told[0] in "TZ"
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] not in "TZX":
+                    return False
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # it has just ended, or a thread of it has
+    return True
+
+
 def slay(pid: int) -> None:
     """SIGKILL to a process and its descendants. The eldest stands still first, so that no new ones come."""
     try:
