@@ -14,9 +14,9 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 demo: $(VENV)/.demo
 	$(BIN)/cauce demo
 
-# pytest comes last, and so does its closing line. Many tests wait for servers and processes, so three files are run at a time, on two cores, too.
+# pytest comes last, and so does its closing line. Many tests wait for servers and processes, so four files are run at a time, on two cores, too.
 test: check
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check

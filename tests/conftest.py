@@ -128,9 +128,16 @@ def old_nats() -> Iterator[Nats]:
 
 
 @pytest.fixture(scope="session")
-def nats_cluster() -> Iterator[NatsCluster]:
-    """Three NATS servers that are one. Who hurts one heals it, and waits until they are `whole`."""
+def three_nats() -> Iterator[NatsCluster]:
+    """The three NATS servers of this run."""
     yield from _served(NatsCluster)
+
+
+@pytest.fixture
+def nats_cluster(three_nats: NatsCluster) -> NatsCluster:
+    """Three NATS servers that are one, whatever the test before did to them. Who hurts one heals it."""
+    three_nats.whole()
+    return three_nats
 
 
 S = TypeVar("S", Postgres, Nats, NatsCluster)

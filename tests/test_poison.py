@@ -67,7 +67,9 @@ async def test_one_poison_among_a_hundred_delays_only_its_own_thing_though_it_ki
     if how == "raises":
         await asyncio.to_thread(processes[0].wait)
     (letter,) = letters
-    assert (letter.stream, letter.attempts, letter.behind) == ("counters/job7", 3, 7)
+    assert (letter.stream, letter.behind) == ("counters/job7", 7)
+    # An attempt counts before it begins: who was killed in the third leaves one to whoever goes on.
+    assert letter.attempts == 3 or (how == "raises" and letter.attempts == 4)
     died = [each.returncode for each in processes if each.poll() is not None]
     if how == "dies":
         # Where it is given away in between, that process is not counted.
