@@ -25,7 +25,7 @@ from cauce import Domain, NoAnswer, OutcomeUnknown, Query, Refused, Rejected, Se
 from cauce.accept import SLOTS
 from cauce.backends import sqlite
 from cauce.backends.sqlite import line as line_module
-from cauce.backends.sqlite.frames import MOST, Broken, Frames, answer, question
+from cauce.backends.sqlite.frames import ALL, MOST, NOT_SERVED, Answer, Broken, Frames, answer, question, read_answer
 from cauce.backends.sqlite.registry import Present, Registry
 from cauce.cli import main
 from cauce.cli.services import summary
@@ -375,6 +375,40 @@ async def test_a_process_that_takes_no_connections_now_is_no_answer_and_stays_in
     for each in waiting:
         each.close()
     assert int(await ask(bus, "users", b"pid")) == there.process.pid
+
+
+async def test_what_was_asked_and_not_read_by_who_leaves_is_known_not_to_have_run(tmp_path: Path) -> None:
+    asked = list[bytes]()
+
+    async def handler(payload: bytes) -> bytes:
+        asked.append(payload)
+        return payload
+
+    bus = await sqlite.open(tmp_path / "bus.db")
+    await bus.wire.serve("users", handler)
+    reader, writer = await asyncio.open_unix_connection(_socket_of(tmp_path))
+    frames, told = Frames(), list[Answer]()
+
+    async def read() -> None:
+        while data := await reader.read(1 << 16):
+            told.extend(read_answer(each) for each in frames.feed(data))
+            if told[-1].id == ALL:
+                return
+
+    def ask(id: int) -> bytes:
+        return question(id, 5.0, round(CLOCK.monotonic() * 1_000_000), "users", b"%d" % id)
+
+    writer.write(ask(1))
+    reading = asyncio.create_task(read())
+    await until(lambda: len(told) == 1)
+    writer.write(ask(2))
+    closing = asyncio.create_task(bus.close())
+    await asyncio.wait_for(reading, 5)
+    # Whoever does not listen to that may still ask.
+    assert {(each.kind, each.id) for each in told[1:]} <= {(NOT_SERVED, 2), (NOT_SERVED, ALL)}
+    assert asked == [b"1"]
+    writer.close()
+    await asyncio.wait_for(closing, 0.9)
 
 
 # ------------------------------------------------------------------------------------------------------- services

@@ -508,14 +508,21 @@ async def test_a_slot_that_another_took_from_one_that_stands_still_is_asked_of_t
     still.goes_on()
 
 
+async def died(several: list[Peer]) -> list[Peer]:
+    """Those that are dead, once there are any: that a connection is gone is seen before the death."""
+    async with asyncio.timeout(10):
+        while all(each.process.poll() is None for each in several):  # noqa: ASYNC110 - likewise
+            await asyncio.sleep(0.01)
+    return [each for each in several if each.process.poll() is not None]
+
+
 async def test_a_question_that_changes_nothing_is_asked_elsewhere_when_who_was_asked_dies(
     wire: Wire, peer: Start, tmp_path: Path
 ) -> None:
     several = await three(peer)
     answer = await ask(wire, "users", b"die %s" % os.fsencode(tmp_path / "one"), safe=True)
-    dead = [each for each in several if await asyncio.to_thread(each.process.poll) is not None]
-    assert len(dead) == 1
-    assert int(answer) in {each.process.pid for each in several} - {dead[0].process.pid}
+    (dead,) = await died(several)
+    assert int(answer) in {each.process.pid for each in several} - {dead.process.pid}
 
 
 async def test_a_question_that_may_change_something_is_never_asked_twice(
@@ -526,11 +533,7 @@ async def test_a_question_that_may_change_something_is_never_asked_twice(
     with pytest.raises((ConnectionError, TimeoutError)):
         await ask(wire, "users", b"die %s" % os.fsencode(tmp_path / "one"), 4.0)
     assert (tmp_path / "one").exists()
-    async with asyncio.timeout(10):
-        # That its connection is gone is seen before its death.
-        while all(each.process.poll() is None for each in several):  # noqa: ASYNC110 - likewise
-            await asyncio.sleep(0.01)
-    assert [each.process.poll() for each in several].count(None) == 2
+    assert len(await died(several)) == 1
 
 
 async def test_a_question_that_kills_who_answers_it_does_not_kill_them_all(wire: Wire, peer: Start) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from cauce.errors import Refused
 
 __all__ = [
+    "ALL",
     "ANSWER",
     "FAILED",
     "MOST",
@@ -27,6 +28,9 @@ MOST = 4 << 20
 """Bytes of the longest frame."""
 
 QUESTION, ANSWER, NOT_SERVED, FAILED = 1, 2, 3, 4
+
+ALL = 0
+"""The id of no question: `NOT_SERVED` then tells of all that were not answered before it."""
 
 _LENGTH = struct.Struct("!I")
 _ANSWER = struct.Struct("!BQ")

@@ -12,6 +12,7 @@ from typing import cast
 
 from cauce.backends.spread import Lost, NotServed
 from cauce.backends.sqlite.frames import (
+    ALL,
     ANSWER,
     FAILED,
     NOT_SERVED,
@@ -138,7 +139,8 @@ class Asking:
         self._who, self._clock, self._told = who, clock, lost
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
-        self._last = 0
+        self._last = ALL
+        self._over = False
         self.line = Line(self._received, self._lost, deaf=False)
 
     async def ask(self, address: str, payload: bytes, seconds: float) -> bytes:
@@ -156,6 +158,10 @@ class Asking:
 
     def _received(self, frame: bytes) -> None:
         kind, id, payload = read_answer(frame)
+        if kind == NOT_SERVED and id == ALL:
+            self._end(NotServed)
+            self.line.close(now=True)
+            return
         future = self._waiting.pop(id, None)
         if future is None or future.done():
             return  # late: nobody waits for it any more
@@ -167,10 +173,15 @@ class Asking:
             future.set_exception(ConnectionError(f"{self._who} failed: {payload.decode(errors='replace')}"))
 
     def _lost(self) -> None:
-        self._told()
+        self._end(lambda: Lost(f"{self._who} went away before it answered"))
+
+    def _end(self, why: Callable[[], Exception]) -> None:
+        if not self._over:
+            self._over = True
+            self._told()
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(Lost(f"{self._who} went away before it answered"))
+                future.set_exception(why())
         self._waiting.clear()
 
 
@@ -181,8 +192,8 @@ class Answering:
         self, handlers: Mapping[str, Handler], deadlines: Deadlines, clock: Clock, lost: Callable[[Answering], None]
     ) -> None:
         self._handlers, self._deadlines, self._clock, self._told = handlers, deadlines, clock, lost
-        self._loop = asyncio.get_running_loop()
-        self.tasks: set[asyncio.Task[None]] = set()
+        self._loop, self._leaving = asyncio.get_running_loop(), False
+        self._tasks: set[asyncio.Task[None]] = set()
         self.line = Line(self._received, self._lost, deaf=True)
 
     def _received(self, frame: bytes) -> None:
@@ -192,12 +203,27 @@ class Answering:
         if not left > 0:
             return
         handler = self._handlers.get(address)
-        if handler is None:
+        if handler is None or self._leaving:
             self.line.send(id, answer(NOT_SERVED, id, b""))
             return
         task = self._loop.create_task(self._answer(id, handler, payload, left))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def leave(self) -> None:
+        """Begin nothing more, and let the other end close when it has the last answers.
+
+        It may have asked what was not read here yet: it is told that this never began. What did begin is cancelled,
+        and then the end of the connection says that nobody knows.
+        """
+        self._leaving = True
+        working = [task for task in self._tasks if not task.done()]
+        for task in working:
+            task.cancel()
+        if working:
+            self.line.close()
+        else:
+            self.line.send(ALL, answer(NOT_SERVED, ALL, b""))
 
     async def _answer(self, id: int, handler: Handler, payload: bytes, seconds: float) -> None:
         try:

@@ -35,7 +35,7 @@ _MOVING = 2.0
 
 _POLL = 0.02
 _FLUSH = 1.0
-"""Seconds that the last answers get to be read by who asked."""
+"""Seconds that the last answers get to be read by who asked, who then closes the connection."""
 
 
 class _Board:
@@ -187,10 +187,7 @@ class _Board:
         self._vanish()
         lines = [each.line for each in self._answering]
         for answering in self._answering:
-            for task in answering.tasks:
-                task.cancel()
-        for line in lines:
-            line.close()
+            answering.leave()
         others = [each.line for each in self._asking.values()]
         for line in others:
             line.close(now=True)
