@@ -7,21 +7,15 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.request import urlopen
 
-from cauce.backends import open_backend
-from cauce.backends.nats.link import connect
-from cauce.backends.nats.wire import NatsWire
-from cauce.backends.postgres.link import Link
-from cauce.backends.postgres.migrations import ensure
-from cauce.backends.postgres.wire import PostgresWire
-from cauce.clock import Clock, SystemClock
 from cauce.wire import Wire
 from tests.servers import Nats, Postgres
+from tests.wired import CLOCK, wire_at
 
 __all__ = [
     "CLOCK",
@@ -37,14 +31,12 @@ __all__ = [
     "wire_at",
 ]
 
-CLOCK = SystemClock()
-
 PEER = """
 import asyncio, os, signal, sys
 from cauce.wire import Instance, Load
 from cauce.clock import SystemClock
 from shifted import Shifted
-from wires import wire_at
+from wired import wire_at
 
 took, asked = 0.002, 0
 
@@ -118,50 +110,6 @@ async def main():
 
 asyncio.run(main())
 """
-
-
-@asynccontextmanager
-async def wire_at(url: str, clock: Clock = CLOCK) -> AsyncIterator[Wire]:
-    """The wire of a bus, until it is left."""
-    if url.startswith("nats://"):
-        async with nats_wire(url, clock) as nats:
-            yield nats
-        return
-    if url.startswith("postgresql:"):
-        async with postgres_wire(url, clock) as postgres:
-            yield postgres
-        return
-    backend = await open_backend(url, clock)
-    try:
-        yield backend.wire
-    finally:
-        await backend.close()
-
-
-@asynccontextmanager
-async def nats_wire(url: str, clock: Clock = CLOCK) -> AsyncIterator[NatsWire]:
-    link = await connect(url, clock)
-    wire = NatsWire(link, clock)
-    try:
-        yield wire
-    finally:
-        await wire.close()
-        await link.close()
-
-
-@asynccontextmanager
-async def postgres_wire(url: str, clock: Clock = CLOCK) -> AsyncIterator[PostgresWire]:
-    link = Link(url, clock)
-    await link.open()
-    try:
-        await ensure(link)
-        wire = PostgresWire(link, clock)
-        try:
-            yield wire
-        finally:
-            await wire.close()
-    finally:
-        await link.close()
 
 
 class Place(Protocol):
