@@ -19,7 +19,8 @@ from tests.kept import forget_places, store_of, waiting
 from tests.shifted import Shifted, hours
 from tests.test_instances import schema_of, seen, standing, until_seen, until_shared
 from tests.test_owner import persist, stop
-from tests.wires import Start, ask, starter, wire_at
+from tests.wired import wire_at
+from tests.wires import Start, ask, starter
 
 Program = Callable[..., subprocess.Popen[str]]
 

@@ -27,7 +27,8 @@ from cauce.testing import VirtualClock, VirtualLoop
 from cauce.wire import Instance, Load, healthy_first, is_well, located
 from shop.users import RegisterUser, User
 from tests.servers import Missing, Nats, Postgres, absent
-from tests.wires import CLOCK, Peer, SQLitePlace, ask, starter, until, wire_at
+from tests.wired import CLOCK, wire_at
+from tests.wires import Peer, SQLitePlace, ask, starter, until
 
 Program = Callable[..., Popen[str]]
 

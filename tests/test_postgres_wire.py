@@ -18,7 +18,8 @@ from cauce.errors import Unreachable
 from cauce.testing import VirtualClock
 from cauce.wire import Wire
 from tests.servers import Missing, Postgres, absent
-from tests.wires import CLOCK, PostgresPlace, Start, ask, starter
+from tests.wired import CLOCK
+from tests.wires import PostgresPlace, Start, ask, starter
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,8 @@ from cauce.cli.services import summary
 from cauce.wire import Instance
 from shop import users
 from shop.users import ChangeEmail, RegisterUser, User
-from tests.wires import CLOCK, Peer, Start, starter, until
+from tests.wired import CLOCK
+from tests.wires import Peer, Start, starter, until
 
 Program = Callable[..., "subprocess.Popen[str]"]
 

@@ -18,7 +18,8 @@ from cauce import NoAnswer, Refused
 from cauce.wire import Instance, Load, Wire, healthy_first, is_well
 from tests.servers import Missing, Nats, absent
 from tests.servers.process import free_port
-from tests.wires import CLOCK, NatsPlace, Peer, Place, PostgresPlace, SQLitePlace, Start, ask, starter
+from tests.wired import CLOCK
+from tests.wires import NatsPlace, Peer, Place, PostgresPlace, SQLitePlace, Start, ask, starter
 
 # A backend is one more name here, one more branch in `place`, and a class in `tests/wires.py`.
 BACKENDS = ("sqlite", "postgres", "nats")

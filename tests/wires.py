@@ -18,7 +18,6 @@ from tests.servers import Nats, Postgres
 from tests.wired import CLOCK, wire_at
 
 __all__ = [
-    "CLOCK",
     "NatsPlace",
     "Peer",
     "Place",
@@ -28,7 +27,6 @@ __all__ = [
     "ask",
     "starter",
     "until",
-    "wire_at",
 ]
 
 PEER = """

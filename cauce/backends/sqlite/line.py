@@ -140,7 +140,6 @@ class Asking:
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
         self._last = ALL
-        self._over = False
         self.line = Line(self._received, self._lost, deaf=False)
 
     async def ask(self, address: str, payload: bytes, seconds: float) -> bytes:
@@ -176,9 +175,7 @@ class Asking:
         self._end(lambda: Lost(f"{self._who} went away before it answered"))
 
     def _end(self, why: Callable[[], Exception]) -> None:
-        if not self._over:
-            self._over = True
-            self._told()
+        self._told()
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(why())

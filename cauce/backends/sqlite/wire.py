@@ -168,7 +168,8 @@ class _Board:
             raise
 
     def _lost(self, token: str) -> None:
-        del self._asking[token]
+        # Told twice where it left in good order: by what it said, and when the connection was closed.
+        self._asking.pop(token, None)
         self.registry.doubt()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
